@@ -1,0 +1,1 @@
+"""One short file per experiment; `get_config(variant)` returns an ExperimentConfig."""

@@ -1,0 +1,41 @@
+"""The 2017 Transformer on English-German phrases generated from CLDR.
+
+python train.py --config=configs/transformer_cldr.py --workdir=runs/transformer_cldr
+"""
+
+from triform.configs.base import ExperimentConfig
+from triform.decode import DecodeConfig
+from triform.input_pipeline import DataConfig
+from triform.models import EncoderDecoderConfig
+from triform.models.config import TransformerConfig
+from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.optim import OptimConfig
+from triform.scoring import EvaluationConfig
+
+
+def get_config(variant: str = "") -> ExperimentConfig:
+    """Variants: '' (minutes), 'smoke' (seconds)."""
+    trunk = TransformerConfig(
+        num_layers=2, d_model=128, num_heads=4, d_ff=512, max_len=64, dropout=0.05
+    )
+    config = ExperimentConfig(
+        model=EncoderDecoderConfig(trunk, vocab_size=1500),
+        data=DataConfig(source="cldr", max_len=64, batch_size=32, buckets=(20, 36)),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=400, schedule="rsqrt"),
+        decode=DecodeConfig(method="greedy"),
+        evaluation=EvaluationConfig(every=1000, examples=300),
+        checkpoint=CheckpointConfig(
+            every=500, keep_newest=3, metric="eval/exact_match", mode="max"
+        ),
+        steps=2000,
+    )
+    if variant == "smoke":
+        trunk.d_model, trunk.d_ff = 16, 32
+        config.model.vocab_size = 400
+        config.data.batch_size, config.data.buckets = 8, ()
+        config.steps, config.log_every = 6, 2
+        config.evaluation.every = config.checkpoint.every = 4
+        config.evaluation.examples = 8
+    elif variant:
+        raise ValueError(f"variant {variant!r}: expected '' or 'smoke'")
+    return config

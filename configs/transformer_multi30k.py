@@ -1,0 +1,64 @@
+"""The 2017 Transformer on Multi30k English-German captions.
+
+    python train.py --config=configs/transformer_multi30k.py:cpu --workdir=DIR
+
+The other direction: --config.data.inputs=de --config.data.targets=en
+--config.evaluation.language=en.
+"""
+
+from triform.configs.base import ExperimentConfig
+from triform.decode import DecodeConfig
+from triform.input_pipeline import DataConfig
+from triform.models import EncoderDecoderConfig
+from triform.models.config import TransformerConfig
+from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.optim import OptimConfig
+from triform.scoring import EvaluationConfig
+from triform.tokenizer import TokenizerConfig
+
+
+def get_config(variant: str = "") -> ExperimentConfig:
+    """Variants: '' (the full recipe), 'cpu' (an hour on 2 cores), 'smoke'."""
+    trunk = TransformerConfig(
+        num_layers=4, d_model=128, num_heads=4, d_ff=256, max_len=64, dropout=0.3
+    )
+    config = ExperimentConfig(
+        model=EncoderDecoderConfig(trunk, vocab_size=10_000),
+        data=DataConfig(
+            source="multi30k_translate",
+            max_len=64,
+            batch_size=128,  # 8,192 places a side and batch
+            buckets=(12, 15, 18, 22, 28),
+            tokenizer=TokenizerConfig(lowercase=True),
+        ),
+        optim=OptimConfig(learning_rate=5e-3, warmup_steps=2000),
+        decode=DecodeConfig(beam_size=5, length_penalty=1.0),
+        evaluation=EvaluationConfig(
+            every=1000,
+            metrics=("bleu", "bleu_moses", "chrf"),
+            lowercase=True,
+            language="de",
+            average=10,
+        ),
+        checkpoint=CheckpointConfig(
+            every=250, keep_newest=10, metric="eval/bleu", mode="max"
+        ),
+        steps=8000,
+    )
+    if variant == "cpu":
+        config.model.vocab_size = 6000
+        config.data.batch_size = 64
+        config.steps = 6000
+    elif variant == "smoke":
+        trunk.num_layers, trunk.d_model, trunk.d_ff = 2, 16, 32
+        config.model.vocab_size = 500
+        config.data.batch_size, config.data.buckets = 8, ()
+        config.data.train_split = "validation"
+        config.data.test_split = "validation[:16]"
+        config.data.eval_split = "validation[:16]"
+        config.steps, config.log_every = 4, 2
+        config.evaluation.every = config.checkpoint.every = 2
+        config.evaluation.average = 2
+    elif variant:
+        raise ValueError(f"variant {variant!r}: expected '', 'cpu' or 'smoke'")
+    return config

@@ -1,0 +1,159 @@
+"""Scores a finished or running workdir.
+
+python evaluate.py --workdir=runs/transformer_cldr [--split=test] [--checkpoint=best]
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from triform import decode, scoring
+from triform.experiment import (
+    Experiment,
+    checkpoint_dir,
+    one_line_errors,
+    open_workdir,
+)
+from triform.input_pipeline import Batches, build_tokenizer, raw_examples, token_store
+from triform.runtime import metrics
+from triform.runtime.checkpoint import Checkpointer
+from triform.tokenizer import EOS, PAD, Tokenizer
+
+
+@dataclasses.dataclass
+class Result:
+    """What one evaluation found."""
+
+    scalars: dict[str, Any]  # 'prefix/name': value; signatures are text
+    samples: str  # source, reference and output of a few examples
+    seconds: float
+
+    def numbers(self) -> dict[str, float]:
+        """The scalars without the signatures."""
+        return {k: v for k, v in self.scalars.items() if not isinstance(v, str)}
+
+
+class Evaluator:
+    """Evaluates parameters on one split; compiled once, called at many steps."""
+
+    def __init__(self, experiment: Experiment, tok: Tokenizer, split: str):
+        config = experiment.config
+        self.experiment, self.tokenizer, self.split = experiment, tok, split
+        store = token_store(config.data, split, tok)
+        self.batches = Batches(config.data, store, split, config.model.vocab_size)
+        self.raw = raw_examples(config.data, split)
+        self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
+        self.generate = make_generate(experiment)
+
+    def __call__(self, params: Any, prefix: str, limit: int = 0) -> Result:
+        """Losses over the whole split, generation for its first `limit` (0: all)."""
+        config = self.experiment.config
+        start = time.perf_counter()
+        total, written = None, {}
+        single = self.experiment.placement.unload(params)
+        for ids, batch in self.batches.evaluation():
+            total = metrics.add(
+                total, self.eval_step(params, self.experiment.put(batch))
+            )
+            if config.evaluation.metrics and not (limit and ids.min() >= limit):
+                tokens = np.asarray(self.generate(single, batch, np.uint32(0))[0])
+                texts = (self.tokenizer.decode(row) for row in tokens)
+                written |= dict(zip(ids.tolist(), texts, strict=False))
+        scalars = metrics.values(total, prefix)
+        samples = ""
+        if written:
+            kept = sorted(i for i in written if not limit or i < limit)
+            ours = [written[i] for i in kept]
+            examples = [self.raw[i] for i in kept]
+            references = [e[config.data.targets] for e in examples]
+            sources = [e[config.data.inputs] for e in examples]
+            scores = scoring.score(config.evaluation, ours, references)
+            scalars |= {f"{prefix}/{name}": x for name, x in scores.items()}
+            shown = list(zip(sources, references, ours, strict=True))
+            shown = shown[:: max(1, len(shown) // max(1, config.evaluation.samples))]
+            samples = "\n".join(
+                f"source     {s}\nreference  {r}\noutput     {o}\n"
+                for s, r, o in shown[: config.evaluation.samples]
+            )
+        return Result(scalars, samples, time.perf_counter() - start)
+
+
+def make_generate(experiment: Experiment):
+    """(params, batch, seed) -> (tokens [B, length], scores [B]), compiled a shape."""
+    config = experiment.config
+    model = experiment.model
+    length = config.decode.max_len or config.data.max_len
+
+    @jax.jit
+    def generate(params: Any, batch: Any, seed: jax.Array):
+        rows = batch["encoder_inputs"].shape[0]
+        variables = {"params": params}
+
+        def extend(tokens, positions, cache):
+            return model.apply(variables, tokens, positions, cache, method="extend")
+
+        return decode.generate(
+            config.decode,
+            extend,
+            model.apply(variables, batch, length, method="start"),
+            jnp.full((rows,), PAD, jnp.int32),  # what targets are shifted right with
+            jnp.zeros((rows,), jnp.int32),
+            eos=EOS,
+            length=length,
+            rng=jax.random.key(seed),
+        )
+
+    return generate
+
+
+def summary(result: Result) -> str:
+    """'eval/loss 1.234  eval/bleu 40.12'."""
+    return "  ".join(f"{k} {v:.4g}" for k, v in result.numbers().items())
+
+
+def write_samples(workdir: str, name: str, samples: str) -> None:
+    """Into samples/NAME.txt, replacing what an interrupted evaluation left."""
+    os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
+    with open(os.path.join(workdir, "samples", f"{name}.txt"), "w") as f:
+        f.write(samples)
+
+
+def main(argv: list[str]) -> None:
+    """Loads a checkpoint of --workdir, prints its scores as one JSON object."""
+    flag = flags.FLAGS
+    workdir = os.path.abspath(flag.workdir)
+    config = open_workdir(workdir)
+    if flag.beam_size:
+        config.decode.method, config.decode.beam_size = "beam", flag.beam_size
+    config.mesh, config.placement = type(config.mesh)(), "mesh"
+    config.validate()
+    experiment = Experiment(config)
+    with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
+        params, which = experiment.load_params(checkpointer, flag.checkpoint)
+    split = flag.split or config.data.eval_split
+    tok = build_tokenizer(config.data, config.model.vocab_size, workdir)
+    print(f"{workdir}: {which}, split {split}", file=sys.stderr)
+    result = Evaluator(experiment, tok, split)(params, split)
+    print(result.samples, file=sys.stderr)
+    report = {"checkpoint": which, "split": split, "seconds": result.seconds}
+    report |= {"decode": dataclasses.asdict(config.decode), **result.scalars}
+    name = f"evaluation_{split}_{flag.checkpoint}".replace(":", "_")
+    with open(os.path.join(workdir, f"{name}.json"), "w") as f:
+        json.dump(report, f, indent=2, ensure_ascii=False)
+    print(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
+    flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
+    flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
+    flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
+    app.run(one_line_errors(main))

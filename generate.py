@@ -1,0 +1,105 @@
+"""Decodes text with a trained workdir.
+
+python generate.py --workdir=runs/transformer_cldr --input="3 May 2024"
+cat sentences.txt | python generate.py --workdir=DIR --method=sample --top_p=0.9
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from absl import app, flags
+
+from triform.decode import METHODS
+from triform.evaluate import make_generate
+from triform.experiment import (
+    Experiment,
+    UserError,
+    checkpoint_dir,
+    one_line_errors,
+    open_workdir,
+)
+from triform.input_pipeline import DataConfig, build_tokenizer
+from triform.runtime.checkpoint import Checkpointer
+from triform.tokenizer import EOS, PAD, Tokenizer
+
+OVERRIDES = ("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p")
+
+
+def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of up to `size` lines, as they come: a pipe is answered batch by batch."""
+    part = []
+    for line in lines:
+        part.append(line.rstrip("\n"))
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def encode(lines: list[str], rows: int, data: DataConfig, tok: Tokenizer) -> dict:
+    """A source batch of exactly `rows` rows, of the shortest bucket that holds all."""
+    ids = tok.encode_batch(lines)
+    longest = max(len(x) for x in ids) + 1
+    if longest > data.max_len:
+        where = next(i for i, x in enumerate(ids) if len(x) + 1 == longest)
+        raise UserError(
+            f"input {lines[where][:60]!r}: {longest} tokens, the model reads at most "
+            f"data.max_len={data.max_len}; shorten or split it"
+        )
+    length = next(n for n in data.lengths() if n >= longest)
+    batch = {
+        "encoder_inputs": np.full((rows, length), PAD, np.int32),
+        "encoder_segments": np.zeros((rows, length), np.int32),
+    }
+    for r, x in enumerate(ids):
+        batch["encoder_inputs"][r, : len(x)] = x
+        batch["encoder_inputs"][r, len(x)] = EOS
+        batch["encoder_segments"][r, : len(x) + 1] = 1
+    return batch
+
+
+def main(argv: list[str]) -> None:
+    """One output line an input line; blank lines give blank lines."""
+    flag = flags.FLAGS
+    workdir = os.path.abspath(flag.workdir)
+    config = open_workdir(workdir)
+    for name in OVERRIDES:
+        if flag[name].present:
+            setattr(config.decode, name, flag[name].value)
+    config.mesh, config.placement = type(config.mesh)(data=1), "mesh"
+    config.validate()
+    experiment = Experiment(config)
+    with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
+        params, which = experiment.load_params(checkpointer, flag.checkpoint)
+    tok = build_tokenizer(config.data, config.model.vocab_size, workdir)
+    print(f"{workdir}: {which}, {config.decode.method}", file=sys.stderr)
+    generate = make_generate(experiment)
+    lines = sys.stdin if flag.input is None else flag.input
+    rows = flag.batch_size if flag.input is None else len(flag.input)
+    for number, part in enumerate(chunks(lines, rows)):
+        batch = encode(part, rows, config.data, tok)
+        tokens, scores = generate(params, batch, np.uint32(flag.seed + number))
+        for line, row, score in zip(part, np.asarray(tokens), scores, strict=False):
+            text = tok.decode(row) if line.strip() else ""
+            print(f"{float(score):.4f}\t{text}" if flag.scores else text, flush=True)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
+    flags.DEFINE_multi_string("input", None, "Text, repeatable; none: standard input.")
+    flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
+    flags.DEFINE_integer("batch_size", 32, "Lines decoded together.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of sampling.")
+    flags.DEFINE_bool("scores", False, "Print each output's score before it.")
+    flags.DEFINE_enum(
+        "method", "beam", METHODS, "Instead of the config's decode.method."
+    )
+    flags.DEFINE_integer("beam_size", 4, "Instead of decode.beam_size.")
+    flags.DEFINE_float("length_penalty", 0.6, "Instead of decode.length_penalty.")
+    flags.DEFINE_float("temperature", 1.0, "Instead of decode.temperature.")
+    flags.DEFINE_integer("top_k", 0, "Instead of decode.top_k.")
+    flags.DEFINE_float("top_p", 1.0, "Instead of decode.top_p.")
+    app.run(one_line_errors(main))

@@ -1,0 +1,110 @@
+"""TransformerConfig: the trunk and nothing else."""
+
+import dataclasses
+
+NORMS = ("layer", "rms")
+NORM_POSITIONS = ("pre", "post")
+POSITIONS = ("sinusoidal", "learned", "none")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class TransformerConfig:
+    """Settings that `Stack` and its parts read, the same for every family.
+
+    A value of 0 in `num_kv_heads`, `head_dim` and `attention_scale` means the usual
+    choice (num_heads, d_model // num_heads, 1 / sqrt(head_dim)): a number, not None,
+    so that it can be set from the command line.
+    """
+
+    # Sizes
+    num_layers: int = 6
+    d_model: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 0  # fewer than num_heads: grouped-query attention
+    head_dim: int = 0
+    d_ff: int = 2048
+    max_len: int = 512  # longest sequence, in tokens
+    # Parts
+    attention: str = "dot"  # a name in models.algorithms.ALGORITHMS, or such a function
+    attention_scale: float = 0.0
+    windows: tuple[int, ...] = ()  # cycled over layers; 0: unlimited, w: |i - j| < w
+    positions: str = "sinusoidal"
+    norm: str = "layer"
+    norm_position: str = "post"
+    norm_eps: float = 1e-6
+    ffn: str = "relu"  # a name in models.transformer.FFNS
+    use_bias: bool = True
+    init_scale: float = 1.0  # variance scale of the Xavier initialiser of every kernel
+    dropout: float = 0.1  # embeddings and sublayer outputs (Vaswani et al. 2017, 5.4)
+    attention_dropout: float = 0.0  # attention weights
+    # Numerics: activations; parameters, norms' statistics and softmax stay float32
+    dtype: str = "float32"
+    # Execution
+    remat: bool = False  # recompute each block's activations in the backward pass
+    scan_layers: bool = False  # compile one block instead of num_layers of them
+
+    def kv_heads(self) -> int:
+        """Number of key/value heads K."""
+        return self.num_kv_heads or self.num_heads
+
+    def head_width(self) -> int:
+        """Width E of a head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    def scale(self) -> float:
+        """Factor on the query-key products."""
+        return self.attention_scale or self.head_width() ** -0.5
+
+    def validate(self, where: str = "model.trunk") -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+
+        def require(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"{where}.{name}={getattr(self, name)!r}: {rule}")
+
+        for name in ("num_layers", "d_model", "num_heads", "d_ff", "max_len"):
+            require(getattr(self, name) >= 1, name, "must be at least 1")
+        require(
+            self.head_dim > 0 or self.d_model % self.num_heads == 0,
+            "num_heads",
+            f"must divide d_model={self.d_model}; change one of them or set head_dim",
+        )
+        require(
+            self.num_kv_heads >= 0 and self.num_heads % self.kv_heads() == 0,
+            "num_kv_heads",
+            f"must be 0 or divide num_heads={self.num_heads}",
+        )
+        require(self.head_dim >= 0, "head_dim", "must be 0 (derived) or positive")
+        require(
+            all(isinstance(w, int) and w >= 0 for w in self.windows),
+            "windows",
+            "must be a tuple of window sizes, 0 for unlimited",
+        )
+        require(
+            not (self.scan_layers and self.windows)
+            or self.num_layers % len(self.windows) == 0,
+            "windows",
+            f"its length must divide num_layers={self.num_layers} when scan_layers is "
+            "on; change one of them or set scan_layers=False",
+        )
+        for name, choices in (
+            ("positions", POSITIONS),
+            ("norm", NORMS),
+            ("norm_position", NORM_POSITIONS),
+            ("dtype", DTYPES),
+        ):
+            require(
+                getattr(self, name) in choices,
+                name,
+                f"expected one of {', '.join(choices)}",
+            )
+        require(
+            self.positions != "sinusoidal" or self.d_model % 2 == 0,
+            "d_model",
+            "must be even with positions='sinusoidal' (sine and cosine halves)",
+        )
+        require(self.norm_eps > 0, "norm_eps", "must be positive")
+        require(self.init_scale > 0, "init_scale", "must be positive")
+        for name in ("dropout", "attention_dropout"):
+            require(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)")

@@ -1,0 +1,89 @@
+"""The live progress line of a training run, and the numbers behind it."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from triform.runtime import metrics
+
+
+class Progress:
+    """Sums metrics between reports; one live line on a terminal, else plain lines."""
+
+    def __init__(self, step: int, total: int, every: int, rate: Callable[[int], Any]):
+        self.total, self.every, self.rate = total, every, rate
+        self.live = sys.stdout.isatty()
+        self.first = self.step = step
+        self.started = time.perf_counter()
+        self.idle = 0.0  # seconds spent on evaluation and saving, all in all
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: metrics.Metrics | None = None
+        self.tokens, self.waited, self.away = 0, 0.0, 0.0
+        self.since, self.steps = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of the speed."""
+        if self.live:
+            print()
+        start = time.perf_counter()
+        yield
+        self.away += time.perf_counter() - start
+        self.idle += time.perf_counter() - start
+
+    def update(
+        self, step: int, measured: metrics.Metrics, scalars: dict, tokens: int
+    ) -> dict[str, float] | None:
+        """Takes in a step; every `every` steps returns the scalars to be written."""
+        self.step = step
+        self.sums = metrics.add(self.sums, measured)
+        self.tokens += tokens
+        self.steps += 1
+        due = step % self.every == 0 or step == self.total
+        if self.live:
+            self._show(scalars, end="\r")
+        if not due:
+            return None
+        seconds = max(time.perf_counter() - self.since - self.away, 1e-9)
+        line = metrics.values(self.sums, "train")
+        line |= {
+            "train/learning_rate": float(self.rate(step - 1)),
+            "train/tokens_per_second": self.tokens / seconds,
+            "train/steps_per_second": self.steps / seconds,
+            "train/data_wait": self.waited / seconds,
+        }
+        if not self.live:
+            self._show(line, end="\n")
+        self._reset()
+        return line
+
+    def _show(self, scalars: dict, end: str) -> None:
+        now = time.perf_counter()
+        seconds = max(now - self.since - self.away, 1e-9)
+        pace = (now - self.started - self.idle) / max(1, self.step - self.first)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.total - self.step)))
+        print(
+            f"step {self.step}/{self.total}  loss {scalars['train/loss']:.4f}  "
+            f"lr {float(self.rate(self.step - 1)):.2e}  "
+            f"grad {scalars['train/grad_norm']:.3f}  "
+            f"{self.tokens / seconds:,.0f} tokens/s  "
+            f"data {self.waited / seconds:.0%}  left {left}",
+            end=end,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self.live:
+            print()

@@ -1,0 +1,1 @@
+"""Neither model, nor data, nor objective: optimiser, placement, checkpoints, metrics."""

@@ -1,0 +1,112 @@
+"""Metrics as sums and weights, and where they are written.
+
+Nothing here is ever averaged twice: totals and weights are added over micro-batches,
+devices, hosts and batches, and divided once, at the end.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from tensorboardX import SummaryWriter
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Mean:
+    """A weighted mean, not yet divided."""
+
+    total: Array
+    weight: Array
+
+    @classmethod
+    def of(cls, values: Array, weights: Array) -> "Mean":
+        """Of values and weights of the same shape."""
+        return cls((values * weights).sum(), weights.sum())
+
+    def value(self) -> float:
+        """total / weight on the host; NaN if the weight is zero."""
+        total, weight = float(self.total), float(self.weight)
+        return total / weight if weight else math.nan
+
+
+@struct.dataclass
+class Perplexity(Mean):
+    """exp of a weighted mean negative log-likelihood in nats."""
+
+    def value(self) -> float:
+        """exp(total / weight); infinite where that overflows."""
+        mean = super().value()
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+@struct.dataclass
+class CalibrationError(Mean):
+    """Expected calibration error (Guo et al. 2017, eq. 3).
+
+    `total` [bins] holds the sum of (confidence - correct) over the predictions whose
+    confidence falls into each of the equally wide bins.
+    """
+
+    @classmethod
+    def of(cls, confidence: Array, correct: Array, weights: Array, bins: int = 15):
+        """From arrays of one shape: top probability, 0/1 correctness, weight."""
+        index = jnp.clip((confidence * bins).astype(jnp.int32), 0, bins - 1)
+        gap = (confidence - correct) * weights
+        # A loop over bins: scattering millions of values is slow everywhere.
+        total = jnp.stack([jnp.where(index == b, gap, 0).sum() for b in range(bins)])
+        return cls(total, weights.sum())
+
+    def value(self) -> float:
+        """sum over bins of |gap| / weight, in [0, 1]."""
+        weight = float(self.weight)
+        return (
+            float(np.abs(np.asarray(self.total)).sum()) / weight if weight else math.nan
+        )
+
+
+Metrics = Mapping[str, Mean]
+
+
+def add(a: Metrics | None, b: Metrics) -> Metrics:
+    """Element-wise sum of two sets of metrics; None stands for the empty set."""
+    return b if a is None else jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def values(metrics: Metrics, prefix: str) -> dict[str, float]:
+    """{'prefix/name': value} on the host."""
+    metrics = jax.device_get(metrics)
+    return {f"{prefix}/{name}": m.value() for name, m in metrics.items()}
+
+
+class MetricWriter:
+    """Scalars to `metrics.jsonl`, one object a line, and to TensorBoard event files."""
+
+    def __init__(self, workdir: str):
+        self._file = open(os.path.join(workdir, "metrics.jsonl"), "a")
+        self._events = SummaryWriter(os.path.join(workdir, "tensorboard"))
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """One line; values that are not numbers (a signature) go to the file only."""
+        # A killed run replays steps since its last save: the last line of a step counts.
+        line = {"step": step}
+        for name, value in scalars.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            # JSON has no NaN: a reader in another language would choke on the line.
+            line[name] = value if finite else str(value)
+            if isinstance(value, (int, float)):
+                self._events.add_scalar(name, value, step)
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._events.close()

@@ -1,0 +1,255 @@
+"""Schedules, the decay mask by parameter path, and the optimiser chain."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+def path_name(path: tuple) -> str:
+    """'decoder/layer_0/feed_forward/up/kernel' of a jax key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def rsqrt(peak: float, warmup: int, total: int, floor: float) -> Schedule:
+    """Linear to `peak` over `warmup` steps, then peak * sqrt(warmup / step).
+
+    Vaswani et al. 2017, eq. 3, where peak = (D * warmup) ** -0.5.
+    """
+    return lambda t: peak * jnp.minimum((t + 1) / warmup, jnp.sqrt(warmup / (t + 1)))
+
+
+def cosine(peak: float, warmup: int, total: int, floor: float) -> Schedule:
+    """Linear warm-up, then a half cosine to floor * peak at `total`."""
+
+    def decay(x: jax.Array) -> jax.Array:
+        return floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * x))
+
+    return _warmup_then(peak, warmup, total, decay)
+
+
+def linear(peak: float, warmup: int, total: int, floor: float) -> Schedule:
+    """Linear warm-up, then linear to floor * peak at `total`."""
+    return _warmup_then(peak, warmup, total, lambda x: 1 - (1 - floor) * x)
+
+
+def constant(peak: float, warmup: int, total: int, floor: float) -> Schedule:
+    """Linear warm-up, then `peak`."""
+    return _warmup_then(peak, warmup, total, jnp.ones_like)
+
+
+def wsd(peak: float, warmup: int, total: int, floor: float) -> Schedule:
+    """Warm-up, stable, and a linear decay over the last fifth (Hu et al. 2024, 4)."""
+    return _warmup_then(
+        peak, warmup, total, lambda x: 1 - (1 - floor) * jnp.clip((x - 0.8) / 0.2, 0, 1)
+    )
+
+
+def _warmup_then(peak: float, warmup: int, total: int, shape: Callable) -> Schedule:
+    """Step 0 gives peak / warmup, not zero, so that the first update counts."""
+
+    def schedule(t: jax.Array | int) -> jax.Array:
+        x = jnp.clip((t - warmup) / max(1, total - warmup), 0.0, 1.0)
+        return peak * jnp.minimum((t + 1) / max(1, warmup), 1.0) * shape(x)
+
+    return schedule
+
+
+# fn(peak, warmup, total, floor) -> schedule
+SCHEDULES = {
+    "rsqrt": rsqrt,
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "wsd": wsd,
+}
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """Optimiser, schedule and what surrounds them. Rates are peak rates."""
+
+    name: str = "adam"
+    learning_rate: float = 1e-3
+    schedule: str = "rsqrt"
+    warmup_steps: int = 4000
+    floor: float = 0.0  # final rate as a share of the peak (cosine, linear, wsd)
+    b1: float = 0.9
+    b2: float = 0.98  # b2 and eps: Vaswani et al. 2017, 5.3
+    eps: float = 1e-9
+    weight_decay: float = 0.0  # decoupled; not on biases and norm scales
+    clip_norm: float = 0.0  # global gradient norm; 0: no clipping
+    accumulate: int = 1  # micro-batches an update
+    ema_decay: float = 0.0  # moving average of parameters, used by evaluation; 0: none
+
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+
+        def require(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"optim.{name}={getattr(self, name)!r}: {rule}")
+
+        for name, table in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+            rule = f"expected one of {', '.join(table)}"
+            require(getattr(self, name) in table, name, rule)
+        require(self.learning_rate > 0, "learning_rate", "must be positive")
+        require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
+        require(
+            self.schedule != "rsqrt" or self.warmup_steps > 0,
+            "warmup_steps",
+            "must be positive with schedule='rsqrt', whose peak it places",
+        )
+        require(0 <= self.floor <= 1, "floor", "must lie in [0, 1]")
+        for name in ("b1", "b2", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)")
+        require(self.eps > 0, "eps", "must be positive")
+        require(self.weight_decay >= 0, "weight_decay", "must not be negative")
+        require(
+            self.weight_decay == 0 or self.name != "adam",
+            "weight_decay",
+            "adam has none; set optim.name=adamw",
+        )
+        require(self.clip_norm >= 0, "clip_norm", "must not be negative; 0 is off")
+        require(self.accumulate >= 1, "accumulate", "must be at least 1")
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: everything but biases and norm scales.
+
+    By path, never by rank: q/k/v biases are matrices and scanned trunks add an axis.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_name(path).rsplit("/", 1)[-1] not in ("bias", "scale"),
+        params,
+    )
+
+
+def _adam(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    return optax.adam(rate, c.b1, c.b2, c.eps)
+
+
+def _adamw(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    decay = {"weight_decay": c.weight_decay, "mask": decay_mask}
+    return optax.adamw(rate, c.b1, c.b2, c.eps, **decay)
+
+
+def _adafactor(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    # Shazeer & Stern 2018. Optax's own decay is not scaled by the rate: ours is.
+    core = optax.adafactor(
+        None, multiply_by_parameter_scale=True, decay_rate=0.8, momentum=None
+    )
+    return optax.chain(
+        core,
+        optax.add_decayed_weights(-c.weight_decay, decay_mask),
+        # adafactor's updates already point downhill.
+        optax.scale_by_schedule(rate),
+    )
+
+
+def _lion(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    decay = {"weight_decay": c.weight_decay, "mask": decay_mask}
+    return optax.lion(rate, c.b1, c.b2, **decay)
+
+
+def _muon(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        rate,
+        weight_decay=c.weight_decay,
+        weight_decay_mask=decay_mask,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        eps=c.eps,
+        muon_weight_dimension_numbers=muon_dimensions,
+    )
+
+
+# fn(config, schedule) -> transformation
+OPTIMIZERS = {
+    "adam": _adam,
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+}
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Which axes of each parameter form Muon's matrix; None leaves it to Adam.
+
+    Kernels are matrices from inputs to outputs: query, key and value [D, H, E] as
+    D x (H E), out [H, E, D] as (H E) x D. Embeddings, heads, biases and scales are not
+    (Jordan et al. 2024). Optax's default, by rank, has this the wrong way round.
+    """
+
+    def dimensions(path: tuple, x: jax.Array) -> Any:
+        parts = path_name(path).split("/")
+        name, kind = parts[-2] if len(parts) > 1 else "", parts[-1]
+        if kind != "kernel" or name == "head":
+            return None
+        ndim = 3 if name in ("query", "key", "value", "out") else 2
+        lead = x.ndim - ndim  # 1 in a scanned trunk
+        inputs = 2 if name == "out" else 1
+        axes = tuple(range(lead, x.ndim))
+        return optax.contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+class EmaState(NamedTuple):
+    """Updates so far, and the moving average of the parameters."""
+
+    count: jax.Array
+    average: Any
+
+
+def parameter_ema(decay: float) -> optax.GradientTransformation:
+    """Keeps average <- d * average + (1 - d) * parameters, updates unchanged.
+
+    Must come last in the chain: it sees the parameters as they will be. d grows as
+    (1 + t) / (10 + t) up to `decay`, so that the start is forgotten (as tf.train's EMA).
+    """
+
+    def update(updates, state, params):
+        count, average = state.count, state.average
+        d = jnp.minimum(decay, (1 + count) / (10 + count))
+        average = jax.tree.map(
+            lambda a, p, u: d * a + (1 - d) * (p + u), average, params, updates
+        )
+        return updates, EmaState(count + 1, average)
+
+    def init(params):
+        return EmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def evaluation_params(params: Any, opt_state: Any) -> Any:
+    """The moving average if the chain keeps one, else the parameters."""
+
+    def is_ema(x: Any) -> bool:
+        return isinstance(x, EmaState)
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_ema)
+    return next((x.average for x in leaves if is_ema(x)), params)
+
+
+def build(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The chain: clip -> optimiser with schedule -> moving average of parameters."""
+    parts = []
+    if config.clip_norm:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    parts.append(OPTIMIZERS[config.name](config, learning_rate(config, steps)))
+    if config.ema_decay:
+        parts.append(parameter_ema(config.ema_decay))
+    return optax.chain(*parts)
+
+
+def learning_rate(config: OptimConfig, steps: int) -> Schedule:
+    """The schedule of a run of `steps` updates."""
+    make = SCHEDULES[config.schedule]
+    return make(config.learning_rate, config.warmup_steps, steps, config.floor)

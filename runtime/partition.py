@@ -1,0 +1,312 @@
+"""Placement: where parameters and batches live, by mesh or by pmap.
+
+Both placements run the same pure functions:
+
+    train_step(state, batch, reduce) -> (state, metrics)
+    eval_step(params, batch, reduce) -> metrics
+
+`reduce` sums over devices: the identity under jit (the compiler inserts what is needed),
+a psum under pmap.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from triform.runtime.optim import path_name
+
+Tree = Any
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+# First match wins; a parameter that no row matches is an error. Specs name the axes of
+# the unscanned parameter; a scanned one has one more in front, never partitioned.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(query|key|value)/kernel$", P("fsdp", "tensor", None)),
+    (r"out/kernel$", P("tensor", None, "fsdp")),
+    (r"(query|key|value)/bias$", P("tensor", None)),
+    (r"(up|gate)/kernel$", P("fsdp", "tensor")),
+    (r"down/kernel$", P("tensor", "fsdp")),
+    (r"(up|gate)/bias$", P("tensor")),
+    (r"positions/table/embedding$", P(None, "fsdp")),
+    (r"embedding$", P("tensor", "fsdp")),
+    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"(bias|scale)$", P(None)),
+)
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each axis; their product must be the number of devices."""
+
+    data: int = 0  # batches are split, parameters replicated; 0: all remaining devices
+    fsdp: int = 1  # batches and parameters are split
+    tensor: int = 1  # heads, feed-forward width and vocabulary are split
+    sequence: int = 1  # positions are split
+
+    def sizes(self, devices: int) -> tuple[int, ...]:
+        """Devices along (data, fsdp, tensor, sequence); ValueError if impossible."""
+        given = [getattr(self, name) for name in AXES]
+        for name, size in zip(AXES, given, strict=True):
+            if size < (0 if name == "data" else 1):
+                raise ValueError(f"mesh.{name}={size}: must be at least 1")
+        rest = math.prod(given[1:])
+        data = self.data or max(1, devices // rest)
+        if data * rest != devices:
+            raise ValueError(
+                f"mesh {dict(zip(AXES, given, strict=True))}: the product must be the "
+                f"number of devices, {devices}; set mesh.data=0 to use what remains"
+            )
+        return (data, *given[1:])
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
+    """The PartitionSpec of a parameter; axes that do not divide a size are dropped."""
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            break
+    else:
+        raise ValueError(
+            f"parameter {path!r} matches no partition rule; add a row to "
+            "runtime/partition.py RULES"
+        )
+    lead = max(0, len(shape) - len(spec))
+    names = (None,) * lead + tuple(spec)
+    names = names[-len(shape) :] if shape else ()
+    return P(
+        *(
+            name if name and size % mesh[name] == 0 and mesh[name] > 1 else None
+            for name, size in zip(names, shape, strict=True)
+        )
+    )
+
+
+def _optimizer_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
+    """Moments follow their parameters; counters and factored moments are replicated."""
+    for pattern, spec in RULES:
+        if re.search(pattern, path) and len(shape) - len(spec) in (0, 1):
+            return spec_for(path, shape, mesh)
+    return P()
+
+
+class MeshPlacement:
+    """jit over a mesh with the axes data, fsdp, tensor and sequence."""
+
+    name = "mesh"
+
+    def __init__(self, config: MeshConfig, devices: list | None = None):
+        devices = devices if devices is not None else jax.devices()
+        sizes = config.sizes(len(devices))
+        # Auto, not the default Explicit axes: the compiler propagates shardings.
+        self.mesh = jax.make_mesh(
+            sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        )
+        self.sizes = dict(zip(AXES, sizes, strict=True))
+        self.rows = self.sizes["data"] * self.sizes["fsdp"]  # batch rows: a multiple
+
+    def describe(self) -> str:
+        """'mesh data=8 fsdp=1 tensor=1 sequence=1'."""
+        return "mesh " + " ".join(f"{k}={v}" for k, v in self.sizes.items())
+
+    def shardings(self, state: Tree) -> Tree:
+        """NamedSharding of every leaf of a state or of parameters (abstract or not)."""
+
+        def of(path: tuple, x: Any) -> NamedSharding:
+            name, shape = path_name(path), x.shape
+            # step, rng, and whatever the optimiser holds besides moments
+            whole = not name.startswith("params")
+            find = _optimizer_spec if whole else spec_for
+            return NamedSharding(self.mesh, find(name, shape, self.sizes))
+
+        return jax.tree_util.tree_map_with_path(of, state)
+
+    def abstract(self, state: Tree) -> Tree:
+        """Shapes with shardings: the target of a restore."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state,
+            self.shardings(state),
+        )
+
+    def init(self, make: Callable[[], Tree]) -> Tree:
+        """The state that `make` computes, created where it lives."""
+        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+
+    def load(self, state: Tree) -> Tree:
+        """A restored state (see `abstract`) in the form that steps take."""
+        return state
+
+    def unload(self, state: Tree) -> Tree:
+        """The state as it is saved, and as text is generated from it."""
+        return state
+
+    def put(
+        self, batch: Mapping[str, np.ndarray], parts: int = 1
+    ) -> Mapping[str, jax.Array]:
+        """A host's view of the global batch, onto the devices.
+
+        Rows are padded so that each of `parts` micro-batches divides evenly.
+        """
+        batch = pad_rows(batch, self.rows * parts)
+
+        def place(x: np.ndarray) -> jax.Array:
+            spec = P(("data", "fsdp"), *(("sequence",) if x.ndim == 2 else ()))
+            sharding = NamedSharding(self.mesh, spec)
+            return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+        return {name: place(x) for name, x in batch.items()}
+
+    def compile_train(self, step: Callable) -> Callable:
+        """(state, batch) -> (state, metrics); the state is donated."""
+        step = functools.partial(step, reduce=lambda x: x)
+
+        def pinned(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+            out, metrics = step(state, batch)
+            # Without this the compiler may return a state placed otherwise.
+            return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
+
+        return jax.jit(pinned, donate_argnums=0)
+
+    def compile_eval(self, step: Callable) -> Callable:
+        """(params, batch) -> metrics."""
+        return jax.jit(functools.partial(step, reduce=lambda x: x))
+
+
+class PmapPlacement:
+    """Replicated data parallelism through jax.pmap."""
+
+    name = "pmap"
+
+    def __init__(self, config: MeshConfig, devices: list | None = None):
+        self.devices = devices if devices is not None else jax.local_devices()
+        sizes = config.sizes(len(self.devices))
+        if sizes[0] != len(self.devices):
+            raise ValueError(
+                f"placement='pmap' with mesh {dataclasses.asdict(config)}: pmap only "
+                "splits batches; use placement='mesh' or set the other axes to 1"
+            )
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"placement='pmap' with {jax.process_count()} processes: pmap runs on "
+                "one; use placement='mesh'"
+            )
+        self.rows = len(self.devices)
+
+    def describe(self) -> str:
+        """'pmap over 8 devices'."""
+        return f"pmap over {len(self.devices)} devices"
+
+    def shardings(self, state: Tree) -> Tree:
+        """Where a restore puts a state: the first device, until `load` replicates it."""
+        one = jax.sharding.SingleDeviceSharding(self.devices[0])
+        return jax.tree.map(lambda _: one, state)
+
+    abstract = MeshPlacement.abstract
+
+    def init(self, make: Callable[[], Tree]) -> Tree:
+        """The state that `make` computes, replicated."""
+        return self.load(jax.jit(make)())
+
+    def load(self, state: Tree) -> Tree:
+        """A copy of the state for every device."""
+        mesh = jax.sharding.Mesh(np.array(self.devices), ("data",))
+        spread = NamedSharding(mesh, P("data"))
+
+        def copy(x: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(x[None], (len(self.devices), *x.shape))
+
+        copies = jax.tree.map(lambda _: spread, state)
+        return jax.jit(lambda tree: jax.tree.map(copy, tree), out_shardings=copies)(
+            jax.device_put(state, NamedSharding(mesh, P()))
+        )
+
+    def unload(self, state: Tree) -> Tree:
+        """The first device's copy."""
+        return jax.tree.map(lambda x: x[0], state)
+
+    def put(
+        self, batch: Mapping[str, np.ndarray], parts: int = 1
+    ) -> Mapping[str, np.ndarray]:
+        """The batch with a leading device axis; pmap moves it. See MeshPlacement."""
+        batch = pad_rows(batch, self.rows * parts)
+        n = self.rows
+        return {
+            k: x.reshape(n, x.shape[0] // n, *x.shape[1:]) for k, x in batch.items()
+        }
+
+    def compile_train(self, step: Callable) -> Callable:
+        """(state, batch) -> (state, metrics); the state is donated."""
+        reduce = functools.partial(jax.lax.psum, axis_name="data")
+        mapped = jax.pmap(
+            functools.partial(step, reduce=reduce),
+            axis_name="data",
+            devices=self.devices,
+            donate_argnums=0,
+        )
+        return _first_metrics(mapped)
+
+    def compile_eval(self, step: Callable) -> Callable:
+        """(params, batch) -> metrics."""
+        reduce = functools.partial(jax.lax.psum, axis_name="data")
+        mapped = jax.pmap(
+            functools.partial(step, reduce=reduce),
+            axis_name="data",
+            devices=self.devices,
+        )
+
+        def run(params: Tree, batch: Tree) -> Tree:
+            return jax.tree.map(lambda x: x[0], mapped(params, batch))
+
+        return run
+
+
+def _first_metrics(mapped: Callable) -> Callable:
+    def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        state, metrics = mapped(state, batch)
+        return state, jax.tree.map(lambda x: x[0], metrics)
+
+    return run
+
+
+PLACEMENTS = {"mesh": MeshPlacement, "pmap": PmapPlacement}
+
+
+def pad_rows(
+    batch: Mapping[str, np.ndarray], multiple: int
+) -> Mapping[str, np.ndarray]:
+    """Appends rows of zeros (so of weight and segment 0) up to a multiple of rows."""
+    rows = len(next(iter(batch.values())))
+    extra = -rows % multiple
+    if not extra:
+        return batch
+    return {
+        k: np.concatenate([x, np.zeros((extra, *x.shape[1:]), x.dtype)])
+        for k, x in batch.items()
+    }
+
+
+def parameter_table(params: Tree, placement: MeshPlacement | PmapPlacement) -> str:
+    """One line a parameter: path, shape, count, spec; then the totals."""
+    shardings = placement.shardings({"params": params})["params"]
+    rows = []
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    for (path, x), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
+        spec = getattr(sharding, "spec", P())
+        split = ", ".join(str(s) for s in spec) if any(spec) else "replicated"
+        rows.append((path_name(path), str(x.shape), f"{x.size:,}", split))
+    widths = [max(len(r[i]) for r in rows) for i in range(4)]
+    lines = [
+        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}"
+        for a, b, c, d in rows
+    ]
+    count = sum(x.size for _, x in flat)
+    size = sum(x.size * x.dtype.itemsize for _, x in flat)
+    return "\n".join([*lines, f"  {count:,} parameters, {size / 1e6:,.1f} MB"])

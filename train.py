@@ -1,0 +1,312 @@
+"""Trains one experiment; started again with the same workdir, resumes it.
+
+    python train.py --config=configs/NAME.py[:variant] --workdir=DIR
+        [--config.any.key=value] [--dry_run]
+
+Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTERM,
+Ctrl-C) after saving: start the same command again.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from triform.configs import base
+from triform.configs.base import ExperimentConfig
+from triform.evaluate import Evaluator, summary, write_samples
+from triform.experiment import (
+    Experiment,
+    TrainState,
+    UserError,
+    checkpoint_dir,
+    one_line_errors,
+    saved_config,
+)
+from triform.input_pipeline import (
+    Batches,
+    Prefetch,
+    TrainBatches,
+    build_tokenizer,
+    report,
+    token_store,
+)
+from triform.progress import Progress
+from triform.runtime import metrics
+from triform.runtime.checkpoint import Checkpointer
+from triform.runtime.metrics import MetricWriter
+from triform.runtime.partition import parameter_table
+from triform.tokenizer import Tokenizer
+
+INTERRUPTED = 75  # EX_TEMPFAIL: try again
+# What a workdir's parameters and step numbers mean: never changed on resuming.
+FIXED = (
+    "model.",
+    "task.type",
+    "data.source",
+    "data.inputs",
+    "data.targets",
+    "data.tok",
+)
+FREE = ("model.trunk.remat", "model.trunk.dropout", "model.trunk.attention_dropout")
+
+
+def print_plan(experiment: Experiment) -> None:
+    """Devices, placement, parameters and tokens a step, from abstract shapes."""
+    config = experiment.config
+    devices = jax.devices()
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(f"devices: {len(devices)} x {devices[0].device_kind}{processes}")
+    print(f"placement: {experiment.placement.describe()}")
+    params = jax.eval_shape(experiment.make_state).params
+    print("parameters:")
+    print(parameter_table(params, experiment.placement))
+    for length in config.data.lengths():
+        rows = config.data.rows(length)
+        print(
+            f"batch: {rows} rows x {length} source and {length} target places = "
+            f"{2 * rows * length:,} places, {config.optim.accumulate} micro-batches"
+        )
+    print(f"steps: {config.steps:,}, optimiser {config.optim.name}")
+
+
+def print_first_batch(batch: dict[str, np.ndarray], tok: Tokenizer) -> None:
+    """One decoded example, and the targets with their loss weights."""
+    targets, weights = batch["targets"][0], batch["weights"][0]
+    print("first batch:")
+    print(f"  source   {tok.decode(batch['encoder_inputs'][0])}")
+    print(f"  target   {tok.decode(targets)}")
+    shown = [f"{t}:{w:g}" for t, w in zip(targets, weights, strict=True)]
+    print(f"  id:weight  {' '.join(shown[:16])}{' ...' if len(shown) > 16 else ''}")
+
+
+def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
+    """Writes config.json; on resuming prints what differs and refuses what may not."""
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"workdir={workdir!r}: {error.strerror}; name another"
+        ) from error
+    old = saved_config(workdir)
+    if old is not None:
+        changed = base.differences(old, config)
+        for name, (before, after) in changed.items():
+            print(f"config: {name} was {before!r}, is now {after!r}")
+        for name, (before, after) in changed.items():
+            if name == "seed" or (name.startswith(FIXED) and name not in FREE):
+                raise UserError(
+                    f"workdir={workdir!r}: it belongs to another experiment ({name} is "
+                    f"{before!r} there, {after!r} here); name another workdir or change "
+                    "it back"
+                )
+    text = base.to_json(config)
+    path = os.path.join(workdir, "config.json")
+    with open(path + ".tmp", "w") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+class Interrupt:
+    """Turns SIGTERM and the first Ctrl-C into a request to save and leave."""
+
+    def __init__(self) -> None:
+        self.requested = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = signal.Signals(number).name
+        print(f"\n{self.requested}: saving before leaving", file=sys.stderr)
+        # A second one ends the process as usual.
+        signal.signal(number, signal.SIG_DFL)
+
+
+def batches_from(
+    train: TrainBatches, experiment: Experiment, first: int
+) -> Iterator[tuple[Any, int]]:
+    """(batch on the devices, its real tokens) of the steps from `first` on."""
+    for step in range(first, experiment.config.steps):
+        batch = train[step]
+        tokens = int(
+            (batch["encoder_segments"] > 0).sum() + (batch["weights"] > 0).sum()
+        )
+        yield experiment.put(batch), tokens
+
+
+def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> None:
+    """Stops on a loss or gradient that is not finite, naming step and examples."""
+    for name in ("train/loss", "train/grad_norm"):
+        if not np.isfinite(scalars[name]):
+            _, ids = train.ids(step - 1)
+            shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+            raise UserError(
+                f"step {step}: {name} is {scalars[name]} on examples {shown} of "
+                f"{train.batches.split}; nothing was saved since. Lower "
+                "optim.learning_rate, set optim.clip_norm=1 or lengthen "
+                "optim.warmup_steps, and start again from the last checkpoint"
+            )
+
+
+def compile_steps(
+    experiment: Experiment, train: TrainBatches, state: TrainState
+) -> dict[int, Any]:
+    """The train step compiled for every row length, before the first step."""
+    step = experiment.placement.compile_train(experiment.train_step)
+    compiled = {}
+    for length in train.shapes():
+        start = time.perf_counter()
+        batch = experiment.put(train.batches.collate(length, train.buckets[length][:1]))
+        compiled[length] = step.lower(state, batch).compile()
+        took = time.perf_counter() - start
+        print(f"compiled the step for rows of {length} in {took:.1f} s", flush=True)
+    return compiled
+
+
+def train_loop(
+    experiment: Experiment,
+    train: TrainBatches,
+    evaluator: Evaluator,
+    state: TrainState,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    workdir: str,
+) -> TrainState | None:
+    """Steps until config.steps; None if interrupted (the state is then saved)."""
+    config = experiment.config
+    interrupt = Interrupt()
+    steps = compile_steps(experiment, train, state)
+    start = int(experiment.placement.unload(state).step)
+    progress = Progress(start, config.steps, config.log_every, experiment.schedule)
+    source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
+    pending = None
+
+    def settle() -> None:
+        """Reads the metrics of the step before: never waits for the one in flight."""
+        if pending is not None:
+            number, measured, tokens = pending
+            scalars = metrics.values(measured, "train")
+            check_finite(scalars, number, train)
+            if line := progress.update(number, measured, scalars, tokens):
+                writer.write(number, line)
+
+    try:
+        for step in range(start + 1, config.steps + 1):
+            with progress.waiting():
+                batch, tokens = next(source)
+            length, _ = train.ids(step - 1)
+            state, measured = steps[length](state, batch)
+            settle()
+            pending = (step, measured, tokens)
+            last = step == config.steps or bool(interrupt.requested)
+            evaluate = step % config.evaluation.every == 0 or step == config.steps
+            if not (last or evaluate or step % config.checkpoint.every == 0):
+                continue
+            settle()
+            pending, scores = None, None
+            with progress.paused():
+                if evaluate and not interrupt.requested:
+                    params = experiment.evaluation_params(state)
+                    result = evaluator(params, "eval", config.evaluation.examples)
+                    writer.write(step, result.scalars)
+                    scores = result.numbers()
+                    write_samples(workdir, f"step_{step:08d}", result.samples)
+                    print(f"step {step}: {summary(result)} ({result.seconds:.0f} s)")
+                meta = {"config": base.to_json(config), "data": {"step": step}}
+                saved = experiment.placement.unload(state)
+                checkpointer.save(step, saved, meta=meta, metrics=scores, wait=last)
+            if interrupt.requested:
+                print(f"{interrupt.requested}: step {step} is saved", file=sys.stderr)
+                return None
+    finally:
+        source.close()
+        progress.close()
+    return state
+
+
+def finish(
+    experiment: Experiment,
+    tok: Tokenizer,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    workdir: str,
+) -> None:
+    """Scores the test split with the best or averaged parameters; says what is next."""
+    config = experiment.config
+    average = config.evaluation.average
+    params, which = experiment.load_params(
+        checkpointer, f"average:{average}" if average else "best"
+    )
+    result = Evaluator(experiment, tok, config.data.test_split)(params, "test")
+    writer.write(config.steps, result.scalars | {"test/checkpoint": which})
+    write_samples(workdir, "test", result.samples)
+    print(f"\n{result.samples}\ntest ({which}): {summary(result)}")
+    shown = os.path.relpath(workdir)
+    print(
+        f"finished: {config.steps} steps in {shown}. Next:\n"
+        f'  python generate.py --workdir={shown} --input="..."\n'
+        f"  python evaluate.py --workdir={shown} --split={config.data.test_split}\n"
+        f"  tensorboard --logdir={shown}\n"
+        f"  python train.py ... --config.steps={2 * config.steps}   to go on"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """config -> mesh -> data -> state -> loop -> eval -> save."""
+    config, workdir = flags.FLAGS.config, os.path.abspath(flags.FLAGS.workdir)
+    try:
+        config.validate()
+        experiment = Experiment(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if flags.FLAGS.dry_run:
+        print_plan(experiment)
+        return 0
+    claim_workdir(workdir, config)
+    with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
+        done = checkpointer.latest()
+        if done is not None and done >= config.steps:
+            print(
+                f"{workdir}: finished, {done} steps done; raise --config.steps to go on"
+            )
+            return 0
+        print_plan(experiment)
+        tok = build_tokenizer(config.data, config.model.vocab_size, workdir)
+        store = token_store(config.data, config.data.train_split, tok)
+        name, vocab = config.data.train_split, config.model.vocab_size
+        train = TrainBatches(Batches(config.data, store, name, vocab), config.seed)
+        evaluator = Evaluator(experiment, tok, config.data.eval_split)
+        print(report(train))
+        print_first_batch(train[0], tok)
+        restored = checkpointer.restore(experiment.abstract_state())
+        if restored is None:
+            state = experiment.placement.init(experiment.make_state)
+        else:
+            state = experiment.placement.load(restored[0])
+            print(f"resuming after step {restored[1]['data']['step']}")
+        writer = MetricWriter(workdir)
+        try:
+            state = train_loop(
+                experiment, train, evaluator, state, checkpointer, writer, workdir
+            )
+            if state is None:
+                return INTERRUPTED
+            finish(experiment, tok, checkpointer, writer, workdir)
+        finally:
+            writer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
+    flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
+    flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(one_line_errors(main))
