@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from triform import decode, scoring
+from triform import cli, decode, scoring
 from triform.experiment import (
     Experiment,
     checkpoint_dir,
-    one_line_errors,
     open_workdir,
 )
 from triform.input_pipeline import Batches, build_tokenizer, raw_examples, token_store
@@ -67,7 +66,7 @@ class Evaluator:
                 tokens = np.asarray(self.generate(single, batch, np.uint32(0))[0])
                 texts = (self.tokenizer.decode(row) for row in tokens)
                 written |= dict(zip(ids.tolist(), texts, strict=False))
-        scalars = metrics.values(total, prefix)
+        scalars = metrics.values(metrics.to_host(total), prefix)
         samples = ""
         if written:
             kept = sorted(i for i in written if not limit or i < limit)
@@ -134,7 +133,6 @@ def main(argv: list[str]) -> None:
     if flag.beam_size:
         config.decode.method, config.decode.beam_size = "beam", flag.beam_size
     config.mesh, config.placement = type(config.mesh)(), "mesh"
-    config.validate()
     experiment = Experiment(config)
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         params, which = experiment.load_params(checkpointer, flag.checkpoint)
@@ -156,4 +154,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
     flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
-    app.run(one_line_errors(main))
+    cli.launch(main)

@@ -1,9 +1,7 @@
 """What one config means: placement, model, task, optimiser, state and pure steps."""
 
 import dataclasses
-import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +12,15 @@ import optax
 from flax import struct
 
 from triform import models, tasks
+from triform.cli import UserError
 from triform.configs.base import ExperimentConfig, from_json
-from triform.datasets import DataError
 from triform.runtime import metrics, optim
-from triform.runtime.checkpoint import Checkpointer, CheckpointError
+from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.metrics import Mean
 from triform.runtime.partition import PLACEMENTS
 
 Array = jax.Array
 Tree = Any
-
-
-class UserError(Exception):
-    """A mistake that one line explains: the value, the rule and the fix."""
 
 
 @struct.dataclass
@@ -47,7 +41,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.placement = PLACEMENTS[config.placement](config.mesh)
+        try:
+            config.validate()
+            self.placement = PLACEMENTS[config.placement](config.mesh)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         self.model = models.build(config.model)
         self.task = tasks.build(config.task, self.model)
         self.optimizer = optim.build(config.optim, config.steps)
@@ -185,24 +183,10 @@ def open_workdir(workdir: str) -> ExperimentConfig:
     config = saved_config(workdir)
     if config is None:
         raise UserError(
-            f"workdir={workdir!r}: holds no config.json; name the workdir of a run that "
-            "train.py has started"
+            f"workdir={workdir!r}: holds no config.json; name the workdir of a run "
+            "that train.py has started"
         )
     return config
-
-
-def one_line_errors(main: Callable[[list[str]], int | None]) -> Callable:
-    """Wraps an entry point: mistakes of the user end it with one line and code 1."""
-
-    def run(argv: list[str]) -> int | None:
-        logging.getLogger("absl").setLevel(logging.WARNING)
-        try:
-            return main(argv)
-        except (UserError, DataError, CheckpointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-
-    return run
 
 
 def checkpoint_dir(workdir: str) -> str:

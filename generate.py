@@ -9,15 +9,14 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from triform import cli
 from triform.decode import METHODS
 from triform.evaluate import make_generate
 from triform.experiment import (
     Experiment,
-    UserError,
     checkpoint_dir,
-    one_line_errors,
     open_workdir,
 )
 from triform.input_pipeline import DataConfig, build_tokenizer
@@ -45,7 +44,7 @@ def encode(lines: list[str], rows: int, data: DataConfig, tok: Tokenizer) -> dic
     longest = max(len(x) for x in ids) + 1
     if longest > data.max_len:
         where = next(i for i, x in enumerate(ids) if len(x) + 1 == longest)
-        raise UserError(
+        raise cli.UserError(
             f"input {lines[where][:60]!r}: {longest} tokens, the model reads at most "
             f"data.max_len={data.max_len}; shorten or split it"
         )
@@ -70,7 +69,6 @@ def main(argv: list[str]) -> None:
         if flag[name].present:
             setattr(config.decode, name, flag[name].value)
     config.mesh, config.placement = type(config.mesh)(data=1), "mesh"
-    config.validate()
     experiment = Experiment(config)
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         params, which = experiment.load_params(checkpointer, flag.checkpoint)
@@ -102,4 +100,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", 1.0, "Instead of decode.temperature.")
     flags.DEFINE_integer("top_k", 0, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", 1.0, "Instead of decode.top_p.")
-    app.run(one_line_errors(main))
+    cli.launch(main)

@@ -10,15 +10,32 @@ from triform.runtime import metrics
 
 
 class Progress:
-    """Sums metrics between reports; one live line on a terminal, else plain lines."""
+    """Sums metrics between reports; one live line on a terminal, else plain lines.
 
-    def __init__(self, step: int, total: int, every: int, rate: Callable[[int], Any]):
+    `window` is what `saved_window` gave when the run was saved: sums since the last
+    report, so that a resumed run reports what an uninterrupted one would.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        total: int,
+        every: int,
+        rate: Callable[[int], Any],
+        window: dict[str, list],
+    ):
         self.total, self.every, self.rate = total, every, rate
         self.live = sys.stdout.isatty()
         self.first = self.step = step
         self.started = time.perf_counter()
         self.idle = 0.0  # seconds spent on evaluation and saving, all in all
         self._reset()
+        self.window = window
+
+    def saved_window(self) -> dict[str, list]:
+        """{name: [total, weight]} since the last report, for a checkpoint's JSON."""
+        sums = self.sums or {}
+        return {k: [m.total.tolist(), m.weight.tolist()] for k, m in sums.items()}
 
     def _reset(self) -> None:
         self.sums: metrics.Metrics | None = None
@@ -43,17 +60,21 @@ class Progress:
         self.idle += time.perf_counter() - start
 
     def update(
-        self, step: int, measured: metrics.Metrics, scalars: dict, tokens: int
+        self, step: int, measured: metrics.Metrics, tokens: int
     ) -> dict[str, float] | None:
-        """Takes in a step; every `every` steps returns the scalars to be written."""
+        """Takes in a step, measured on the host; returns the scalars of a report."""
         self.step = step
+        scalars = metrics.values(measured, "train")
+        for name, (total, weight) in self.window.items():
+            m = measured[name]
+            measured[name] = m.replace(total=m.total + total, weight=m.weight + weight)
+        self.window = {}
         self.sums = metrics.add(self.sums, measured)
         self.tokens += tokens
         self.steps += 1
-        due = step % self.every == 0 or step == self.total
         if self.live:
             self._show(scalars, end="\r")
-        if not due:
+        if step % self.every:
             return None
         seconds = max(time.perf_counter() - self.since - self.away, 1e-9)
         line = metrics.values(self.sums, "train")

@@ -16,18 +16,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from triform import cli
 from triform.configs import base
 from triform.configs.base import ExperimentConfig
 from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import (
     Experiment,
     TrainState,
-    UserError,
     checkpoint_dir,
-    one_line_errors,
     saved_config,
 )
 from triform.input_pipeline import (
@@ -92,7 +91,7 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
     try:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
-        raise UserError(
+        raise cli.UserError(
             f"workdir={workdir!r}: {error.strerror}; name another"
         ) from error
     old = saved_config(workdir)
@@ -102,10 +101,10 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
             print(f"config: {name} was {before!r}, is now {after!r}")
         for name, (before, after) in changed.items():
             if name == "seed" or (name.startswith(FIXED) and name not in FREE):
-                raise UserError(
+                raise cli.UserError(
                     f"workdir={workdir!r}: it belongs to another experiment ({name} is "
-                    f"{before!r} there, {after!r} here); name another workdir or change "
-                    "it back"
+                    f"{before!r} there, {after!r} here); name another workdir or "
+                    "change it back"
                 )
     text = base.to_json(config)
     path = os.path.join(workdir, "config.json")
@@ -131,14 +130,15 @@ class Interrupt:
 
 def batches_from(
     train: TrainBatches, experiment: Experiment, first: int
-) -> Iterator[tuple[Any, int]]:
-    """(batch on the devices, its real tokens) of the steps from `first` on."""
+) -> Iterator[tuple[Any, int, int]]:
+    """(batch on the devices, row length, real tokens) of the steps from `first` on."""
     for step in range(first, experiment.config.steps):
-        batch = train[step]
+        length, ids = train.ids(step)
+        batch = train.batches.collate(length, ids)
         tokens = int(
             (batch["encoder_segments"] > 0).sum() + (batch["weights"] > 0).sum()
         )
-        yield experiment.put(batch), tokens
+        yield experiment.put(batch), length, tokens
 
 
 def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> None:
@@ -147,7 +147,7 @@ def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> N
         if not np.isfinite(scalars[name]):
             _, ids = train.ids(step - 1)
             shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-            raise UserError(
+            raise cli.UserError(
                 f"step {step}: {name} is {scalars[name]} on examples {shown} of "
                 f"{train.batches.split}; nothing was saved since. Lower "
                 "optim.learning_rate, set optim.clip_norm=1 or lengthen "
@@ -178,13 +178,16 @@ def train_loop(
     checkpointer: Checkpointer,
     writer: MetricWriter,
     workdir: str,
+    window: dict,
 ) -> TrainState | None:
     """Steps until config.steps; None if interrupted (the state is then saved)."""
     config = experiment.config
     interrupt = Interrupt()
     steps = compile_steps(experiment, train, state)
     start = int(experiment.placement.unload(state).step)
-    progress = Progress(start, config.steps, config.log_every, experiment.schedule)
+    progress = Progress(
+        start, config.steps, config.log_every, experiment.schedule, window
+    )
     source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
     pending = None
 
@@ -192,16 +195,15 @@ def train_loop(
         """Reads the metrics of the step before: never waits for the one in flight."""
         if pending is not None:
             number, measured, tokens = pending
-            scalars = metrics.values(measured, "train")
-            check_finite(scalars, number, train)
-            if line := progress.update(number, measured, scalars, tokens):
+            measured = metrics.to_host(measured)
+            check_finite(metrics.values(measured, "train"), number, train)
+            if line := progress.update(number, measured, tokens):
                 writer.write(number, line)
 
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
-                batch, tokens = next(source)
-            length, _ = train.ids(step - 1)
+                batch, length, tokens = next(source)
             state, measured = steps[length](state, batch)
             settle()
             pending = (step, measured, tokens)
@@ -219,7 +221,12 @@ def train_loop(
                     scores = result.numbers()
                     write_samples(workdir, f"step_{step:08d}", result.samples)
                     print(f"step {step}: {summary(result)} ({result.seconds:.0f} s)")
-                meta = {"config": base.to_json(config), "data": {"step": step}}
+                meta = {
+                    "config": base.to_json(config),
+                    # Batch t is a function of (seed, t): this is the whole position.
+                    "data": {"seed": config.seed, "step": step},
+                    "window": progress.saved_window(),
+                }
                 saved = experiment.placement.unload(state)
                 checkpointer.save(step, saved, meta=meta, metrics=scores, wait=last)
             if interrupt.requested:
@@ -260,12 +267,8 @@ def finish(
 
 def main(argv: list[str]) -> int:
     """config -> mesh -> data -> state -> loop -> eval -> save."""
-    config, workdir = flags.FLAGS.config, os.path.abspath(flags.FLAGS.workdir)
-    try:
-        config.validate()
-        experiment = Experiment(config)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    config, workdir = cli.config_flag(), os.path.abspath(flags.FLAGS.workdir)
+    experiment = Experiment(config)
     if flags.FLAGS.dry_run:
         print_plan(experiment)
         return 0
@@ -287,14 +290,24 @@ def main(argv: list[str]) -> int:
         print_first_batch(train[0], tok)
         restored = checkpointer.restore(experiment.abstract_state())
         if restored is None:
+            done, window = 0, {}
             state = experiment.placement.init(experiment.make_state)
         else:
-            state = experiment.placement.load(restored[0])
-            print(f"resuming after step {restored[1]['data']['step']}")
-        writer = MetricWriter(workdir)
+            saved, meta = restored
+            done, window = meta["data"]["step"], meta["window"]
+            state = experiment.placement.load(saved)
+            print(f"resuming after step {done}")
+        writer = MetricWriter(workdir, done)
         try:
             state = train_loop(
-                experiment, train, evaluator, state, checkpointer, writer, workdir
+                experiment,
+                train,
+                evaluator,
+                state,
+                checkpointer,
+                writer,
+                workdir,
+                window,
             )
             if state is None:
                 return INTERRUPTED
@@ -309,4 +322,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(one_line_errors(main))
+    cli.launch(main)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import typing
+from dataclasses import dataclass, field
 from typing import Any
 
 from triform.decode import DecodeConfig
@@ -17,23 +18,19 @@ from triform.scoring import EvaluationConfig
 from triform.tasks import TASKS, TokenPredictionConfig
 
 
-def _default(cls: type) -> Any:
-    return dataclasses.field(default_factory=cls)
-
-
-@dataclasses.dataclass
+@dataclass
 class ExperimentConfig:
     """One experiment: an architecture, data and an objective, and how to run them."""
 
-    model: Any = _default(EncoderDecoderConfig)  # a key of models.MODELS
-    task: Any = _default(TokenPredictionConfig)  # a key of tasks.TASKS
-    data: DataConfig = _default(DataConfig)
-    optim: OptimConfig = _default(OptimConfig)
-    decode: DecodeConfig = _default(DecodeConfig)
-    evaluation: EvaluationConfig = _default(EvaluationConfig)
-    checkpoint: CheckpointConfig = _default(CheckpointConfig)
+    model: Any = field(default_factory=EncoderDecoderConfig)  # a key of models.MODELS
+    task: Any = field(default_factory=TokenPredictionConfig)  # a key of tasks.TASKS
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     placement: str = "mesh"
-    mesh: MeshConfig = _default(MeshConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 100_000  # updates in all
     seed: int = 0  # of parameters, dropout and data order
     log_every: int = 100  # steps
@@ -61,8 +58,8 @@ class ExperimentConfig:
                 )
         if self.data.max_len > trunk.max_len:
             raise ValueError(
-                f"data.max_len={self.data.max_len}: must not exceed model.trunk.max_len="
-                f"{trunk.max_len}; lower the one or raise the other"
+                f"data.max_len={self.data.max_len}: must not exceed "
+                f"model.trunk.max_len={trunk.max_len}; lower the one or raise the other"
             )
         if self.decode.max_len > trunk.max_len:
             raise ValueError(
@@ -72,8 +69,8 @@ class ExperimentConfig:
         for length in self.data.lengths():
             if length % self.mesh.sequence:
                 raise ValueError(
-                    f"mesh.sequence={self.mesh.sequence}: must divide every row length; "
-                    f"{length} (data.buckets, data.max_len) is not divisible"
+                    f"mesh.sequence={self.mesh.sequence}: must divide every row "
+                    f"length; {length} (data.buckets, data.max_len) is not divisible"
                 )
         if self.evaluation.every % self.checkpoint.every:
             raise ValueError(

@@ -16,11 +16,11 @@ from triform.scoring import EvaluationConfig
 def get_config(variant: str = "") -> ExperimentConfig:
     """Variants: '' (minutes), 'smoke' (seconds)."""
     trunk = TransformerConfig(
-        num_layers=2, d_model=128, num_heads=4, d_ff=512, max_len=64, dropout=0.05
+        num_layers=2, d_model=128, num_heads=4, d_ff=512, max_len=40, dropout=0.05
     )
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=1500),
-        data=DataConfig(source="cldr", max_len=64, batch_size=32, buckets=(20, 36)),
+        data=DataConfig(source="cldr", max_len=40, batch_size=64, buckets=(10, 16, 24)),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=400, schedule="rsqrt"),
         decode=DecodeConfig(method="greedy"),
         evaluation=EvaluationConfig(every=1000, examples=300),
@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     if variant == "smoke":
         trunk.d_model, trunk.d_ff = 16, 32
         config.model.vocab_size = 400
+        config.data.train_split = "validation"
         config.data.batch_size, config.data.buckets = 8, ()
         config.steps, config.log_every = 6, 2
         config.evaluation.every = config.checkpoint.every = 4

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -96,10 +97,14 @@ def _open(
     except DataError:
         raise
     except tfds.core.DatasetNotFoundError as error:
+        # TFDS drops, without a word, every builder imported after one that needs h5py.
+        hidden = '' if importlib.util.find_spec('h5py') else (
+            '; h5py is missing, which hides most of them: run `pip install h5py`'
+        )
         raise DataError(
             f'{name!r}: no such data set: expected one of '
             f'{", ".join([*others, *BUILDERS])}, or a public TFDS name such as '
-            'wmt14_translate/de-en (see tensorflow.org/datasets/catalog)'
+            f'wmt14_translate/de-en (see tensorflow.org/datasets/catalog){hidden}'
         ) from error
     except Exception as error:  # TFDS lets out whatever a builder or a library raises.
         raise _explained(name, error) from error
@@ -121,7 +126,8 @@ def _prepared(
     except OSError as error:
         # Two processes prepared the same data: TFDS writes to a temporary folder and
         # renames it at the end, so the first to finish wins and its data are whole.
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+        # (Its own FileExistsError carries no errno; the system's may be ENOTEMPTY.)
+        if not isinstance(error, FileExistsError) and error.errno != errno.ENOTEMPTY:
             raise
         builder = make()
         if not builder.is_prepared():
@@ -137,8 +143,10 @@ def _explained(name: str, error: Exception) -> DataError:
     for link in chain:
         if isinstance(link, DataError):  # Ours, wrapped on its way through TFDS.
             return link
-    elsewhere = 'prepare it on another machine (file_format=array_record), copy the '
-    elsewhere += 'folder and set data_dir'
+    elsewhere = (
+        'prepare it on another machine (file_format=array_record), copy the folder '
+        'and set data_dir'
+    )
     for link in chain:
         if isinstance(link, ImportError):
             package = (link.name or str(link)).split('.')[0]

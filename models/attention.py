@@ -36,7 +36,7 @@ def kernel_init(config: TransformerConfig) -> nn.initializers.Initializer:
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, 3.2.2), grouped if num_kv_heads is set.
+    """Multi-head attention (Vaswani et al. 2017, 3.2.2), grouped or not.
 
     Parameters: query, key, value kernels [D, H or K, E], out kernel [H, E, D].
     """

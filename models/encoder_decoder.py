@@ -70,7 +70,7 @@ class EncoderDecoder(nn.Module):
             )
 
     def __call__(self, batch: Mapping[str, Array]) -> Array:
-        """Logits float32 [B, L, V] of batch['targets'] given batch['inputs'] before them.
+        """Logits float32 [B, L, V] of the token after each of batch['inputs'].
 
         Reads encoder_inputs and encoder_segments [B, S], inputs [B, L] (targets shifted
         right), and, where rows are packed, segments and positions of both sides.

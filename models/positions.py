@@ -30,7 +30,7 @@ class PositionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, positions: Array) -> Array:
-        """x [B, L, D] plus the encoding of positions int32 [B, L] (empty slots: any)."""
+        """x [B, L, D] plus the encoding of positions int32 [B, L]."""
         cfg = self.config
         if x.shape[1] > cfg.max_len and cfg.positions != "none":
             raise ValueError(

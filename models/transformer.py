@@ -32,9 +32,8 @@ class Cache:
     in them (negative: nothing), so rows may be padded on either side.
     """
 
-    blocks: (
-        Any  # per block {'self': KVCache, 'cross': KVCache or None}; stacked if scanned
-    )
+    # Per block {"self": KVCache, "cross": KVCache or None}; stacked if scanned.
+    blocks: Any
     positions: Array  # int32 [B, S]
     index: Array  # int32 []: the next free slot
     memory_positions: Array | None = None  # int32 [B, M]; negative: padding
@@ -48,7 +47,7 @@ class Cache:
         length: int,
         memory_positions: Array | None = None,
     ) -> "Cache":
-        """An empty cache of `length` slots, with room for cross-attention to a memory."""
+        """An empty cache of `length` slots, and room for a memory if there is one."""
 
         def kv(slots: int) -> KVCache:
             lead = (config.num_layers // cycle(config),) if config.scan_layers else ()

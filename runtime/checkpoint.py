@@ -102,8 +102,8 @@ class Checkpointer:
                 preservation_policy=self,
             ),
         )
-        self._directory = self._manager.directory
-        self._corrupt = self._directory.parent / 'corrupt'
+        self.directory = self._manager.directory
+        self._corrupt = self.directory.parent / 'corrupt'
 
     def __enter__(self) -> 'Checkpointer':
         return self
@@ -210,7 +210,7 @@ class Checkpointer:
                 self._move_aside(found, problem)
         if problems:
             raise CheckpointError(
-                f'no intact checkpoint in {self._directory} ({"; ".join(problems)}); '
+                f'no intact checkpoint in {self.directory} ({"; ".join(problems)}); '
                 f'look into {self._corrupt}, or start in a new directory'
             )
         return None
@@ -246,21 +246,21 @@ class Checkpointer:
         return [-step for _, step in sorted(scored)]
 
     def _path(self, step: int) -> Any:
-        return self._directory / str(step)
+        return self.directory / str(step)
 
     def _prepare(self, step: int, size: int) -> None:
         """Refuse a save that cannot succeed; clear what killed saves left behind."""
         newest = self.latest()
         if newest is not None and step <= newest:
             raise CheckpointError(
-                f'step {step} cannot be saved: {self._directory} already holds step '
+                f'step {step} cannot be saved: {self.directory} already holds step '
                 f'{newest}, and steps must increase; save a later step or restore first'
             )
         if not self._wrote:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
             # Only a writer may do this: a reader would ruin a save in progress.
             if jax.process_index() == 0:
-                for path in self._directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*'):
+                for path in self.directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*'):
                     path.rmtree()
             self._wrote = True
         if (free := self._free()) < size:
@@ -270,8 +270,8 @@ class Checkpointer:
 
     def _free(self) -> float:
         """Free bytes where checkpoints are written; infinite for object stores."""
-        local = '://' not in str(self._directory)
-        return shutil.disk_usage(self._directory).free if local else math.inf
+        local = '://' not in str(self.directory)
+        return shutil.disk_usage(self.directory).free if local else math.inf
 
     def _save_failed(self, reason: str) -> CheckpointError:
         """The error for the pending step, which counts as never begun afterwards."""
@@ -283,7 +283,7 @@ class Checkpointer:
         if any(sign in reason for sign in _FULL):
             fix = 'free disk space or lower checkpoint.keep_newest, then save again'
         return CheckpointError(
-            f'step {step} could not be saved in {self._directory}: {reason}; '
+            f'step {step} could not be saved in {self.directory}: {reason}; '
             f'the newest intact step is {self.latest()}; {fix}'
         )
 
@@ -313,14 +313,14 @@ class Checkpointer:
         """`_read`, where the caller asked for this step and no other."""
         if step not in self.steps():
             raise CheckpointError(
-                f'no checkpoint of step {step} in {self._directory}; '
+                f'no checkpoint of step {step} in {self.directory}; '
                 f'the steps there are {self.steps()}'
             )
         try:
             return self._read(step, abstract, prefix)
         except _Corrupt as problem:
             raise CheckpointError(
-                f'step {step} in {self._directory} is corrupt ({problem}); '
+                f'step {step} in {self.directory} is corrupt ({problem}); '
                 f'restore another step of {self.steps()}'
             ) from problem
 

@@ -80,22 +80,44 @@ def add(a: Metrics | None, b: Metrics) -> Metrics:
     return b if a is None else jax.tree.map(lambda x, y: x + y, a, b)
 
 
+def to_host(metrics: Metrics) -> Metrics:
+    """The same on the host in float64, where long sums stay exact; waits for them."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
+
+
 def values(metrics: Metrics, prefix: str) -> dict[str, float]:
-    """{'prefix/name': value} on the host."""
-    metrics = jax.device_get(metrics)
+    """{'prefix/name': value} of metrics on the host."""
     return {f"{prefix}/{name}": m.value() for name, m in metrics.items()}
 
 
-class MetricWriter:
-    """Scalars to `metrics.jsonl`, one object a line, and to TensorBoard event files."""
+def _lines(path: str) -> list[str]:
+    """The whole lines of a file; a kill may have torn the last one."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [line for line in f if line.endswith("\n")]
 
-    def __init__(self, workdir: str):
-        self._file = open(os.path.join(workdir, "metrics.jsonl"), "a")
-        self._events = SummaryWriter(os.path.join(workdir, "tensorboard"))
+
+class MetricWriter:
+    """Scalars to `metrics.jsonl`, one object a line, and to TensorBoard event files.
+
+    Opened at the step where a run goes on: what a killed run wrote after it goes, since
+    the same steps will be done and written again.
+    """
+
+    def __init__(self, workdir: str, step: int):
+        path = os.path.join(workdir, "metrics.jsonl")
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        with open(path + ".tmp", "w") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
+        self._file = open(path, "a")  # noqa: SIM115  (closed by close)
+        self._events = SummaryWriter(
+            os.path.join(workdir, "tensorboard"), purge_step=step + 1
+        )
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """One line; values that are not numbers (a signature) go to the file only."""
-        # A killed run replays steps since its last save: the last line of a step counts.
         line = {"step": step}
         for name, value in scalars.items():
             finite = not isinstance(value, float) or math.isfinite(value)

@@ -211,7 +211,7 @@ def parameter_ema(decay: float) -> optax.GradientTransformation:
     """Keeps average <- d * average + (1 - d) * parameters, updates unchanged.
 
     Must come last in the chain: it sees the parameters as they will be. d grows as
-    (1 + t) / (10 + t) up to `decay`, so that the start is forgotten (as tf.train's EMA).
+    (1 + t) / (10 + t) up to `decay`, so that the start is forgotten (as in TF).
     """
 
     def update(updates, state, params):

@@ -5,8 +5,8 @@ Both placements run the same pure functions:
     train_step(state, batch, reduce) -> (state, metrics)
     eval_step(params, batch, reduce) -> metrics
 
-`reduce` sums over devices: the identity under jit (the compiler inserts what is needed),
-a psum under pmap.
+`reduce` sums over devices: the identity under jit (where the compiler inserts what is
+needed), a psum under pmap.
 """
 
 import dataclasses
@@ -70,10 +70,8 @@ class MeshConfig:
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
     """The PartitionSpec of a parameter; axes that do not divide a size are dropped."""
-    for pattern, spec in RULES:
-        if re.search(pattern, path):
-            break
-    else:
+    spec = next((s for pattern, s in RULES if re.search(pattern, path)), None)
+    if spec is None:
         raise ValueError(
             f"parameter {path!r} matches no partition rule; add a row to "
             "runtime/partition.py RULES"
@@ -205,7 +203,7 @@ class PmapPlacement:
         return f"pmap over {len(self.devices)} devices"
 
     def shardings(self, state: Tree) -> Tree:
-        """Where a restore puts a state: the first device, until `load` replicates it."""
+        """Where a restore puts a state: the first device; `load` replicates it."""
         one = jax.sharding.SingleDeviceSharding(self.devices[0])
         return jax.tree.map(lambda _: one, state)
 
@@ -294,19 +292,24 @@ def pad_rows(
 
 
 def parameter_table(params: Tree, placement: MeshPlacement | PmapPlacement) -> str:
-    """One line a parameter: path, shape, count, spec; then the totals."""
+    """One line a kind of parameter, then the totals: count, bytes, bytes a device."""
     shardings = placement.shardings({"params": params})["params"]
-    rows = []
+    rows: dict[tuple, int] = {}
     flat = jax.tree_util.tree_leaves_with_path(params)
+    count = size = held = 0
     for (path, x), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
         spec = getattr(sharding, "spec", P())
         split = ", ".join(str(s) for s in spec) if any(spec) else "replicated"
-        rows.append((path_name(path), str(x.shape), f"{x.size:,}", split))
-    widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        # Layers that are alike share a line.
+        name = re.sub(r"layer_\d+", "layer_*", path_name(path))
+        row = (name, str(x.shape), split)
+        rows[row] = rows.get(row, 0) + x.size
+        count, size = count + x.size, size + x.size * x.dtype.itemsize
+        held += math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    wide = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [
-        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}"
-        for a, b, c, d in rows
+        f"  {name:<{wide[0]}}  {shape:<{wide[1]}}  {total:>13,}  {split}"
+        for (name, shape, split), total in rows.items()
     ]
-    count = sum(x.size for _, x in flat)
-    size = sum(x.size * x.dtype.itemsize for _, x in flat)
-    return "\n".join([*lines, f"  {count:,} parameters, {size / 1e6:,.1f} MB"])
+    total = f"{count:,} parameters, {size / 1e6:,.1f} MB, {held / 1e6:,.1f} MB a device"
+    return "\n".join([*lines, f"  {total}"])

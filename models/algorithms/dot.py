@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, 3.2.1): the reference algorithm."""
+"""Scaled dot-product attention (Vaswani et al. 2017, 3.2.1): the reference."""
 
 import jax
 import jax.numpy as jnp

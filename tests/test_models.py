@@ -1,0 +1,445 @@
+"""The encoder-decoder: no dead field, cached = full, packed = separate, scan = loop."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from triform import models
+from triform.models import EncoderDecoderConfig
+from triform.models.algorithms import ALGORITHMS
+from triform.models.config import TransformerConfig
+from triform.runtime.optim import path_name
+
+# Float32 sums of the same few terms in another order.
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}
+
+
+def flat(tree) -> dict:
+    return {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def init(config, batch, seed=0):
+    """Parameters with biases, scales and learned tables that are not trivial."""
+
+    @jax.jit
+    def make(batch):
+        rng = jax.random.key(seed)
+        params = models.build(config).init(rng, batch)["params"]
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.fold_in(rng, 1), len(leaves))
+        noise = [
+            x + 0.2 * jax.random.normal(k, x.shape)
+            for x, k in zip(leaves, keys, strict=True)
+        ]
+        return jax.tree.unflatten(tree, noise)
+
+    return make(batch)
+
+
+# --- Law 1: no dead field ---
+
+
+def twice(q, k, v, mask, **options):
+    return 2 * ALGORITHMS["dot"](q, k, v, mask, **options)
+
+
+# Field: (another value, what else must be set for it to matter).
+CHANGES = {
+    "num_layers": (3, {}),
+    "d_model": (12, {}),
+    "num_heads": (4, {}),
+    "num_kv_heads": (1, {}),
+    "head_dim": (6, {}),
+    "d_ff": (16, {}),
+    "max_len": (20, {}),
+    "attention": (twice, {}),
+    "attention_scale": (0.7, {}),
+    "windows": ((2,), {}),
+    "positions": ("learned", {}),
+    "norm": ("rms", {}),
+    "norm_position": ("pre", {}),
+    "norm_eps": (1e-3, {}),
+    "ffn": ("swiglu", {}),
+    "use_bias": (False, {}),
+    "init_scale": (0.5, {}),
+    "dropout": (0.2, {}),
+    "attention_dropout": (0.2, {}),
+    "dtype": ("bfloat16", {}),
+    "remat": (True, {}),
+    "scan_layers": (True, {}),
+}
+MODEL_CHANGES = {"vocab_size": 13, "share_embeddings": False, "tie_head": False}
+
+
+def program(config, batch) -> str:
+    """What is compiled to initialise, run forward and differentiate, with dropout."""
+    model = models.build(config)
+
+    def run(batch, rng):
+        params = model.init(rng, batch)["params"]
+
+        def loss(params):
+            rngs = {"dropout": rng}
+            return (model.apply({"params": params}, batch, rngs=rngs) ** 2).sum()
+
+        return params, jax.grad(loss)(params)
+
+    return jax.jit(run).lower(batch, jax.random.key(0)).as_text()
+
+
+@pytest.fixture(scope="module")
+def programs(tiny_config, pair_batch):
+    @functools.cache
+    def of(**fields):
+        return program(tiny_config(**fields), pair_batch([3, 4], [4, 3], 4))
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(TransformerConfig)]
+)
+def test_every_trunk_field_changes_the_program(programs, name):
+    value, rest = CHANGES[name]
+    assert programs(**rest, **{name: value}) != programs(**rest)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f.name for f in dataclasses.fields(EncoderDecoderConfig) if f.name != "trunk"],
+)
+def test_every_model_field_changes_the_program(programs, name):
+    assert programs(**{name: MODEL_CHANGES[name]}) != programs()
+
+
+def test_equal_configs_give_equal_programs(tiny_config, pair_batch, programs):
+    again = program(tiny_config(), pair_batch([3, 4], [4, 3], 4))
+    assert again == programs()
+
+
+# --- Law 3: cached decoding equals the full pass ---
+
+DECODED = {
+    "sinusoidal post-norm": {},
+    "learned pre-norm remat": {
+        **{"positions": "learned", "norm_position": "pre", "remat": True},
+    },
+    "no positions, grouped, gated": {
+        **{"positions": "none", "num_kv_heads": 1, "norm": "rms", "ffn": "swiglu"},
+        **{"use_bias": False, "share_embeddings": False, "tie_head": False},
+    },
+    "windows": {"num_layers": 2, "windows": (2, 0), "norm_position": "pre"},
+    "scanned": {"num_layers": 2, "scan_layers": True, "num_kv_heads": 1},
+    "scanned windows": {
+        **{"num_layers": 4, "scan_layers": True, "windows": (3, 2)},
+        **{"positions": "learned", "norm_position": "pre"},
+    },
+}
+# Position in each slot, -1: empty. Right-padded, left-padded, and ragged prefixes.
+SLOTS = np.array(
+    [
+        [0, 1, 2, 3, 4, -1, -1, -1],
+        [-1, -1, -1, 0, 1, 2, 3, 4],
+        [0, 1, -1, -1, -1, 2, 3, 4],
+        [-1, 0, -1, 1, 2, -1, 3, 4],
+    ]
+)
+CHUNKS = (4, 1, 3)  # whole prefixes, then less and more than one token
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_cached_decoding_equals_the_full_pass(tiny_config, pair_batch, name):
+    config = tiny_config(**DECODED[name])
+    model = models.build(config)
+    batch = pair_batch([5, 2, 4, 1], [5] * 4, 5)
+    params = init(config, batch)
+    real = SLOTS >= 0
+    fed = np.where(
+        real, np.take_along_axis(batch["inputs"], SLOTS.clip(0), 1), 9
+    )  # any id in empty slots
+
+    @jax.jit
+    def run(params):
+        def call(*args, method="__call__"):
+            return model.apply({"params": params}, *args, method=method)
+
+        def step(cache, slot):
+            tokens, positions = slot
+            logits, cache = call(tokens[:, None], positions[:, None], cache, method="extend")
+            return cache, logits[:, 0]
+
+        start = call(batch, SLOTS.shape[1], method="start")
+        _, single = jax.lax.scan(step, start, (fed.T, SLOTS.T))
+        cache, chunked, at = start, [], 0
+        for size in CHUNKS:
+            part = slice(at, at + size)
+            logits, cache = call(fed[:, part], SLOTS[:, part], cache, method="extend")
+            chunked.append(logits)
+            at += size
+        return call(batch), single.swapaxes(0, 1), jnp.concatenate(chunked, 1)
+
+    full, single, chunked = run(params)
+    expected = np.take_along_axis(np.asarray(full), SLOTS.clip(0)[..., None], 1)
+    np.testing.assert_allclose(single[real], expected[real], **CLOSE)
+    np.testing.assert_allclose(chunked[real], expected[real], **CLOSE)
+    assert np.isfinite(single).all()
+    assert np.isfinite(chunked).all()
+
+
+# --- Law 4: packed = separate, scan = loop, remat = not, past and padding ---
+
+
+@pytest.mark.parametrize("name", ["learned pre-norm remat", "windows"])
+def test_packed_equals_separate(tiny_config, pair_batch, name):
+    config = tiny_config(**DECODED[name])
+    apply = jax.jit(models.build(config).apply)
+    sources, targets = (3, 2, 4), (2, 4, 3)
+    batch = pair_batch(sources, targets, 5)
+    variables = {"params": init(config, batch)}
+    separate = apply(variables, batch)
+
+    def pack(key, lengths):
+        rows = [batch[key][r, :n] for r, n in enumerate(lengths)]
+        return np.pad(np.concatenate(rows), (0, 1))[None]  # and a place of padding
+
+    def describe(lengths):
+        segments = np.repeat(np.arange(len(lengths)) + 1, lengths)
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        return np.pad(segments, (0, 1))[None], np.pad(positions, (0, 1))[None]
+
+    packed = {
+        "encoder_inputs": pack("encoder_inputs", sources),
+        "inputs": pack("inputs", targets),
+    }
+    packed["encoder_segments"], packed["encoder_positions"] = describe(sources)
+    packed["segments"], packed["positions"] = describe(targets)
+    logits = apply(variables, packed)[0]
+    expected = np.concatenate([separate[r, :n] for r, n in enumerate(targets)])
+    np.testing.assert_allclose(logits[: sum(targets)], expected, **CLOSE)
+    assert np.isfinite(logits).all()
+
+
+def stacked(params, config):
+    """Parameters of a looped model in the places of a scanned one."""
+    cycle = max(1, len(config.trunk.windows))
+    out = dict(params)
+    for side in ("encoder", "decoder"):
+        trunk = dict(params[side])
+        layers = [trunk.pop(f"layer_{i}") for i in range(config.trunk.num_layers)]
+        groups = {
+            f"layer_{i}": jax.tree.map(lambda *x: jnp.stack(x), *layers[i::cycle])
+            for i in range(cycle)
+        }
+        out[side] = {**trunk, "layers": groups}
+    return out
+
+
+def value_and_grad(config, params, batch, rng=None):
+    model = models.build(config)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            rngs = {} if rng is None else {"dropout": rng}
+            logits = model.apply({"params": params}, batch, rngs=rngs)
+            chosen = jnp.take_along_axis(
+                jax.nn.log_softmax(logits), batch["targets"][..., None], -1
+            )[..., 0]
+            return -(chosen * batch["weights"]).sum(), logits
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, logits), grads = run(params)
+    return logits, grads
+
+
+def assert_trees_close(got, expected):
+    got, expected = flat(got), flat(expected)
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        size = max(1.0, float(np.abs(x).max()))
+        np.testing.assert_allclose(
+            got[name], x, rtol=0, atol=1e-5 * size, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("windows", [(), (2, 0)])
+def test_scan_equals_loop(tiny_config, pair_batch, windows):
+    fields = {"num_layers": 4, "windows": windows, "norm_position": "pre"}
+    config = tiny_config(**fields)
+    scan_config = tiny_config(**fields, scan_layers=True)
+    batch = pair_batch([4, 2], [3, 4], 4)
+    params = init(config, batch)
+    shapes = jax.eval_shape(models.build(scan_config).init, jax.random.key(0), batch)
+    restacked = stacked(params, config)
+    assert jax.tree.map(jnp.shape, restacked) == jax.tree.map(
+        lambda x: x.shape, shapes["params"]
+    )
+    logits, grads = value_and_grad(config, params, batch)
+    scan_logits, scan_grads = value_and_grad(scan_config, restacked, batch)
+    np.testing.assert_allclose(scan_logits, logits, **CLOSE)
+    assert_trees_close(scan_grads, stacked(grads, config))
+
+
+def test_a_scanned_trunk_draws_every_layer_anew(tiny_config, pair_batch):
+    config = tiny_config(num_layers=2, scan_layers=True, dropout=0.5)
+    batch = pair_batch([4], [4], 4)
+    params = models.build(config).init(jax.random.key(0), batch)["params"]
+    for name, x in flat(params["encoder"]).items():
+        if name.endswith("kernel"):
+            assert (x[0] != x[1]).all(), name
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_equals_none_with_the_same_dropout(tiny_config, pair_batch, scan):
+    fields = {"num_layers": 2, "dropout": 0.3, "attention_dropout": 0.3}
+    fields["scan_layers"] = scan
+    config, batch = tiny_config(**fields), pair_batch([4, 2], [3, 4], 4)
+    params, rng = init(config, batch), jax.random.key(3)
+    logits, grads = value_and_grad(config, params, batch, rng)
+    again = value_and_grad(tiny_config(**fields, remat=True), params, batch, rng)
+    np.testing.assert_allclose(again[0], logits, **CLOSE)
+    assert_trees_close(again[1], grads)
+
+
+def test_dropout_is_on_exactly_with_its_rng(tiny_config, pair_batch):
+    config, batch = tiny_config(dropout=0.5), pair_batch([4], [4], 4)
+    variables = {"params": init(config, batch)}
+    apply = jax.jit(models.build(config).apply)
+    rngs = [{"dropout": jax.random.key(i)} for i in range(2)]
+    off = models.build(tiny_config()).apply(variables, batch, rngs=rngs[0])
+    np.testing.assert_allclose(apply(variables, batch), off, **CLOSE)
+    first, second = (apply(variables, batch, rngs=r) for r in rngs)
+    assert (np.abs(first - off) > 1e-3).any()
+    assert (np.abs(first - second) > 1e-3).any()
+
+
+@pytest.mark.parametrize("name", ["sinusoidal post-norm", "windows"])
+def test_a_future_token_cannot_change_the_past(tiny_config, pair_batch, name):
+    config = tiny_config(**DECODED[name])
+    length = 6
+    batch = pair_batch([4] * (length + 1), [length] * (length + 1), length)
+    batch = {k: np.repeat(x[:1], length + 1, 0) for k, x in batch.items()}
+    for t in range(length):  # row t differs from the last row from place t on
+        batch["inputs"][t, t:] = (batch["inputs"][t, t:] + 1) % 11
+    apply = jax.jit(models.build(config).apply)
+    logits = apply({"params": init(config, batch)}, batch)
+    for t in range(length):
+        np.testing.assert_allclose(logits[t, :t], logits[-1, :t], rtol=0, atol=1e-6)
+        assert (np.abs(logits[t, t:] - logits[-1, t:]).max(-1) > 1e-3).all()
+
+
+def test_padding_of_the_source_cannot_change_anything(tiny_config, pair_batch):
+    config = tiny_config(share_embeddings=False, tie_head=False)
+    batch = pair_batch([4, 2, 0], [4, 3, 4], 4, vocab=9)
+    batch["weights"][2] = 0  # a row of padding only
+    params = init(config, batch)
+    real = batch["encoder_segments"] > 0
+    # Ids 9 and 10 are nowhere but in padding.
+    garbage = np.where(real, batch["encoder_inputs"], [[9, 10, 9, 10]])
+    logits, grads = value_and_grad(config, params, batch)
+    other, other_grads = value_and_grad(
+        config, params, batch | {"encoder_inputs": garbage}
+    )
+    np.testing.assert_array_equal(other, logits)
+    assert all(np.isfinite(x).all() for x in flat(other_grads).values())
+    used = np.unique(batch["encoder_inputs"][real])
+    for g in (grads, other_grads):
+        unused = np.delete(g["embedding"]["embedding"], used, 0)
+        assert not unused.any()
+        assert np.abs(g["embedding"]["embedding"][used]).max(-1).all()
+    # Padding in front instead of behind: positions say where the words are.
+    flipped = {
+        "encoder_inputs": garbage[:, ::-1],
+        "encoder_segments": batch["encoder_segments"][:, ::-1],
+        "encoder_positions": np.repeat(np.arange(4)[::-1][None], 3, 0),
+    }
+    moved, _ = value_and_grad(config, params, batch | flipped)
+    np.testing.assert_allclose(moved, logits, **CLOSE)
+
+
+# --- Sizes, names, errors ---
+
+
+def test_the_base_model_has_the_papers_parameters():
+    """Vaswani et al. 2017, table 3, 'base': 65 million with a vocabulary of 37,000."""
+    d, f, layers, vocab = 512, 2048, 6, 37_000
+    attention = 4 * (d * d + d)
+    feed_forward = (d * f + f) + (f * d + d)
+    norm = 2 * d
+    encoder = layers * (attention + feed_forward + 2 * norm)
+    decoder = layers * (2 * attention + feed_forward + 3 * norm)
+    batch = {k: jnp.zeros((1, 2), int) for k in ("encoder_inputs", "inputs")}
+    batch["encoder_segments"] = batch["inputs"]
+    model = models.build(EncoderDecoderConfig(vocab_size=vocab))
+    params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert count == vocab * d + encoder + decoder == 63_082_496
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+@pytest.mark.parametrize("side", ["encoder_inputs", "inputs"])
+def test_too_long_a_sequence_is_refused(tiny_config, pair_batch, positions, side):
+    model = models.build(tiny_config(positions=positions, max_len=6))
+    shape = jax.ShapeDtypeStruct((1, 7), jnp.int32)
+    batch = pair_batch([3], [3], 3) | {side: shape}
+    if side == "encoder_inputs":
+        batch["encoder_segments"] = shape
+    message = "a sequence of 7 tokens exceeds model.trunk.max_len=6; raise it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(model.init, jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("tie_head", [True, False])
+def test_bfloat16_keeps_parameters_and_logits_float32(
+    tiny_config, pair_batch, tie_head
+):
+    config = tiny_config(dtype="bfloat16", tie_head=tie_head)
+    model, batch = models.build(config), pair_batch([3], [3], 3)
+    logits, variables = jax.eval_shape(
+        model.init_with_output, jax.random.key(0), batch
+    )
+    assert logits.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    cache = jax.eval_shape(
+        lambda v: model.apply(v, batch, 4, method="start"), variables
+    )
+    assert {x.dtype for x in jax.tree.leaves(cache.blocks)} == {jnp.dtype("bfloat16")}
+
+
+def layer_names(attentions, lead=""):
+    names = set()
+    for attention in attentions:
+        for part in ("query", "key", "value", "out"):
+            names |= {f"{lead}{attention}/{part}/{x}" for x in ("kernel", "bias")}
+    for part in ("up", "down"):
+        names |= {f"{lead}feed_forward/{part}/{x}" for x in ("kernel", "bias")}
+    for norm in (*attentions, "feed_forward"):
+        names |= {f"{lead}{norm}_norm/{x}" for x in ("scale", "bias")}
+    return names
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_parameter_names_are_stable(tiny_config, pair_batch, scan):
+    """Checkpoints, decay and partition rules match on them."""
+    config = tiny_config(
+        scan_layers=scan, positions="learned", norm_position="pre", tie_head=False
+    )
+    config.share_embeddings = False
+    params = jax.eval_shape(
+        models.build(config).init, jax.random.key(0), pair_batch([3], [3], 3)
+    )["params"]
+    layer = "layers/layer_0" if scan else "layer_0"
+    expected = {
+        *("embedding/embedding", "target_embedding/embedding", "head/kernel"),
+        *(f"{side}_positions/table/embedding" for side in ("encoder", "decoder")),
+        *(f"{s}/norm/{x}" for s in ("encoder", "decoder") for x in ("scale", "bias")),
+        *layer_names(["self_attention"], f"encoder/{layer}/"),
+        *layer_names(["self_attention", "cross_attention"], f"decoder/{layer}/"),
+    }
+    assert set(flat(params)) == expected
