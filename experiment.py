@@ -14,6 +14,7 @@ from flax import struct
 from triform import models, tasks
 from triform.cli import UserError
 from triform.configs.base import ExperimentConfig, from_json
+from triform.input_pipeline import empty_batch
 from triform.runtime import metrics, optim
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.metrics import Mean
@@ -51,20 +52,10 @@ class Experiment:
         self.optimizer = optim.build(config.optim, config.steps)
         self.schedule = optim.learning_rate(config.optim, config.steps)
 
-    def example_batch(self, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a training batch with rows of `length`."""
-        shape = (self.config.data.rows(length), length)
-        names = ("encoder_inputs", "encoder_segments", "inputs", "targets")
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-        return batch | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
     def make_state(self) -> TrainState:
         """The initial state, a pure function of the seed."""
         # Shapes of parameters do not depend on the batch's: one short row is enough.
-        batch = {
-            name: jnp.zeros((1, 2), x.dtype)
-            for name, x in self.example_batch(self.config.data.max_len).items()
-        }
+        batch = empty_batch(rows=1, length=2)
         rng = jax.random.key(self.config.seed)
         params = self.task.init(jax.random.fold_in(rng, 2**31), batch)
         step = jnp.zeros((), jnp.int32)

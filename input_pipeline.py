@@ -20,7 +20,7 @@ import numpy as np
 
 from triform import datasets, tokenizer
 from triform.datasets import DataError
-from triform.tokenizer import EOS, PAD, Tokenizer, TokenizerConfig
+from triform.tokenizer import EOS, Tokenizer, TokenizerConfig
 
 Batch = Mapping[str, np.ndarray]
 FIELDS = ("inputs", "targets")
@@ -180,6 +180,13 @@ def _write_tokens(config: DataConfig, split: str, tok: Tokenizer, path: str) -> 
         np.save(os.path.join(path, f"{field}.offsets.npy"), offsets)
 
 
+def empty_batch(rows: int, length: int) -> Batch:
+    """What every batch holds, empty: PAD is 0, as are segments and weights."""
+    names = ("encoder_inputs", "encoder_segments", "inputs", "targets")
+    batch = {name: np.zeros((rows, length), np.int32) for name in names}
+    return batch | {"weights": np.zeros((rows, length), np.float32)}
+
+
 class Batches:
     """The batches of one split: an epoch visits every example once.
 
@@ -223,10 +230,7 @@ class Batches:
 
         Always the full number of rows of that length: missing ones have weight 0.
         """
-        rows = self.config.rows(length)
-        names = ("encoder_inputs", "encoder_segments", "inputs", "targets")
-        batch = {name: np.full((rows, length), PAD, np.int32) for name in names}
-        batch["weights"] = np.zeros((rows, length), np.float32)
+        batch = empty_batch(self.config.rows(length), length)
         for r, i in enumerate(ids):
             source = self.store.row("inputs", i)[: length - 1]
             target = self.store.row("targets", i)[: length - 1]
@@ -326,10 +330,7 @@ def check_ids(batch: Batch, vocab: int, name: Callable[[int], str]) -> None:
 
 
 class Prefetch:
-    """Runs an iterator in a thread, `depth` items ahead; errors arrive where read.
-
-    `waited` sums the seconds that the reader spent waiting.
-    """
+    """Runs an iterator in a thread, `depth` items ahead; errors arrive where read."""
 
     def __init__(self, items: Iterable, depth: int):
         self._queue: queue.Queue = queue.Queue(depth)

@@ -159,12 +159,13 @@ def compile_steps(
     experiment: Experiment, train: TrainBatches, state: TrainState
 ) -> dict[int, Any]:
     """The train step compiled for every row length, before the first step."""
-    step = experiment.placement.compile_train(experiment.train_step)
     compiled = {}
     for length in train.shapes():
         start = time.perf_counter()
         batch = experiment.put(train.batches.collate(length, train.buckets[length][:1]))
-        compiled[length] = step.lower(state, batch).compile()
+        compiled[length] = experiment.placement.compile_train(
+            experiment.train_step, state, batch
+        )
         took = time.perf_counter() - start
         print(f"compiled the step for rows of {length} in {took:.1f} s", flush=True)
     return compiled

@@ -62,12 +62,16 @@ class EncoderDecoder(nn.Module):
         # A learned table is the decoder's own; sinusoids have no parameters.
         self.encoder_positions = PositionEmbedding(trunk)
         self.decoder_positions = PositionEmbedding(trunk)
-        self.encoder = Stack(trunk)
+        self.encoder = self.make_encoder()
         self.decoder = Stack(trunk, cross=True)
         if not cfg.tie_head:
             self.head = nn.Dense(
                 cfg.vocab_size, use_bias=False, dtype=jnp.dtype(trunk.dtype)
             )
+
+    def make_encoder(self) -> nn.Module:
+        """The encoder; a model with another one overrides this."""
+        return Stack(self.config.trunk)
 
     def __call__(self, batch: Mapping[str, Array]) -> Array:
         """Logits float32 [B, L, V] of the token after each of batch['inputs'].

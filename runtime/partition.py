@@ -162,16 +162,18 @@ class MeshPlacement:
 
         return {name: place(x) for name, x in batch.items()}
 
-    def compile_train(self, step: Callable) -> Callable:
-        """(state, batch) -> (state, metrics); the state is donated."""
-        step = functools.partial(step, reduce=lambda x: x)
+    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
+        """(state, batch) -> (state, metrics), compiled for these shapes.
+
+        The state is donated.
+        """
 
         def pinned(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-            out, metrics = step(state, batch)
+            out, metrics = step(state, batch, reduce=lambda x: x)
             # Without this the compiler may return a state placed otherwise.
             return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
 
-        return jax.jit(pinned, donate_argnums=0)
+        return jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
 
     def compile_eval(self, step: Callable) -> Callable:
         """(params, batch) -> metrics."""
@@ -240,38 +242,28 @@ class PmapPlacement:
             k: x.reshape(n, x.shape[0] // n, *x.shape[1:]) for k, x in batch.items()
         }
 
-    def compile_train(self, step: Callable) -> Callable:
-        """(state, batch) -> (state, metrics); the state is donated."""
-        reduce = functools.partial(jax.lax.psum, axis_name="data")
-        mapped = jax.pmap(
-            functools.partial(step, reduce=reduce),
-            axis_name="data",
-            devices=self.devices,
-            donate_argnums=0,
-        )
-        return _first_metrics(mapped)
+    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
+        """(state, batch) -> (state, metrics), compiled for these shapes.
 
-    def compile_eval(self, step: Callable) -> Callable:
-        """(params, batch) -> metrics."""
-        reduce = functools.partial(jax.lax.psum, axis_name="data")
-        mapped = jax.pmap(
-            functools.partial(step, reduce=reduce),
-            axis_name="data",
-            devices=self.devices,
-        )
+        The state is donated.
+        """
+        compiled = self._pmap(step, donate_argnums=0).lower(state, batch).compile()
 
-        def run(params: Tree, batch: Tree) -> Tree:
-            return jax.tree.map(lambda x: x[0], mapped(params, batch))
+        def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+            state, metrics = compiled(state, batch)
+            return state, self.unload(metrics)
 
         return run
 
+    def compile_eval(self, step: Callable) -> Callable:
+        """(params, batch) -> metrics."""
+        mapped = self._pmap(step)
+        return lambda params, batch: self.unload(mapped(params, batch))
 
-def _first_metrics(mapped: Callable) -> Callable:
-    def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-        state, metrics = mapped(state, batch)
-        return state, jax.tree.map(lambda x: x[0], metrics)
-
-    return run
+    def _pmap(self, step: Callable, **options) -> Callable:
+        reduce = functools.partial(jax.lax.psum, axis_name="data")
+        step = functools.partial(step, reduce=reduce)
+        return jax.pmap(step, axis_name="data", devices=self.devices, **options)
 
 
 PLACEMENTS = {"mesh": MeshPlacement, "pmap": PmapPlacement}

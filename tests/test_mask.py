@@ -109,6 +109,4 @@ def test_array_order_never_matters(window):
 def test_self_attention_uses_one_side_twice():
     positions, segments = jnp.arange(3)[None], jnp.array([[1, 1, 0]])
     mask = Mask.self_attention(positions, segments, causal=True, window=2)
-    np.testing.assert_array_equal(
-        mask.allowed()[0], [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
-    )
+    np.testing.assert_array_equal(mask.allowed()[0], [[1, 0, 0], [1, 1, 0], [0, 0, 0]])

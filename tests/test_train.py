@@ -111,7 +111,9 @@ def test_resume_is_bitwise(uninterrupted, tmp_path, cache):
     assert meta["data"] == resumed_meta["data"] == {"seed": 0, "step": 10}
     assert meta["window"] == resumed_meta["window"]
     before, after = metric_lines(uninterrupted), metric_lines(tmp_path)
-    assert {k for k in before if k[1] == "train"} == {(3 * i, "train") for i in (1, 2, 3)}
+    assert {k for k in before if k[1] == "train"} == {
+        (3 * i, "train") for i in (1, 2, 3)
+    }
     for key, line in before.items():
         assert after[key] == line
 
@@ -207,9 +209,7 @@ def test_generate(uninterrupted, cache):
         "generate.py", uninterrupted, cache, *(f"--input={x}" for x in lines if x)
     )
     assert alone.stdout.split("\n")[:3] == [out[0], out[2], out[3]]
-    wrong = run(
-        "generate.py", uninterrupted, cache, "--input=" + "3 " * 300, code=1
-    )
+    wrong = run("generate.py", uninterrupted, cache, "--input=" + "3 " * 300, code=1)
     assert "the model reads at most data.max_len=40" in wrong.stderr
 
 
