@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import logging
 import re
@@ -39,6 +40,11 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         return call()
     except (UserError, DataError, CheckpointError) as error:
         text = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        name = error.filename or "the workdir or the cache"
+        text = f"{error.strerror}: {name}; free disk space and start again"
     except flags.Error as error:
         # A get_config that raised comes with its traceback: the last line says it.
         lines = [x for x in str(error).strip().splitlines() if x.strip()]

@@ -8,12 +8,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from triform import cli, decode, scoring
 from triform.experiment import (
@@ -52,13 +54,31 @@ class Evaluator:
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
         self.generate = make_generate(experiment)
 
-    def __call__(self, params: Any, prefix: str, limit: int = 0) -> Result:
-        """Losses over the whole split, generation for its first `limit` (0: all)."""
+    def __call__(
+        self,
+        params: Any,
+        prefix: str,
+        limit: int = 0,
+        stop: Callable[[], Any] = lambda: False,
+    ) -> Result | None:
+        """Losses over the whole split, generation for its first `limit` (0: all).
+
+        None as soon as `stop()` is true between two batches.
+        """
         config = self.experiment.config
         start = time.perf_counter()
         total, written = None, {}
         single = self.experiment.placement.unload(params)
+        bar = tqdm(
+            total=len(self.raw),
+            desc=f"{prefix} {self.split}",
+            disable=None,
+            leave=False,
+        )
         for ids, batch in self.batches.evaluation():
+            if stop():
+                return None
+            bar.update(len(ids))
             total = metrics.add(
                 total, self.eval_step(params, self.experiment.put(batch))
             )
@@ -66,6 +86,7 @@ class Evaluator:
                 tokens = np.asarray(self.generate(single, batch, np.uint32(0))[0])
                 texts = (self.tokenizer.decode(row) for row in tokens)
                 written |= dict(zip(ids.tolist(), texts, strict=False))
+        bar.close()
         scalars = metrics.values(metrics.to_host(total), prefix)
         samples = ""
         if written:

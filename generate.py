@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     for name in OVERRIDES:
         if flag[name].present:
             setattr(config.decode, name, flag[name].value)
-    config.mesh, config.placement = type(config.mesh)(data=1), "mesh"
+    config.mesh, config.placement = type(config.mesh)(), "mesh"
     experiment = Experiment(config)
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         params, which = experiment.load_params(checkpointer, flag.checkpoint)

@@ -6,6 +6,7 @@ faster than a Grain pipeline over the same arrays and keeps the position of a ru
 integer, the step, on any number of hosts.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from triform import datasets, tokenizer
 from triform.datasets import DataError
@@ -81,8 +83,12 @@ class TokenStore:
         self.offsets = {}
         for field in FIELDS:
             path = os.path.join(directory, field)
-            self.tokens[field] = np.load(f"{path}.tokens.npy", mmap_mode="r")
             self.offsets[field] = np.load(f"{path}.offsets.npy")
+            dtype = np.load(f"{path}.dtype.npy").dtype
+            if self.offsets[field][-1]:
+                self.tokens[field] = np.memmap(f"{path}.tokens", dtype, "r")
+            else:  # an empty file cannot be mapped
+                self.tokens[field] = np.zeros(0, dtype)
 
     def __len__(self) -> int:
         return len(self.offsets[FIELDS[0]]) - 1
@@ -147,7 +153,7 @@ def token_store(config: DataConfig, split: str, tok: Tokenizer) -> TokenStore:
         config.source, split, data_dir=config.data_dir, manual_dir=config.manual_dir
     )
     key = hashlib.sha256(tok.to_bytes())
-    for part in ("v1", origin, config.inputs, config.targets):
+    for part in ("v2", origin, config.inputs, config.targets):
         key.update(b"\0" + part.encode())
     final = os.path.join(cache_root(config), "tokens", key.hexdigest()[:32])
     if not os.path.isdir(final):
@@ -166,18 +172,28 @@ def token_store(config: DataConfig, split: str, tok: Tokenizer) -> TokenStore:
 
 
 def _write_tokens(config: DataConfig, split: str, tok: Tokenizer, path: str) -> None:
-    dtype = np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32
-    pieces = {field: [] for field in FIELDS}
-    examples = iter(raw_examples(config, split))
-    while chunk := list(itertools.islice(examples, 10_000)):
-        for field in FIELDS:
-            texts = [_text(e, getattr(config, field), config) for e in chunk]
-            pieces[field] += [x.astype(dtype) for x in tok.encode_batch(texts)]
-    for field, rows in pieces.items():
-        offsets = np.cumsum([0] + [len(r) for r in rows], dtype=np.int64)
-        flat = np.concatenate(rows) if rows else np.zeros(0, dtype)
-        np.save(os.path.join(path, f"{field}.tokens.npy"), flat)
+    """Streams: a corpus need not fit into memory, only its lengths."""
+    dtype = np.dtype(np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32)
+    sizes: dict[str, list[int]] = {field: [0] for field in FIELDS}
+    raw = raw_examples(config, split)
+    examples = iter(tqdm(raw, f"tokenising {split}", disable=None, leave=False))
+    with contextlib.ExitStack() as stack:
+        files = {
+            field: stack.enter_context(
+                open(os.path.join(path, f"{field}.tokens"), "wb")
+            )
+            for field in FIELDS
+        }
+        while chunk := list(itertools.islice(examples, 10_000)):
+            for field, file in files.items():
+                texts = [_text(e, getattr(config, field), config) for e in chunk]
+                rows = tok.encode_batch(texts)
+                sizes[field] += [len(row) for row in rows]
+                file.write(np.concatenate(rows).astype(dtype).tobytes())
+    for field in FIELDS:
+        offsets = np.cumsum(sizes[field], dtype=np.int64)
         np.save(os.path.join(path, f"{field}.offsets.npy"), offsets)
+        np.save(os.path.join(path, f"{field}.dtype.npy"), np.zeros(0, dtype))
 
 
 def empty_batch(rows: int, length: int) -> Batch:

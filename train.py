@@ -201,27 +201,36 @@ def train_loop(
             if line := progress.update(number, measured, tokens):
                 writer.write(number, line)
 
+    def evaluate(number: int) -> dict[str, float] | None:
+        params = experiment.evaluation_params(state)
+        limit = config.evaluation.examples
+        result = evaluator(params, "eval", limit, lambda: interrupt.requested)
+        if result is None:
+            return None
+        writer.write(number, result.scalars)
+        write_samples(workdir, f"step_{number:08d}", result.samples)
+        print(f"step {number}: {summary(result)} ({result.seconds:.0f} s)", flush=True)
+        return result.numbers()
+
     try:
+        # An evaluation that was interrupted is made up for.
+        missed = start and start % config.evaluation.every == 0
+        if missed and not checkpointer.metrics_of(start):
+            evaluate(start)
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch, length, tokens = next(source)
             state, measured = steps[length](state, batch)
             settle()
             pending = (step, measured, tokens)
-            last = step == config.steps or bool(interrupt.requested)
-            evaluate = step % config.evaluation.every == 0 or step == config.steps
-            if not (last or evaluate or step % config.checkpoint.every == 0):
+            last = step == config.steps
+            due = step % config.evaluation.every == 0 or last
+            if not (interrupt.requested or due or step % config.checkpoint.every == 0):
                 continue
             settle()
-            pending, scores = None, None
+            pending = None
             with progress.paused():
-                if evaluate and not interrupt.requested:
-                    params = experiment.evaluation_params(state)
-                    result = evaluator(params, "eval", config.evaluation.examples)
-                    writer.write(step, result.scalars)
-                    scores = result.numbers()
-                    write_samples(workdir, f"step_{step:08d}", result.samples)
-                    print(f"step {step}: {summary(result)} ({result.seconds:.0f} s)")
+                scores = evaluate(step) if due and not interrupt.requested else None
                 meta = {
                     "config": base.to_json(config),
                     # Batch t is a function of (seed, t): this is the whole position.
@@ -229,8 +238,10 @@ def train_loop(
                     "window": progress.saved_window(),
                 }
                 saved = experiment.placement.unload(state)
-                checkpointer.save(step, saved, meta=meta, metrics=scores, wait=last)
+                wait = last or bool(interrupt.requested)
+                checkpointer.save(step, saved, meta=meta, metrics=scores, wait=wait)
             if interrupt.requested:
+                checkpointer.wait()
                 print(f"{interrupt.requested}: step {step} is saved", file=sys.stderr)
                 return None
     finally:

@@ -20,7 +20,13 @@ from triform.tokenizer import TokenizerConfig
 def get_config(variant: str = "") -> ExperimentConfig:
     """Variants: '' (the full recipe), 'cpu' (an hour on 2 cores), 'smoke'."""
     trunk = TransformerConfig(
-        num_layers=4, d_model=128, num_heads=4, d_ff=256, max_len=64, dropout=0.3
+        num_layers=4,
+        d_model=128,
+        num_heads=4,
+        d_ff=256,
+        max_len=64,
+        norm_position="pre",
+        dropout=0.3,
     )
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=10_000),
@@ -31,7 +37,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
             buckets=(12, 15, 18, 22, 28),
             tokenizer=TokenizerConfig(lowercase=True),
         ),
-        optim=OptimConfig(learning_rate=5e-3, warmup_steps=2000),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=500),
         decode=DecodeConfig(beam_size=5, length_penalty=1.0),
         evaluation=EvaluationConfig(
             every=1000,
@@ -46,6 +52,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
         steps=8000,
     )
     if variant == "cpu":
+        trunk.dropout = 0.2
         config.model.vocab_size = 6000
         config.data.batch_size = 64
         config.steps = 6000

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from triform.datasets import cldr
 from triform.datasets.base import DataError, local_copy
 
-__all__ = ['EMBEDDED', 'DataError', 'fingerprint', 'load', 'local_copy']
+__all__ = ["EMBEDDED", "DataError", "fingerprint", "load", "local_copy"]
 
 # Need no download: name -> module with SPLITS, examples(split) and version().
-EMBEDDED = {'cldr': cldr}
+EMBEDDED = {"cldr": cldr}
 
 
 def load(
-    name: str, split: str, *, data_dir: str = '', manual_dir: str = ''
+    name: str, split: str, *, data_dir: str = "", manual_dir: str = ""
 ) -> Sequence[dict]:
     """Examples of one split: `len(s)`, `s[i]`; iterating reads in bulk, in order.
 
@@ -40,7 +40,7 @@ def load(
 
 
 def fingerprint(
-    name: str, split: str, *, data_dir: str = '', manual_dir: str = ''
+    name: str, split: str, *, data_dir: str = "", manual_dir: str = ""
 ) -> str:
     """A string, fit for a file name, which changes whenever the examples do.
 
@@ -50,7 +50,7 @@ def fingerprint(
     if need be.
     """
     if name in EMBEDDED:
-        return f'{EMBEDDED[name].version()}-{_embedded_split(name, split)}'
+        return f"{EMBEDDED[name].version()}-{_embedded_split(name, split)}"
     source = _tfds_source()
     return source.fingerprint(name, split, data_dir, manual_dir, tuple(EMBEDDED))
 
@@ -58,7 +58,7 @@ def fingerprint(
 def _embedded_split(name: str, split: str) -> str:
     splits = EMBEDDED[name].SPLITS
     if split not in splits:
-        raise DataError(f'{name}: split {split!r}: expected one of {", ".join(splits)}')
+        raise DataError(f"{name}: split {split!r}: expected one of {', '.join(splits)}")
     return split
 
 

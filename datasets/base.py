@@ -16,6 +16,6 @@ def local_copy(folder: str) -> str:
     Looks in `$TRIFORM_DATA/<folder>`, or in `../shared/data/<folder>` relative to the
     repository root when the variable is unset.
     """
-    parent = os.environ.get('TRIFORM_DATA') or ROOT.parent / 'shared' / 'data'
+    parent = os.environ.get("TRIFORM_DATA") or ROOT.parent / "shared" / "data"
     path = pathlib.Path(parent).expanduser() / folder
-    return str(path) if path.is_dir() else ''
+    return str(path) if path.is_dir() else ""

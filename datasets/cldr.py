@@ -16,29 +16,29 @@ from collections.abc import Callable, Iterator, Sequence
 from triform.datasets import cldr_phrases
 from triform.datasets.cldr_phrases import Draw, Pair
 
-VERSION = '1'
-SPLITS = ('train', 'validation', 'test')
+VERSION = "1"
+SPLITS = ("train", "validation", "test")
 # One phrase in HOLD_OUT goes to validation and one to test.
 HOLD_OUT = 60
 MAX_CHARS = 110
 
 # Kind -> (how many distinct phrases to draw, generator of one pair).
 KINDS: dict[str, tuple[int, Callable[[Draw], Pair]]] = {
-    'date': (6500, cldr_phrases.date),
-    'month': (1500, cldr_phrases.month),
-    'time': (3500, cldr_phrases.time),
-    'date_time': (4500, cldr_phrases.date_time),
-    'words': (6500, cldr_phrases.words),
-    'decimal': (5000, cldr_phrases.decimal),
-    'money': (5000, cldr_phrases.money),
-    'percent': (2500, cldr_phrases.percent),
-    'unit': (4500, cldr_phrases.unit),
-    'quantities': (5000, cldr_phrases.quantities),
-    'duration': (5000, cldr_phrases.duration),
-    'compact': (2500, cldr_phrases.compact),
-    'territories': (6000, cldr_phrases.territories),
-    'languages': (4500, cldr_phrases.languages),
-    'mixed': (5000, cldr_phrases.mixed),
+    "date": (6500, cldr_phrases.date),
+    "month": (1500, cldr_phrases.month),
+    "time": (3500, cldr_phrases.time),
+    "date_time": (4500, cldr_phrases.date_time),
+    "words": (6500, cldr_phrases.words),
+    "decimal": (5000, cldr_phrases.decimal),
+    "money": (5000, cldr_phrases.money),
+    "percent": (2500, cldr_phrases.percent),
+    "unit": (4500, cldr_phrases.unit),
+    "quantities": (5000, cldr_phrases.quantities),
+    "duration": (5000, cldr_phrases.duration),
+    "compact": (2500, cldr_phrases.compact),
+    "territories": (6000, cldr_phrases.territories),
+    "languages": (4500, cldr_phrases.languages),
+    "mixed": (5000, cldr_phrases.mixed),
 }
 
 
@@ -53,7 +53,7 @@ class Pairs(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, str]:
         english, german = self._pairs[index]
-        return {'en': english, 'de': german}
+        return {"en": english, "de": german}
 
 
 def examples(split: str) -> Pairs:
@@ -67,13 +67,13 @@ def examples(split: str) -> Pairs:
 
 def version() -> str:
     """Identifies the content: this generator and the libraries that bring the words."""
-    libraries = (f'{n}-{importlib.metadata.version(n)}' for n in ('babel', 'num2words'))
-    return '-'.join((f'cldr-{VERSION}', *libraries))
+    libraries = (f"{n}-{importlib.metadata.version(n)}" for n in ("babel", "num2words"))
+    return "-".join((f"cldr-{VERSION}", *libraries))
 
 
 def masked(text: str) -> list[str]:
     """Whitespace tokens with every digit as 0: what must be seen in training."""
-    return re.sub(r'\d', '0', text).split()
+    return re.sub(r"\d", "0", text).split()
 
 
 @functools.cache
@@ -82,9 +82,9 @@ def _corpus() -> dict[str, Pairs]:
     # By a hash of the English: mixes the kinds, and no phrase changes its split when
     # another is added.
     for digest, pair in sorted((_digest(p[0]), p) for p in _unambiguous(_drawn())):
-        split = {0: 'validation', 1: 'test'}.get(digest % HOLD_OUT, 'train')
+        split = {0: "validation", 1: "test"}.get(digest % HOLD_OUT, "train")
         parts[split].append(pair)
-    seen = [{t for pair in parts['train'] for t in masked(pair[i])} for i in (0, 1)]
+    seen = [{t for pair in parts["train"] for t in masked(pair[i])} for i in (0, 1)]
     for split in SPLITS[1:]:
         parts[split] = [pair for pair in parts[split] if _known(pair, seen)]
     return {split: Pairs(tuple(part)) for split, part in parts.items()}
@@ -103,7 +103,7 @@ def _known(pair: Pair, seen: list[set[str]]) -> bool:
 
 def _drawn() -> Iterator[Pair]:
     for kind, (quota, phrase) in KINDS.items():
-        draw = Draw(f'cldr {VERSION} {kind}')
+        draw = Draw(f"cldr {VERSION} {kind}")
         drawn: set[Pair] = set()
         # Small kinds run out of new phrases before the quota: hence the bound.
         for _ in range(4 * quota):

@@ -11,7 +11,7 @@ import num2words
 from babel import Locale, dates, lists, numbers, units
 
 Pair = tuple[str, str]
-LOCALES = ('en', 'de')
+LOCALES = ("en", "de")
 
 FIRST_DAY = datetime.date(1990, 1, 1)
 DAYS = (datetime.date(2036, 1, 1) - FIRST_DAY).days
@@ -21,34 +21,34 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-CURRENCIES = _names('USD EUR GBP JPY CHF CAD AUD INR SEK PLN BRL MXN')
+CURRENCIES = _names("USD EUR GBP JPY CHF CAD AUD INR SEK PLN BRL MXN")
 
 # Units whose English names one German unit, in the long and the short form.
 UNITS = _names(
-    'length-kilometer length-meter length-centimeter length-millimeter length-mile '
-    'length-inch mass-kilogram mass-gram mass-milligram mass-pound '
-    'temperature-celsius temperature-fahrenheit area-square-kilometer '
-    'area-square-meter area-hectare area-acre volume-cubic-meter volume-milliliter '
-    'speed-kilometer-per-hour speed-meter-per-second energy-kilowatt-hour '
-    'energy-kilocalorie power-kilowatt power-megawatt power-horsepower '
-    'frequency-megahertz frequency-gigahertz electric-volt digital-megabyte '
-    'digital-gigabyte digital-terabyte duration-hour duration-minute duration-second '
-    'duration-day duration-week duration-month duration-year'
+    "length-kilometer length-meter length-centimeter length-millimeter length-mile "
+    "length-inch mass-kilogram mass-gram mass-milligram mass-pound "
+    "temperature-celsius temperature-fahrenheit area-square-kilometer "
+    "area-square-meter area-hectare area-acre volume-cubic-meter volume-milliliter "
+    "speed-kilometer-per-hour speed-meter-per-second energy-kilowatt-hour "
+    "energy-kilocalorie power-kilowatt power-megawatt power-horsepower "
+    "frequency-megahertz frequency-gigahertz electric-volt digital-megabyte "
+    "digital-gigabyte digital-terabyte duration-hour duration-minute duration-second "
+    "duration-day duration-week duration-month duration-year"
 )
-LIST_STYLES = ('standard', 'standard', 'or')
-DURATIONS = _names('year month week day hour minute second')
+LIST_STYLES = ("standard", "standard", "or")
+DURATIONS = _names("year month week day hour minute second")
 
 # Reserved codes, groupings, and places too rarely named to be worth learning.
 UNUSUAL_TERRITORIES = _names(
-    'AC AI AQ AS AX BL BQ BV CC CP CQ CX DG EA EH EU EZ FO GF GG GP GS GU HK HM IC IM '
-    'IO JE MF MO MP MQ MS NC NF NU PF PM PN PS QO RE SH SX TA TC TF TK UM UN VG VI WF '
-    'XA XB YT ZZ'
+    "AC AI AQ AS AX BL BQ BV CC CP CQ CX DG EA EH EU EZ FO GF GG GP GS GU HK HM IC IM "
+    "IO JE MF MO MP MQ MS NC NF NU PF PM PN PS QO RE SH SX TA TC TF TK UM UN VG VI WF "
+    "XA XB YT ZZ"
 )
 LANGUAGES = _names(
-    'af am ar az be bg bn bo bs ca cs cy da de el en eo es et eu fa fi fr ga gl gu he '
-    'hi hr hu hy id is it ja ka kk km kn ko ku ky la lb lo lt lv mk ml mn mr ms mt my '
-    'ne nl no pa pl ps pt ro ru sa sd si sk sl so sq sr sv sw ta te tg th ti tk tr tt '
-    'uk ur uz vi yi yo zh zu'
+    "af am ar az be bg bn bo bs ca cs cy da de el en eo es et eu fa fi fr ga gl gu he "
+    "hi hr hu hy id is it ja ka kk km kn ko ku ky la lb lo lt lv mk ml mn mr ms mt my "
+    "ne nl no pa pl ps pt ro ru sa sd si sk sl so sq sr sv sw ta te tg th ti tk tr tt "
+    "uk ur uz vi yi yo zh zu"
 )
 
 
@@ -90,7 +90,7 @@ class Draw:
 
 def plain(text: str) -> str:
     """Without the no-break spaces (U+00A0, U+202F) that CLDR uses here and there."""
-    return text.replace('\u00a0', ' ').replace('\u202f', ' ')
+    return text.replace("\u00a0", " ").replace("\u202f", " ")
 
 
 def _both(write, *args, **options) -> Pair:
@@ -118,12 +118,12 @@ def date(draw: Draw) -> Pair:
     day, form = _day(draw), draw.below(6)
     # Not 'medium': in English it equals 'long' in May, in German it never does.
     if form < 3:
-        return _both(dates.format_date, day, format=('full', 'long', 'short')[form])
+        return _both(dates.format_date, day, format=("full", "long", "short")[form])
     if form == 3:
-        return _both(_skeleton, day, skeleton='yMMMEd')
+        return _both(_skeleton, day, skeleton="yMMMEd")
     if form == 4:
-        return _both(_skeleton, day, skeleton='yMd')
-    return _joined_day(day) if draw.below(2) else _both(_skeleton, day, skeleton='yMEd')
+        return _both(_skeleton, day, skeleton="yMd")
+    return _joined_day(day) if draw.below(2) else _both(_skeleton, day, skeleton="yMEd")
 
 
 def _skeleton(day: datetime.date, skeleton: str, locale: str) -> str:
@@ -132,18 +132,18 @@ def _skeleton(day: datetime.date, skeleton: str, locale: str) -> str:
 
 def _joined_day(day: datetime.date) -> Pair:
     """Wednesday, May 7: the full date without its year."""
-    english, german = _both(dates.format_date, day, format='full')
-    return english.removesuffix(f', {day.year}'), german.removesuffix(f' {day.year}')
+    english, german = _both(dates.format_date, day, format="full")
+    return english.removesuffix(f", {day.year}"), german.removesuffix(f" {day.year}")
 
 
 def _month_day(draw: Draw) -> Pair:
-    return _both(_skeleton, _day(draw), skeleton='MMMMd')
+    return _both(_skeleton, _day(draw), skeleton="MMMMd")
 
 
 def month(draw: Draw) -> Pair:
     """May 2003, May 7, 2nd quarter 2003."""
     day = _day(draw)
-    return _both(_skeleton, day, skeleton=draw.of(('yMMMM', 'MMMMd', 'yQQQQ')))
+    return _both(_skeleton, day, skeleton=draw.of(("yMMMM", "MMMMd", "yQQQQ")))
 
 
 def _clock(draw: Draw) -> datetime.time:
@@ -152,21 +152,21 @@ def _clock(draw: Draw) -> datetime.time:
 
 def time(draw: Draw) -> Pair:
     """3:05 PM, with seconds two times out of three."""
-    style = draw.of(('short', 'medium', 'medium'))
+    style = draw.of(("short", "medium", "medium"))
     return _both(dates.format_time, _clock(draw), format=style)
 
 
 def date_time(draw: Draw) -> Pair:
     """Date and time in CLDR's pattern for the two."""
-    style, day, clock = draw.of(('full', 'long', 'short')), _day(draw), _clock(draw)
+    style, day, clock = draw.of(("full", "long", "short")), _day(draw), _clock(draw)
 
     def write(locale: str) -> str:
         # Babel's format_datetime ties the two lengths; a long time has a time zone.
         pattern = str(dates.get_datetime_format(style, locale=locale))
         return (
-            pattern.replace("'", '')
-            .replace('{0}', dates.format_time(clock, 'short', locale=locale))
-            .replace('{1}', dates.format_date(day, style, locale=locale))
+            pattern.replace("'", "")
+            .replace("{0}", dates.format_time(clock, "short", locale=locale))
+            .replace("{1}", dates.format_date(day, style, locale=locale))
         )
 
     return _both(write)
@@ -188,8 +188,8 @@ def is_compound(german: str) -> bool:
 
 
 _NUMBER_WORD = (
-    '(null|eins?|eine|zwei|zwan|drei|vier|fünf|sech|sechs|sieb|sieben|acht|neun|zehn|'
-    'elf|zwölf|zig|ßig|und|hundert|tausend)+'
+    "(null|eins?|eine|zwei|zwan|drei|vier|fünf|sech|sechs|sieb|sieben|acht|neun|zehn|"
+    "elf|zwölf|zig|ßig|und|hundert|tausend)+"
 )
 
 
@@ -219,7 +219,7 @@ def percent(draw: Draw) -> Pair:
 def _percent(value: dec.Decimal, locale: str) -> str:
     # The locale's own pattern, which rounds to whole per cents.
     pattern = Locale.parse(locale).percent_formats[None].pattern
-    return numbers.format_percent(value, pattern.replace('0', '0.##'), locale=locale)
+    return numbers.format_percent(value, pattern.replace("0", "0.##"), locale=locale)
 
 
 def money(draw: Draw) -> Pair:
@@ -233,16 +233,16 @@ def money(draw: Draw) -> Pair:
 
 def _named_money(value: int, code: str, locale: str) -> str:
     name = numbers.get_currency_name(code, count=value, locale=locale)
-    return f'{numbers.format_decimal(value, locale=locale)} {name}'
+    return f"{numbers.format_decimal(value, locale=locale)} {name}"
 
 
 def compact(draw: Draw) -> Pair:
     """12.3 thousand, 5 million; the short forms differ too much to be learnt."""
     value = _decimal(draw, 3, draw.below(2))
     # 1 million, the only singular, would be seen once or never.
-    value = max(value, dec.Decimal('1.1')) * 10 ** draw.of((3, 6, 9, 12))
+    value = max(value, dec.Decimal("1.1")) * 10 ** draw.of((3, 6, 9, 12))
     return _both(
-        numbers.format_compact_decimal, value, format_type='long', fraction_digits=1
+        numbers.format_compact_decimal, value, format_type="long", fraction_digits=1
     )
 
 
@@ -253,11 +253,11 @@ def unit(draw: Draw) -> Pair:
     """12.5 kilometers or 12.5 km."""
     name, value = draw.of(UNITS), _decimal(draw, 4, draw.below(2))
     # Short forms of times are abbreviated words; of all else, mostly the same symbol.
-    short = not name.startswith('duration') and value != 1 and draw.below(2)
-    return _unit(value, name, 'short' if short else 'long')
+    short = not name.startswith("duration") and value != 1 and draw.below(2)
+    return _unit(value, name, "short" if short else "long")
 
 
-def _unit(value: int | dec.Decimal, name: str, style: str = 'long') -> Pair:
+def _unit(value: int | dec.Decimal, name: str, style: str = "long") -> Pair:
     return _both(units.format_unit, value, measurement_unit=name, length=style)
 
 
@@ -282,11 +282,11 @@ def duration(draw: Draw) -> Pair:
         first = draw.below(len(DURATIONS) - 1)
         names = DURATIONS[first : first + draw.between(2, 3)]
         parts = [
-            _unit(1 if draw.below(6) == 0 else draw.between(2, 59), f'duration-{name}')
+            _unit(1 if draw.below(6) == 0 else draw.between(2, 59), f"duration-{name}")
             for name in names
         ]
         # CLDR's style for compound units, which Babel has in German for two only.
-        return _joined('unit' if len(parts) == 2 else 'standard', parts)
+        return _joined("unit" if len(parts) == 2 else "standard", parts)
     name, count = draw.of(DURATIONS), draw.between(1, 200)
     seconds = dict(dates.TIMEDELTA_UNITS)[name] * count * draw.of((-1, 1))
     return _both(
@@ -305,10 +305,10 @@ def duration(draw: Draw) -> Pair:
 @functools.cache
 def _territories() -> list[Pair]:
     english, german = (Locale.parse(x).territories for x in LOCALES)
-    codes = sorted(c for c in english if re.fullmatch('[A-Z]{2}', c) and c in german)
+    codes = sorted(c for c in english if re.fullmatch("[A-Z]{2}", c) and c in german)
     named = [(english[c], german[c]) for c in codes if c not in UNUSUAL_TERRITORIES]
     # '&' and parentheses belong to the longest names: rare, and no fun in a list.
-    return [pair for pair in named if not re.search('[&()]', pair[0] + pair[1])]
+    return [pair for pair in named if not re.search("[&()]", pair[0] + pair[1])]
 
 
 @functools.cache
@@ -341,8 +341,8 @@ _ITEMS = (
     lambda draw: draw.of(_territories()),
     lambda draw: draw.of(_languages()),
     _month_day,
-    lambda draw: _both(_skeleton, _day(draw), skeleton='yMMMM'),
-    lambda draw: _both(dates.format_time, _clock(draw), format='short'),
+    lambda draw: _both(_skeleton, _day(draw), skeleton="yMMMM"),
+    lambda draw: _both(dates.format_time, _clock(draw), format="short"),
     lambda draw: _quantity(draw, draw.of(UNITS)),
     lambda draw: _both(_percent, _decimal(draw, 2, draw.below(2)) / 100),
     lambda draw: _quantity(draw, draw.of(CURRENCIES)),

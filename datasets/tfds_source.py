@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from triform.datasets.base import DataError
 from triform.datasets.multi30k import Multi30kTranslate
 
-BUILDERS = {'multi30k_translate': Multi30kTranslate}
+BUILDERS = {"multi30k_translate": Multi30kTranslate}
 
 # Records per bulk read: one call per record costs four times as much.
 BULK = 1024
@@ -31,7 +31,7 @@ class TfdsSource(Sequence):
     def __getitem__(self, index: int) -> dict:
         size = len(self)
         if not -size <= index < size:
-            raise IndexError(f'index {index}: the split has {size} examples')
+            raise IndexError(f"index {index}: the split has {size} examples")
         return _as_text(self._records[index % size], self._features)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
@@ -54,9 +54,9 @@ def load(
         return TfdsSource(builder, split)
     except NotImplementedError as error:
         raise DataError(
-            f'{name}: prepared in {builder.data_dir} as '
-            f'{builder.info.file_format.value}, but random access needs array_record; '
-            'set another data_dir or delete that folder'
+            f"{name}: prepared in {builder.data_dir} as "
+            f"{builder.info.file_format.value}, but random access needs array_record; "
+            "set another data_dir or delete that folder"
         ) from error
 
 
@@ -71,9 +71,9 @@ def fingerprint(
         (part.name, part.num_bytes, list(part.shard_lengths))
         for part in builder.info.splits.values()
     ]
-    facts = (builder.info.full_name, split, sizes, getattr(builder, 'content', ''))
+    facts = (builder.info.full_name, split, sizes, getattr(builder, "content", ""))
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return re.sub(r'[^\w.]+', '-', f'{builder.info.full_name}-{split}-{digest}')
+    return re.sub(r"[^\w.]+", "-", f"{builder.info.full_name}-{split}-{digest}")
 
 
 def _open(
@@ -82,8 +82,8 @@ def _open(
     """The prepared builder of that name; prepares it if it is not."""
     if manual_dir and not os.path.isdir(manual_dir):
         raise DataError(
-            f'{name}: manual_dir={manual_dir!r} is not a folder; '
-            'set it to the folder with the files, or leave it empty to download them'
+            f"{name}: manual_dir={manual_dir!r} is not a folder; "
+            "set it to the folder with the files, or leave it empty to download them"
         )
     directory = os.path.expanduser(data_dir) or None
 
@@ -98,13 +98,15 @@ def _open(
         raise
     except tfds.core.DatasetNotFoundError as error:
         # TFDS drops, without a word, every builder imported after one that needs h5py.
-        hidden = '' if importlib.util.find_spec('h5py') else (
-            '; h5py is missing, which hides most of them: run `pip install h5py`'
+        hidden = (
+            ""
+            if importlib.util.find_spec("h5py")
+            else ("; h5py is missing, which hides most of them: run `pip install h5py`")
         )
         raise DataError(
-            f'{name!r}: no such data set: expected one of '
-            f'{", ".join([*others, *BUILDERS])}, or a public TFDS name such as '
-            f'wmt14_translate/de-en (see tensorflow.org/datasets/catalog){hidden}'
+            f"{name!r}: no such data set: expected one of "
+            f"{', '.join([*others, *BUILDERS])}, or a public TFDS name such as "
+            f"wmt14_translate/de-en (see tensorflow.org/datasets/catalog){hidden}"
         ) from error
     except Exception as error:  # TFDS lets out whatever a builder or a library raises.
         raise _explained(name, error) from error
@@ -120,9 +122,7 @@ def _prepared(
         manual_dir=manual_dir or None, try_download_gcs=False
     )
     try:
-        builder.download_and_prepare(
-            download_config=config, file_format='array_record'
-        )
+        builder.download_and_prepare(download_config=config, file_format="array_record")
     except OSError as error:
         # Two processes prepared the same data: TFDS writes to a temporary folder and
         # renames it at the end, so the first to finish wins and its data are whole.
@@ -144,30 +144,30 @@ def _explained(name: str, error: Exception) -> DataError:
         if isinstance(link, DataError):  # Ours, wrapped on its way through TFDS.
             return link
     elsewhere = (
-        'prepare it on another machine (file_format=array_record), copy the folder '
-        'and set data_dir'
+        "prepare it on another machine (file_format=array_record), copy the folder "
+        "and set data_dir"
     )
     for link in chain:
         if isinstance(link, ImportError):
-            package = (link.name or str(link)).split('.')[0]
-            extra = 'triform[tensorflow]' if package == 'tensorflow' else package
+            package = (link.name or str(link)).split(".")[0]
+            extra = "triform[tensorflow]" if package == "tensorflow" else package
             return DataError(
-                f'{name}: this public builder needs the package {package}, which is '
+                f"{name}: this public builder needs the package {package}, which is "
                 f"not installed; run `pip install '{extra}'`, or {elsewhere}"
             )
-    reason = ' '.join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, AssertionError) and 'manual' in reason.lower():
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, AssertionError) and "manual" in reason.lower():
         return DataError(
-            f'{name}: needs files fetched by hand ({reason}); set manual_dir to their '
-            'folder'
+            f"{name}: needs files fetched by hand ({reason}); set manual_dir to their "
+            "folder"
         )
     if isinstance(error, OSError):
         return DataError(
-            f'{name}: could not be downloaded or written ({type(error).__name__}: '
-            f'{reason}); check network and disk, or {elsewhere}'
+            f"{name}: could not be downloaded or written ({type(error).__name__}: "
+            f"{reason}); check network and disk, or {elsewhere}"
         )
     return DataError(
-        f'{name}: could not be prepared ({type(error).__name__}: {reason}); '
+        f"{name}: could not be prepared ({type(error).__name__}: {reason}); "
         f"try `pip install 'triform[tensorflow]'`, or {elsewhere}"
     )
 
@@ -178,12 +178,12 @@ def _check_split(name: str, builder: tfds.core.DatasetBuilder, split: str) -> No
         count = splits[split].num_examples
     except (KeyError, ValueError) as error:
         raise DataError(
-            f'{name}: split {split!r}: expected one of {", ".join(splits)}, '
-            'or a slice such as train[:90%]'
+            f"{name}: split {split!r}: expected one of {', '.join(splits)}, "
+            "or a slice such as train[:90%]"
         ) from error
     if not count:
-        sizes = ', '.join(f'{k} {v.num_examples:,}' for k, v in splits.items())
-        raise DataError(f'{name}: split {split!r} has no examples: choose from {sizes}')
+        sizes = ", ".join(f"{k} {v.num_examples:,}" for k, v in splits.items())
+        raise DataError(f"{name}: split {split!r} has no examples: choose from {sizes}")
 
 
 def _as_text(value, feature):
@@ -199,7 +199,7 @@ def _as_text(value, feature):
 
 def _decoded(value):
     if isinstance(value, bytes):
-        return value.decode('utf-8')
+        return value.decode("utf-8")
     if isinstance(value, str):
         return value
     return [_decoded(item) for item in value]  # Text inside sequences.

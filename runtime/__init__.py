@@ -1,1 +1,1 @@
-"""Neither model, nor data, nor objective: optimiser, placement, checkpoints, metrics."""
+"""Neither model, data nor objective: optimiser, placement, checkpoints, metrics."""

@@ -10,7 +10,6 @@ may retain the best step in place of the newest: this file exists to prevent tha
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -26,12 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
+
+from triform.runtime.checksum import checksums
 
 _log = logging.getLogger(__name__)
-_FULL = ('No space left', 'Disk quota exceeded')
+_FULL = ("No space left", "Disk quota exceeded")
 # What may fail while the stored bytes are fine.
-_NOT_CORRUPT = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'UNAVAILABLE', 'DEADLINE')
+_NOT_CORRUPT = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE")
 
 
 class CheckpointError(RuntimeError):
@@ -44,11 +45,11 @@ class _Corrupt(Exception):
 
 def _untold(record: logging.LogRecord) -> bool:
     """False for the four tracebacks that orbax logs of a failure it also raises."""
-    told = ('run() raised an exception', 'Handler Commit', 'Save Finalize thread')
+    told = ("run() raised an exception", "Handler Commit", "Save Finalize thread")
     return not (record.exc_info and any(sign in str(record.msg) for sign in told))
 
 
-logging.getLogger('absl').addFilter(_untold)
+logging.getLogger("absl").addFilter(_untold)
 
 
 @dataclasses.dataclass
@@ -58,21 +59,21 @@ class CheckpointConfig:
     every: int = 1000  # steps between saves
     keep_newest: int = 5
     keep_best: int = 1
-    metric: str = 'eval/loss'  # judges which step is best
-    mode: str = 'min'  # 'min' or 'max': which value of the metric is better
+    metric: str = "eval/loss"  # judges which step is best
+    mode: str = "min"  # 'min' or 'max': which value of the metric is better
 
     def validate(self) -> None:
         """Raise ValueError for a setting that cannot work."""
-        for name, least in (('every', 1), ('keep_newest', 1), ('keep_best', 0)):
+        for name, least in (("every", 1), ("keep_newest", 1), ("keep_best", 0)):
             if getattr(self, name) < least:
                 raise ValueError(
-                    f'checkpoint.{name}={getattr(self, name)}: must be at least '
-                    f'{least}; set checkpoint.{name}={least} or more'
+                    f"checkpoint.{name}={getattr(self, name)}: must be at least "
+                    f"{least}; set checkpoint.{name}={least} or more"
                 )
-        if self.mode not in ('min', 'max'):
+        if self.mode not in ("min", "max"):
             raise ValueError(
-                f'checkpoint.mode={self.mode!r}: expected one of min, max; '
-                'set min for a loss, max for an accuracy'
+                f"checkpoint.mode={self.mode!r}: expected one of min, max; "
+                "set min for a loss, max for an accuracy"
             )
 
 
@@ -84,7 +85,7 @@ class Checkpointer:
 
     def __init__(self, directory: str, config: CheckpointConfig) -> None:
         config.validate()
-        if '://' not in directory:  # orbax refuses relative paths on save
+        if "://" not in directory:  # orbax refuses relative paths on save
             directory = os.path.abspath(directory)
         self._config = config
         self._metrics: dict[int, Mapping[str, float]] = {}
@@ -94,8 +95,8 @@ class Checkpointer:
             directory,
             item_handlers={
                 # Trained weights hardly compress; zstd would take the host's cores.
-                'state': ocp.PyTreeCheckpointHandler(use_compression=False),
-                'meta': ocp.JsonCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
                 create=False,  # a reader must not create a misspelt directory
@@ -103,9 +104,9 @@ class Checkpointer:
             ),
         )
         self.directory = self._manager.directory
-        self._corrupt = self.directory.parent / 'corrupt'
+        self._corrupt = self.directory.parent / "corrupt"
 
-    def __enter__(self) -> 'Checkpointer':
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
@@ -114,7 +115,7 @@ class Checkpointer:
         except CheckpointError as failure:
             if kind is None:
                 raise
-            _log.error('%s', failure)  # must not hide the error that ended the run
+            _log.error("%s", failure)  # must not hide the error that ended the run
 
     def steps(self) -> list[int]:
         """The finished steps, oldest first."""
@@ -133,14 +134,19 @@ class Checkpointer:
         """The metrics saved with a step; empty if there are none."""
         if step not in self._metrics:
             try:
-                self._metrics[step] = self._read_meta(step)['metrics']
+                self._metrics[step] = self._read_meta(step)["metrics"]
             except _Corrupt:
                 return {}
         return self._metrics[step]
 
     def save(
-        self, step: int, state: Any, *, meta: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None, wait: bool = False,
+        self,
+        step: int,
+        state: Any,
+        *,
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        wait: bool = False,
     ) -> None:
         """Save a step; returns once `state` is on the host and may be donated.
 
@@ -153,13 +159,13 @@ class Checkpointer:
         self._prepare(step, sum(array.nbytes for array in stored.values()))
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         arrays = {path: _describe(leaf) for path, leaf in leaves.items()}
-        for path, checksum in _checksums(stored).items():
-            arrays[path]['checksum'] = checksum
-        body = {'user': dict(meta), 'metrics': metrics, 'arrays': arrays}
+        for path, checksum in checksums(stored).items():
+            arrays[path]["checksum"] = checksum
+        body = {"user": dict(meta), "metrics": metrics, "arrays": arrays}
         body = json.loads(json.dumps(body))  # as it will be read back
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(stored),
-            meta=ocp.args.JsonSave({'crc32': _crc(body), 'body': body}),
+            meta=ocp.args.JsonSave({"crc32": _crc(body), "body": body}),
         )
         self._metrics[step] = metrics
         self._pending = step
@@ -168,7 +174,7 @@ class Checkpointer:
         except Exception as error:
             raise self._save_failed(_reason(error)) from error
         if not accepted:
-            raise self._save_failed('orbax refused the step')
+            raise self._save_failed("orbax refused the step")
         if wait:
             self.wait()
 
@@ -206,12 +212,12 @@ class Checkpointer:
             try:
                 return self._read(found, abstract_state)
             except _Corrupt as problem:
-                problems.append(f'step {found}: {problem}')
+                problems.append(f"step {found}: {problem}")
                 self._move_aside(found, problem)
         if problems:
             raise CheckpointError(
-                f'no intact checkpoint in {self.directory} ({"; ".join(problems)}); '
-                f'look into {self._corrupt}, or start in a new directory'
+                f"no intact checkpoint in {self.directory} ({'; '.join(problems)}); "
+                f"look into {self._corrupt}, or start in a new directory"
             )
         return None
 
@@ -224,7 +230,7 @@ class Checkpointer:
         self.wait()
         self._manager.reload()
         step = self.latest() if step is None else step
-        return self._read_or_fail(step, abstract_params, prefix='params/')[0]
+        return self._read_or_fail(step, abstract_params, prefix="params/")[0]
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         """Orbax's question which steps to keep: the newest and the best."""
@@ -236,7 +242,7 @@ class Checkpointer:
 
     def _ranked(self, steps: list[int]) -> list[int]:
         """The steps that have the metric, best first."""
-        sign = 1 if self._config.mode == 'min' else -1
+        sign = 1 if self._config.mode == "min" else -1
         values = {s: self.metrics_of(s).get(self._config.metric) for s in steps}
         scored = [
             (sign * value, -step)
@@ -253,24 +259,24 @@ class Checkpointer:
         newest = self.latest()
         if newest is not None and step <= newest:
             raise CheckpointError(
-                f'step {step} cannot be saved: {self.directory} already holds step '
-                f'{newest}, and steps must increase; save a later step or restore first'
+                f"step {step} cannot be saved: {self.directory} already holds step "
+                f"{newest}, and steps must increase; save a later step or restore first"
             )
         if not self._wrote:
             self.directory.mkdir(parents=True, exist_ok=True)
             # Only a writer may do this: a reader would ruin a save in progress.
             if jax.process_index() == 0:
-                for path in self.directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*'):
+                for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                     path.rmtree()
             self._wrote = True
         if (free := self._free()) < size:
             self._pending = step
-            sizes = f'{size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free'
-            raise self._save_failed(f'No space left: {sizes}')
+            sizes = f"{size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+            raise self._save_failed(f"No space left: {sizes}")
 
     def _free(self) -> float:
         """Free bytes where checkpoints are written; infinite for object stores."""
-        local = '://' not in str(self.directory)
+        local = "://" not in str(self.directory)
         return shutil.disk_usage(self.directory).free if local else math.inf
 
     def _save_failed(self, reason: str) -> CheckpointError:
@@ -279,58 +285,58 @@ class Checkpointer:
         self._metrics.pop(step, None)
         self._wrote = False  # its temporary files go before the next save
         self._manager.reload()  # orbax already forgot the steps that it would remove
-        fix = 'remove the cause and save again'
+        fix = "remove the cause and save again"
         if any(sign in reason for sign in _FULL):
-            fix = 'free disk space or lower checkpoint.keep_newest, then save again'
+            fix = "free disk space or lower checkpoint.keep_newest, then save again"
         return CheckpointError(
-            f'step {step} could not be saved in {self.directory}: {reason}; '
-            f'the newest intact step is {self.latest()}; {fix}'
+            f"step {step} could not be saved in {self.directory}: {reason}; "
+            f"the newest intact step is {self.latest()}; {fix}"
         )
 
     def _move_aside(self, step: int, problem: _Corrupt) -> None:
         """Move a corrupt step out of the way, so that its number can be saved again."""
-        names = (f'{step}.{copy}' if copy else str(step) for copy in itertools.count())
+        names = (f"{step}.{copy}" if copy else str(step) for copy in itertools.count())
         target = next(p for p in map(self._corrupt.joinpath, names) if not p.exists())
         if jax.process_index() == 0:
             self._corrupt.mkdir(parents=True, exist_ok=True)
             self._path(step).rename(target)
-        multihost_utils.sync_global_devices(f'moved checkpoint {step}')
+        multihost_utils.sync_global_devices(f"moved checkpoint {step}")
         self._manager.reload()
         self._metrics.pop(step, None)
-        _log.warning('checkpoint %s: %s; moved to %s', step, problem, target)
+        _log.warning("checkpoint %s: %s; moved to %s", step, problem, target)
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
-            meta = ocp.JsonCheckpointHandler().restore(self._path(step) / 'meta')
-            body, intact = meta['body'], meta['crc32'] == _crc(meta['body'])
+            meta = ocp.JsonCheckpointHandler().restore(self._path(step) / "meta")
+            body, intact = meta["body"], meta["crc32"] == _crc(meta["body"])
         except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
-            raise _Corrupt(f'meta is unreadable: {_reason(error)}') from error
+            raise _Corrupt(f"meta is unreadable: {_reason(error)}") from error
         if not intact:
-            raise _Corrupt('meta does not match its checksum')
+            raise _Corrupt("meta does not match its checksum")
         return body
 
-    def _read_or_fail(self, step: int | None, abstract: Any, prefix: str = '') -> Any:
+    def _read_or_fail(self, step: int | None, abstract: Any, prefix: str = "") -> Any:
         """`_read`, where the caller asked for this step and no other."""
         if step not in self.steps():
             raise CheckpointError(
-                f'no checkpoint of step {step} in {self.directory}; '
-                f'the steps there are {self.steps()}'
+                f"no checkpoint of step {step} in {self.directory}; "
+                f"the steps there are {self.steps()}"
             )
         try:
             return self._read(step, abstract, prefix)
         except _Corrupt as problem:
             raise CheckpointError(
-                f'step {step} in {self.directory} is corrupt ({problem}); '
-                f'restore another step of {self.steps()}'
+                f"step {step} in {self.directory} is corrupt ({problem}); "
+                f"restore another step of {self.steps()}"
             ) from problem
 
-    def _read(self, step: int, abstract: Any, prefix: str = '') -> tuple[Any, Any]:
+    def _read(self, step: int, abstract: Any, prefix: str = "") -> tuple[Any, Any]:
         """(tree, user meta) of a step, verified; the leaves are under `prefix`."""
         wanted = _flatten(abstract, prefix)
-        leaves, body, problem = {}, {'user': None}, None
+        leaves, body, problem = {}, {"user": None}, None
         try:
             body = self._read_meta(step)
-            saved = {p: d for p, d in body['arrays'].items() if p.startswith(prefix)}
+            saved = {p: d for p, d in body["arrays"].items() if p.startswith(prefix)}
             _require_same(step, saved, wanted)
             leaves = self._read_arrays(step, saved, wanted)
         except _Corrupt as error:
@@ -338,10 +344,10 @@ class Checkpointer:
         if jax.process_count() > 1:  # all processes go on with the same step
             intact = multihost_utils.process_allgather(np.array(problem is None))
             if not intact.all() and problem is None:
-                problem = _Corrupt('another process found it corrupt')
+                problem = _Corrupt("another process found it corrupt")
         if problem is not None:
             raise problem
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), body['user']
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), body["user"]
 
     def _read_arrays(self, step: int, saved: dict, wanted: dict) -> list[jax.Array]:
         stored = {path: _storage(leaf) for path, leaf in wanted.items()}
@@ -350,35 +356,35 @@ class Checkpointer:
         request = ocp.args.PyTreeRestore(items, restore_args=how, partial_restore=True)
         try:
             items = ocp.args.Composite(state=request)
-            arrays = self._manager.restore(step, args=items)['state']
+            arrays = self._manager.restore(step, args=items)["state"]
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # the machine's fault, not the checkpoint's
         except Exception as error:
             if any(sign in _reason(error) for sign in _NOT_CORRUPT):
                 raise
-            raise _Corrupt(f'unreadable: {_reason(error)}') from error
-        sums = _checksums(arrays)
-        bad = [path for path in arrays if sums[path] != saved[path]['checksum']]
+            raise _Corrupt(f"unreadable: {_reason(error)}") from error
+        sums = checksums(arrays)
+        bad = [path for path in arrays if sums[path] != saved[path]["checksum"]]
         if bad:
-            raise _Corrupt(f'checksum mismatch in {_some(bad)}')
+            raise _Corrupt(f"checksum mismatch in {_some(bad)}")
         for path, x in stored.items():
             if not x.size:
                 arrays[path] = jnp.zeros(x.shape, x.dtype, device=x.sharding)
-            if impl := saved[path].get('key'):
+            if impl := saved[path].get("key"):
                 arrays[path] = jax.random.wrap_key_data(arrays[path], impl=impl)
         return [arrays[path] for path in wanted]
 
 
-def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{path: leaf}, the paths as they are named in a checkpoint."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = prefix + jax.tree_util.keystr(path, simple=True, separator='/')
+        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
         if name in flat:
-            raise CheckpointError(f'two leaves have the path {name}; rename one')
+            raise CheckpointError(f"two leaves have the path {name}; rename one")
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            rule = 'a state holds jax.Arrays only; convert it with jnp.asarray'
-            raise CheckpointError(f'{name} is a {type(leaf).__name__}: {rule}')
+            rule = "a state holds jax.Arrays only; convert it with jnp.asarray"
+            raise CheckpointError(f"{name} is a {type(leaf).__name__}: {rule}")
         flat[name] = leaf
     return flat
 
@@ -397,102 +403,41 @@ def _storage(leaf: Any) -> Any:
 
 
 def _describe(leaf: Any) -> dict[str, Any]:
-    described = {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
+    described = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     if isinstance(leaf, jax.Array) and _is_key(leaf):
-        described['key'] = str(jax.random.key_impl(leaf))
+        described["key"] = str(jax.random.key_impl(leaf))
     return described
 
 
 def _require_same(step: int, saved: dict, wanted: dict) -> None:
     """Raise CheckpointError, naming the first leaves, if other arrays were saved."""
-    show = '{dtype}{shape}'.format
+    show = "{dtype}{shape}".format
     new = {path: show(**_describe(leaf)) for path, leaf in wanted.items()}
     old = {path: show(**described) for path, described in saved.items()}
     differ = [
-        f'{path} (saved {old.get(path, "nothing")}, wanted {new.get(path, "nothing")})'
+        f"{path} (saved {old.get(path, 'nothing')}, wanted {new.get(path, 'nothing')})"
         for path in {**new, **old}
         if old.get(path) != new.get(path)
     ]
     if differ:
         raise CheckpointError(
-            f'step {step} was saved by another model or optimiser: {_some(differ)}; '
-            'restore with the config it was saved with, or use a new directory'
+            f"step {step} was saved by another model or optimiser: {_some(differ)}; "
+            "restore with the config it was saved with, or use a new directory"
         )
 
 
 def _some(names: list[str]) -> str:
-    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' * (len(names) > 3))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
 
 
 def _reason(error: BaseException) -> str:
     """What first went wrong, in one line, without tensorstore's specification."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = ' '.join(f'{type(error).__name__}: {error}'.split())
-    line = line.partition(' [tensorstore_spec=')[0]
-    return line if len(line) < 500 else f'{line[:290]} ... {line[-200:]}'
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    line = line.partition(" [tensorstore_spec=")[0]
+    return line if len(line) < 500 else f"{line[:290]} ... {line[-200:]}"
 
 
 def _crc(body: Any) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every input bit reaches every output bit.
-
-    Constants: Wellons 2018, "Prospecting for hash functions", lowbias32.
-    """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def _words(x: jax.Array) -> jax.Array:
-    """The bits of an array as uint32, one or two words per element."""
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag], axis=-1)
-    if x.dtype.itemsize == 8:
-        return jax.lax.bitcast_convert_type(x, jnp.uint32)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        x = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
-    return x.astype(jnp.uint32)
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    """Two sums over the elements of a hash of (value, position), modulo 2^32.
-
-    The first changes for certain with any one word, because `_mix` is a bijection;
-    other changes pass with probability 2^-64. Integer sums do not depend on order,
-    hence not on the sharding.
-    """
-    words = _words(x)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(words.ndim)):
-        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        position += index * jnp.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    first = _mix(words ^ _mix(position))
-    second = _mix(first + jnp.uint32(0x9E3779B9))
-    return jnp.stack([first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32)])
-
-
-@functools.cache
-def _checksum_on(sharding: NamedSharding | None) -> Any:
-    return jax.jit(_checksum, out_shardings=sharding)
-
-
-def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """{path: 16 hex digits}, computed where the arrays are."""
-    # One program per array, the next after the last has ended: equal shapes share a
-    # compilation, and several programs with collectives in flight can deadlock where
-    # a CPU has fewer cores than (simulated) devices.
-    jax.block_until_ready(arrays)
-    sums = {}
-    for path, array in arrays.items():
-        whole = None  # replicated, so that every process can read it
-        if isinstance(array.sharding, NamedSharding):
-            whole = NamedSharding(array.sharding.mesh, PartitionSpec())
-        pair = np.asarray(_checksum_on(whole)(array)).tolist()
-        sums[path] = '{:08x}{:08x}'.format(*pair)
-    return sums

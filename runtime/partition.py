@@ -173,11 +173,13 @@ class MeshPlacement:
             # Without this the compiler may return a state placed otherwise.
             return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
 
-        return jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
+        compiled = jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
+        return lambda state, batch: settled(compiled(state, batch))
 
     def compile_eval(self, step: Callable) -> Callable:
         """(params, batch) -> metrics."""
-        return jax.jit(functools.partial(step, reduce=lambda x: x))
+        compiled = jax.jit(functools.partial(step, reduce=lambda x: x))
+        return lambda params, batch: settled(compiled(params, batch))
 
 
 class PmapPlacement:
@@ -230,7 +232,7 @@ class PmapPlacement:
 
     def unload(self, state: Tree) -> Tree:
         """The first device's copy."""
-        return jax.tree.map(lambda x: x[0], state)
+        return jax.tree.map(lambda x: x.addressable_data(0)[0], state)
 
     def put(
         self, batch: Mapping[str, np.ndarray], parts: int = 1
@@ -250,7 +252,7 @@ class PmapPlacement:
         compiled = self._pmap(step, donate_argnums=0).lower(state, batch).compile()
 
         def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-            state, metrics = compiled(state, batch)
+            state, metrics = settled(compiled(state, batch))
             return state, self.unload(metrics)
 
         return run
@@ -258,12 +260,24 @@ class PmapPlacement:
     def compile_eval(self, step: Callable) -> Callable:
         """(params, batch) -> metrics."""
         mapped = self._pmap(step)
-        return lambda params, batch: self.unload(mapped(params, batch))
+        return lambda params, batch: self.unload(settled(mapped(params, batch)))
 
     def _pmap(self, step: Callable, **options) -> Callable:
         reduce = functools.partial(jax.lax.psum, axis_name="data")
         step = functools.partial(step, reduce=reduce)
         return jax.pmap(step, axis_name="data", devices=self.devices, **options)
+
+
+def settled(results: Tree) -> Tree:
+    """The results, waited for on simulated CPU devices and nowhere else.
+
+    Two programs with collectives in flight at once can deadlock there: every device
+    holds a thread, and there are fewer threads than devices times programs.
+    """
+    device = next(iter(jax.tree.leaves(results)[0].devices()))
+    if device.platform == "cpu" and jax.device_count() > 1:
+        return jax.block_until_ready(results)
+    return results
 
 
 PLACEMENTS = {"mesh": MeshPlacement, "pmap": PmapPlacement}

@@ -1,0 +1,316 @@
+"""Configs: every file is sound, survives JSON, and every mistake has its message."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import pathlib
+import re
+import traceback
+
+import pytest
+
+from triform.configs import base
+from triform.configs.base import ExperimentConfig, differences, from_json, to_json
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted(
+    path.stem
+    for path in (ROOT / "configs").glob("*.py")
+    if path.stem not in ("__init__", "base")
+)
+
+
+def module(name):
+    return importlib.import_module(f"triform.configs.{name}")
+
+
+def documented(name) -> list[str]:
+    """The variants that the docstring of get_config lists."""
+    text = module(name).get_config.__doc__
+    assert text.startswith("Variants: ")
+    return re.findall(r"'(\w*)'", text)
+
+
+VARIANTS = [(name, variant) for name in FILES for variant in documented(name)]
+
+
+def leaves(config, prefix=""):
+    """(dotted key, object, field) of every value in the tree."""
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, config, field
+
+
+def put(config, key, value):
+    *path, last = key.split(".")
+    for name in path:
+        config = getattr(config, name)
+    assert hasattr(config, last), key
+    setattr(config, last, value)
+
+
+# --- The files ---
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_documented_variant_is_sound(name, variant):
+    module(name).get_config(variant).validate()
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_variant_survives_json(name, variant):
+    config = module(name).get_config(variant)
+    again = from_json(to_json(config))
+    assert again == config
+    assert differences(config, again) == {}
+    assert to_json(again) == to_json(config)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_variants_differ_and_calls_share_nothing(name):
+    texts = {v: to_json(module(name).get_config(v)) for v in documented(name)}
+    assert len(set(texts.values())) == len(texts) >= 2
+    config = module(name).get_config(documented(name)[0])
+    config.model.trunk.num_layers = 99
+    config.optim.learning_rate = 99.0
+    assert to_json(module(name).get_config(documented(name)[0])) in texts.values()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_wrong_variant_is_told_the_right_ones(name):
+    with pytest.raises(ValueError, match="variant 'nosuch': expected") as error:
+        module(name).get_config("nosuch")
+    listed = re.findall(r"'(\w*)'", str(error.value).split("expected")[1])
+    assert listed == documented(name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_opens_with_its_command(name):
+    assert f"--config=configs/{name}.py" in module(name).__doc__
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_value_can_be_set_from_the_command_line(name, variant):
+    """ml_collections knows neither None nor frozen dataclasses."""
+    for key, owner, field in leaves(module(name).get_config(variant)):
+        value = getattr(owner, field.name)
+        assert value is not None, key
+        setattr(owner, field.name, value)  # raises if it is frozen
+
+
+# --- JSON ---
+
+
+def test_differences_name_key_and_both_values():
+    old, new = ExperimentConfig(), ExperimentConfig()
+    new.optim.learning_rate = 0.5
+    new.model.trunk.windows = (4, 0)
+    new.steps = 7
+    assert differences(old, new) == {
+        "model.trunk.windows": ([], [4, 0]),
+        "optim.learning_rate": (1e-3, 0.5),
+        "steps": (100_000, 7),
+    }
+
+
+def test_every_value_is_in_the_json():
+    """Changing any one of them is a difference, and survives the round trip."""
+    for key, owner, field in leaves(ExperimentConfig()):
+        value = getattr(owner, field.name)
+        other = {
+            bool: lambda x: not x,
+            int: lambda x: x + 1,
+            float: lambda x: x + 0.5,
+            str: lambda x: x + "!",
+            tuple: lambda x: (*x, "bleu" if "metrics" in key else 7),
+        }[type(value)](value)
+        config = ExperimentConfig()
+        put(config, key, other)
+        assert set(differences(ExperimentConfig(), config)) == {key}
+        assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (["nosuch"], "config: unknown key 'nosuch'; it was written by another version"),
+        (["data", "nosuch"], "config.data: unknown key 'nosuch'"),
+        (["data", "tokenizer", "nosuch"], "config.data.tokenizer: unknown key"),
+        (["model", "trunk", "nosuch"], "model.trunk: unknown key 'nosuch'"),
+        (["model", "type"], "model.type='other': expected one of EncoderDecoderConfig"),
+        (["task", "type"], "task.type='other': expected one of TokenPredictionConfig"),
+    ],
+)
+def test_foreign_json_is_refused(path, message):
+    tree = json.loads(to_json(ExperimentConfig()))
+    part = tree
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = "other"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_json(json.dumps(tree))
+
+
+# --- Mistakes ---
+
+# (changes, what the message must hold besides the first key and its value)
+MISTAKES = (
+    *(
+        ({f"model.trunk.{name}": 0}, "must be at least 1")
+        for name in ("num_layers", "d_model", "num_heads", "d_ff", "max_len")
+    ),
+    (
+        {"model.trunk.num_heads": 7},
+        "must divide d_model=512; change one of them or set",
+    ),
+    ({"model.trunk.num_kv_heads": 3}, "must be 0 or divide num_heads=8"),
+    ({"model.trunk.num_kv_heads": -1}, "must be 0 or divide num_heads=8"),
+    ({"model.trunk.num_kv_heads": 16}, "must be 0 or divide num_heads=8"),
+    ({"model.trunk.head_dim": -4}, "must be 0 (derived) or positive"),
+    ({"model.trunk.windows": (4, -1)}, "0 for unlimited"),
+    ({"model.trunk.windows": (0.5,)}, "0 for unlimited"),
+    (
+        {"model.trunk.windows": (1, 2, 3, 4), "model.trunk.scan_layers": True},
+        "must divide num_layers=6 when scan_layers is on; change one of them or set",
+    ),
+    ({"model.trunk.positions": "rotory"}, "expected one of sinusoidal, learned, none"),
+    ({"model.trunk.norm": "batch"}, "expected one of layer, rms"),
+    ({"model.trunk.norm_position": "mid"}, "expected one of pre, post"),
+    ({"model.trunk.dtype": "float16"}, "expected one of float32, bfloat16"),
+    ({"model.trunk.attention": "flsh"}, "expected one of dot"),
+    ({"model.trunk.ffn": "relo"}, "expected one of relu, gelu"),
+    (
+        {"model.trunk.d_model": 9, "model.trunk.num_heads": 3},
+        "must be even with positions='sinusoidal'",
+    ),
+    ({"model.trunk.norm_eps": 0.0}, "must be positive"),
+    ({"model.trunk.init_scale": 0.0}, "must be positive"),
+    ({"model.trunk.dropout": 1.0}, "must lie in [0, 1)"),
+    ({"model.trunk.attention_dropout": -0.1}, "must lie in [0, 1)"),
+    ({"model.vocab_size": 3}, "must be at least 4"),
+    ({"task.label_smoothing": 1.0}, "must lie in [0, 1); 0 switches it off"),
+    ({"task.z_loss": -1e-4}, "must not be negative; 0 switches it off"),
+    ({"data.max_len": 1}, "must be at least 2"),
+    ({"data.max_len": 1024}, "must not exceed model.trunk.max_len=512; lower the one"),
+    ({"data.batch_size": 0}, "must be at least 1"),
+    ({"data.prefetch": 0}, "must be at least 1"),
+    ({"data.buckets": (30, 20)}, "must ascend from at least 2 to below max_len=64"),
+    ({"data.buckets": (20, 20)}, "must ascend from at least 2 to below max_len=64"),
+    ({"data.buckets": (20, 64)}, "must ascend from at least 2 to below max_len=64"),
+    ({"data.buckets": (1, 20)}, "must ascend from at least 2 to below max_len=64"),
+    ({"data.tokenizer.kind": "bpee"}, "expected one of bpe, wordpiece"),
+    ({"data.tokenizer.path": "no/such/file"}, "no such file; leave it empty to train"),
+    ({"optim.name": "adamm"}, "expected one of adam, adamw"),
+    ({"optim.schedule": "cos"}, "expected one of rsqrt, cosine"),
+    ({"optim.learning_rate": 0.0}, "must be positive"),
+    ({"optim.warmup_steps": -1}, "must not be negative"),
+    ({"optim.warmup_steps": 0}, "must be positive with schedule='rsqrt'"),
+    ({"optim.floor": 1.5}, "must lie in [0, 1]"),
+    ({"optim.b1": 1.0}, "must lie in [0, 1)"),
+    ({"optim.b2": -0.1}, "must lie in [0, 1)"),
+    ({"optim.ema_decay": 1.0}, "must lie in [0, 1)"),
+    ({"optim.eps": 0.0}, "must be positive"),
+    ({"optim.name": "adamw", "optim.weight_decay": -0.1}, "must not be negative"),
+    ({"optim.weight_decay": 0.1}, "adam has none; set optim.name=adamw"),
+    ({"optim.clip_norm": -1.0}, "must not be negative; 0 is off"),
+    ({"optim.accumulate": 0}, "must be at least 1"),
+    ({"decode.method": "bean"}, "expected one of greedy, beam, sample"),
+    ({"decode.beam_size": 0}, "must be at least 1"),
+    ({"decode.length_penalty": -0.6}, "must not be negative"),
+    ({"decode.temperature": 0.0}, "must be positive"),
+    ({"decode.top_k": -1}, "must not be negative; 0 is off"),
+    ({"decode.top_p": 0.0}, "must lie in (0, 1]; 1 is off"),
+    ({"decode.top_p": 1.1}, "must lie in (0, 1]; 1 is off"),
+    ({"decode.max_len": -1}, "must not be negative; 0: data.max_len"),
+    ({"decode.max_len": 513}, "must not exceed model.trunk.max_len=512; lower the one"),
+    ({"evaluation.metrics": ("bleu", "blue")}, "'blue' is unknown, expected some of"),
+    ({"evaluation.every": 0}, "must be at least 1"),
+    ({"evaluation.every": 1500}, "must be a multiple of checkpoint.every=1000"),
+    ({"evaluation.samples": -1}, "must be at least 0"),
+    ({"evaluation.examples": -1}, "must be at least 0"),
+    ({"evaluation.average": -1}, "must be at least 0"),
+    ({"evaluation.average": 6}, "must not exceed checkpoint.keep_newest=5"),
+    ({"checkpoint.every": 0}, "must be at least 1"),
+    ({"checkpoint.keep_newest": 0}, "must be at least 1"),
+    ({"checkpoint.keep_best": -1}, "must be at least 0"),
+    ({"checkpoint.mode": "least"}, "expected one of min, max"),
+    (
+        {"mesh.sequence": 3},
+        "must divide every row length; 64 (data.buckets, data.max_len)",
+    ),
+    ({"mesh.sequence": 0}, "must be at least 1"),
+    ({"placement": "pmapp"}, "expected one of mesh, pmap"),
+    ({"steps": 0}, "must be at least 1"),
+    ({"log_every": 0}, "must be at least 1"),
+    ({"seed": -1}, "must lie in [0, 2**32)"),
+    ({"seed": 2**32}, "must lie in [0, 2**32)"),
+)
+
+
+def mistaken(changes):
+    """The error of a config with those changes."""
+    config = ExperimentConfig()
+    for key, value in changes.items():
+        put(config, key, value)
+    with pytest.raises(ValueError, match=".") as error:
+        config.validate()
+    return error.value
+
+
+@pytest.mark.parametrize(("changes", "rule"), MISTAKES)
+def test_a_mistake_is_told_in_one_line(changes, rule):
+    message = str(mistaken(changes))
+    assert rule in message
+    assert "\n" not in message
+    named = [key for key in changes if message.startswith(f"{key}={changes[key]!r}")]
+    assert named or message.startswith("optim.weight_decay=-0.1"), message
+
+
+def test_defaults_are_sound():
+    ExperimentConfig().validate()
+
+
+def checks() -> set[tuple[str, int, int]]:
+    """(file, first line, last line) of every check in a `validate` of the tree."""
+    classes = {ExperimentConfig, *base.MODELS, *base.TASKS}
+    for cls in list(classes):
+        config = cls()
+        for _, owner, _ in leaves(config):
+            classes.add(type(owner))
+    found = set()
+    for cls in classes:
+        if not hasattr(cls, "validate"):
+            continue
+        file = inspect.getsourcefile(cls)
+        for node in ast.walk(ast.parse(pathlib.Path(file).read_text())):
+            if not (isinstance(node, ast.FunctionDef) and node.name == "validate"):
+                continue
+            helpers = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+            inside = {n for helper in helpers for n in ast.walk(helper)}
+            for n in ast.walk(node):
+                call = getattr(n, "value", None) if isinstance(n, ast.Expr) else None
+                required = (
+                    isinstance(call, ast.Call)
+                    and getattr(call.func, "id", "") == "require"
+                )
+                if n not in inside and (isinstance(n, ast.Raise) or required):
+                    found.add((file, n.lineno, n.end_lineno))
+    return found
+
+
+def test_every_check_has_a_mistake_above():
+    expected, met = checks(), set()
+    assert len(expected) > 40
+    for changes, _ in MISTAKES:
+        for frame in traceback.extract_tb(mistaken(changes).__traceback__):
+            met |= {
+                (file, first, last)
+                for file, first, last in expected
+                if frame.filename == file and first <= frame.lineno <= last
+            }
+    assert met == expected

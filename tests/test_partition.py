@@ -1,0 +1,335 @@
+"""Placement: every mesh, pmap and accumulation give what one device gives (law 5)."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from triform.configs.base import ExperimentConfig
+from triform.experiment import Experiment, TrainState
+from triform.input_pipeline import DataConfig
+from triform.runtime import metrics, partition
+from triform.runtime.optim import OptimConfig, path_name
+from triform.runtime.partition import (
+    AXES,
+    MeshConfig,
+    MeshPlacement,
+    PmapPlacement,
+    pad_rows,
+    parameter_table,
+    spec_for,
+)
+
+LENGTH, ROWS = 8, 6  # rows of no mesh: all but the last pad them
+MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 1, 4, 2), (4, 1, 1, 2))
+PARTS = {(2, 2, 2, 1): 2, "pmap": 2}  # these accumulate as well
+
+# What differs is the order of float32 sums over some 100 tokens: an error of 1e-6 of the
+# largest gradient. Adam's first update is rate * g / (|g| + eps): with eps = rate it
+# passes an error of g on at most unchanged.
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def make_experiment(tiny_config):
+    def make(devices=8, accumulate=1, mesh=(0, 1, 1, 1), placement="mesh", **trunk):
+        sizes = {"d_model": 16, "num_heads": 4, "d_ff": 32, **trunk}
+        experiment = Experiment(
+            ExperimentConfig(
+                model=tiny_config(vocab_size=16, **sizes),
+                data=DataConfig(max_len=LENGTH, batch_size=ROWS),
+                optim=OptimConfig(
+                    "adamw",
+                    1e-2,
+                    warmup_steps=1,
+                    eps=1e-2,
+                    weight_decay=0.1,
+                    clip_norm=0.5,
+                    accumulate=accumulate,
+                    ema_decay=0.9,
+                ),
+                placement=placement,
+                mesh=MeshConfig(*mesh),
+            )
+        )
+        if devices == 1:
+            experiment.placement = MeshPlacement(MeshConfig(), jax.devices()[:1])
+        return experiment
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def batch(pair_batch):
+    """Rows of very unequal weight: one of a token, one of none, one padding."""
+    rows = pair_batch([8, 3, 5, 1, 0, 8], [1, 8, 0, 5, 0, 7], LENGTH, vocab=16)
+    rows["weights"][1] *= 0.25
+    return rows
+
+
+@pytest.fixture(scope="module")
+def start(make_experiment):
+    """The first state, on the host."""
+    state = jax.jit(make_experiment(devices=1).make_state)()
+    return jax.tree.map(np.asarray, state.replace(rng=None))
+
+
+def update(experiment, start, batch):
+    """(state after a step, {metric: value}) on the host, however they are placed."""
+    placement = experiment.placement
+    # Steps donate their state: each gets its own.
+    state = jax.tree.map(np.copy, start).replace(rng=jax.random.key(0))
+    if not isinstance(placement, PmapPlacement):
+        state = jax.device_put(state, placement.shardings(state))
+    state = placement.load(state)
+    put = experiment.put(batch)
+    step = placement.compile_train(experiment.train_step, state, put)
+    state, measured = step(state, put)
+    state = placement.unload(state)
+    found = metrics.values(metrics.to_host(measured), "train")
+    return TrainState(
+        int(state.step),
+        jax.tree.map(np.asarray, state.params),
+        jax.tree.map(np.asarray, state.opt_state),
+        np.asarray(jax.random.key_data(state.rng)),
+    ), found
+
+
+@pytest.fixture(scope="module")
+def expected(make_experiment, start, batch):
+    """What one device makes of the whole batch at once."""
+    return update(make_experiment(devices=1), start, batch)
+
+
+def flat(tree):
+    return {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_equal(got, expected):
+    (state, found), (want, measured) = got, expected
+    assert state.step == want.step == 1
+    np.testing.assert_array_equal(state.rng, want.rng)
+    assert found == pytest.approx(measured, rel=1e-5)
+    for tree, wanted in (
+        (state.params, want.params),
+        (state.opt_state, want.opt_state),  # moments: of the gradients
+    ):
+        tree, wanted = flat(tree), flat(wanted)
+        assert tree.keys() == wanted.keys()
+        for name, x in wanted.items():
+            np.testing.assert_allclose(
+                tree[name], x, rtol=1e-5, atol=TOLERANCE, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, "pmap"])
+def test_every_placement_updates_alike(make_experiment, start, batch, expected, mesh):
+    accumulate = PARTS.get(mesh, 1)
+    if mesh == "pmap":
+        experiment = make_experiment(placement="pmap", accumulate=accumulate)
+    else:
+        experiment = make_experiment(mesh=mesh, accumulate=accumulate)
+        assert tuple(experiment.placement.sizes.values()) == mesh
+    assert_equal(update(experiment, start, batch), expected)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_exact(make_experiment, start, batch, expected, parts):
+    experiment = make_experiment(devices=1, accumulate=parts)
+    assert_equal(update(experiment, start, batch), expected)
+
+
+def test_the_step_does_something(start, expected):
+    state, found = expected
+    moved = flat(
+        jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, start.params)
+    )
+    assert all(x > 100 * TOLERANCE for k, x in moved.items() if k.endswith("kernel"))
+    assert found["train/grad_norm"] > 0.5  # was clipped
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2, 1), "pmap"])
+def test_every_placement_evaluates_alike(make_experiment, start, batch, mesh):
+    found = []
+    for experiment in (
+        make_experiment(devices=1),
+        make_experiment(placement="pmap")
+        if mesh == "pmap"
+        else make_experiment(mesh=mesh),
+    ):
+        placement = experiment.placement
+        if isinstance(placement, PmapPlacement):
+            params = placement.load(start.params)
+        else:
+            shardings = placement.shardings({"params": start.params})["params"]
+            params = jax.device_put(start.params, shardings)
+        step = placement.compile_eval(experiment.eval_step)
+        measured = metrics.to_host(step(params, experiment.put(batch)))
+        found.append(metrics.values(measured, "eval"))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2, 1), "pmap"])
+def test_the_first_state_is_the_same_everywhere(make_experiment, start, mesh):
+    if mesh == "pmap":
+        experiment = make_experiment(placement="pmap")
+    else:
+        experiment = make_experiment(mesh=mesh)
+    state = experiment.placement.init(experiment.make_state)
+    params = flat(experiment.placement.unload(state).params)
+    for name, x in flat(start.params).items():
+        np.testing.assert_allclose(params[name], x, atol=1e-6, err_msg=name)
+    if mesh != "pmap":
+        wanted = flat(experiment.placement.shardings(state))
+        for name, x in flat(state).items():
+            assert x.sharding.is_equivalent_to(wanted[name], x.ndim), name
+
+
+# --- Where what is placed ---
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        (
+            "decoder/layer_0/cross_attention/query/kernel",
+            (8, 4, 2),
+            ("fsdp", "tensor", None),
+        ),
+        (
+            "encoder/layer_0/self_attention/out/kernel",
+            (4, 2, 8),
+            ("tensor", None, "fsdp"),
+        ),
+        ("encoder/layer_0/self_attention/value/bias", (4, 2), ("tensor", None)),
+        ("encoder/layer_0/self_attention/out/bias", (8,), (None,)),
+        ("encoder/layer_0/feed_forward/up/kernel", (8, 16), ("fsdp", "tensor")),
+        ("encoder/layer_0/feed_forward/gate/bias", (16,), ("tensor",)),
+        ("encoder/layer_0/feed_forward/down/kernel", (16, 8), ("tensor", "fsdp")),
+        ("encoder/layer_0/feed_forward/down/bias", (8,), (None,)),
+        ("encoder/layer_0/feed_forward_norm/scale", (8,), (None,)),
+        ("embedding/embedding", (16, 8), ("tensor", "fsdp")),
+        ("encoder_positions/table/embedding", (16, 8), (None, "fsdp")),
+        ("head/kernel", (8, 16), ("fsdp", "tensor")),
+    ],
+)
+def test_specs_of_the_table(path, shape, spec):
+    mesh = dict(zip(AXES, (1, 2, 4, 1), strict=True))
+    assert spec_for(path, shape, mesh) == P(*spec)
+    # A scanned trunk has one more axis in front, which nobody splits.
+    scanned = spec_for(path.replace("layer_0", "layers/layer_0"), (6, *shape), mesh)
+    assert scanned == P(None, *spec)
+    # What does not divide stays whole.
+    odd = spec_for(path, tuple(n + 1 for n in shape), mesh)
+    assert odd == P(*(None for _ in shape))
+    alone = dict.fromkeys(AXES, 1)
+    assert spec_for(path, shape, alone) == P(*(None for _ in shape))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_moments_lie_with_their_parameters(make_experiment, scan):
+    experiment = make_experiment(
+        mesh=(2, 2, 2, 1), scan_layers=scan, positions="learned", ffn="swiglu"
+    )
+    state = jax.eval_shape(experiment.make_state)
+    shardings = flat(experiment.placement.shardings(state))
+    params = {
+        k.removeprefix("params/"): v
+        for k, v in shardings.items()
+        if k.startswith("params/")
+    }
+    assert params.keys() == flat(state.params).keys()
+    assert any(any(x.spec) for x in params.values())
+    moments = 0
+    for name, sharding in shardings.items():
+        for path, wanted in params.items():
+            if name.startswith("opt_state/") and name.endswith(f"/{path}"):
+                moments += 1
+                assert sharding == wanted, name
+    assert moments >= 3 * len(params)  # two moments and an average
+    for name in ("step", "rng"):
+        assert shardings[name].spec == P()
+
+
+def test_what_no_row_matches_is_an_error():
+    message = "parameter 'router/weights' matches no partition rule; add a row to"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        spec_for("router/weights", (4, 4), dict.fromkeys(AXES, 1))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "sizes"),
+    [
+        (MeshConfig(), 8, (8, 1, 1, 1)),
+        (MeshConfig(tensor=2, sequence=2), 8, (2, 1, 2, 2)),
+        (MeshConfig(data=2, fsdp=4), 8, (2, 4, 1, 1)),
+        (MeshConfig(fsdp=8), 8, (1, 8, 1, 1)),
+        (MeshConfig(), 1, (1, 1, 1, 1)),
+    ],
+)
+def test_possible_sizes(mesh, devices, sizes):
+    assert mesh.sizes(devices) == sizes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(data=3), "the product must be the number of devices, 8"),
+        (MeshConfig(tensor=3), "the product must be the number of devices, 8"),
+        (MeshConfig(fsdp=16), "the product must be the number of devices, 8"),
+        (MeshConfig(data=4), "the product must be the number of devices, 8"),
+        (MeshConfig(tensor=0), "mesh.tensor=0: must be at least 1"),
+        (MeshConfig(data=-1), "mesh.data=-1: must be at least"),
+    ],
+)
+def test_impossible_sizes(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        mesh.sizes(8)
+
+
+def test_pmap_only_splits_batches():
+    message = (
+        "pmap only splits batches; use placement='mesh' or set the other axes to 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        PmapPlacement(MeshConfig(tensor=2))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_added_rows_weigh_nothing(batch, rows):
+    part = {k: x[:rows] for k, x in batch.items()}
+    padded = pad_rows(part, 4)
+    for name, x in padded.items():
+        assert len(x) % 4 == 0
+        assert len(x) - len(part[name]) < 4
+        assert x.dtype == part[name].dtype
+        np.testing.assert_array_equal(x[: len(part[name])], part[name])
+        assert not x[len(part[name]) :].any()
+
+
+def test_the_plan_lists_every_parameter(make_experiment):
+    experiment = make_experiment(mesh=(2, 2, 2, 1))
+    params = jax.eval_shape(experiment.make_state).params
+    lines = parameter_table(params, experiment.placement).splitlines()
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert f"{count:,} parameters" in lines[-1]
+    listed = [
+        int(re.search(r"\)\s+([\d,]+)", x)[1].replace(",", "")) for x in lines[:-1]
+    ]
+    assert sum(listed) == count
+    assert any("fsdp, tensor" in line for line in lines)
+
+
+def test_rules_are_all_needed(make_experiment):
+    """Each row is the first match of some parameter."""
+    used = set()
+    for scan in (False, True):
+        config = make_experiment(devices=1, positions="learned", ffn="swiglu").config
+        config.model.tie_head, config.model.trunk.scan_layers = False, scan
+        params = jax.eval_shape(Experiment(config).make_state).params
+        for name in flat(params):
+            used.add(next(p for p, _ in partition.RULES if re.search(p, name)))
+    assert used == {pattern for pattern, _ in partition.RULES}

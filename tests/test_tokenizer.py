@@ -1,0 +1,196 @@
+"""Tokenizers: ids, round trips, files."""
+
+import os
+import re
+import unicodedata
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+
+from triform import tokenizer
+from triform.tokenizer import EOS, KINDS, PAD, SPECIALS, UNK, TokenizerConfig
+
+WORDS = (
+    "The the quick brown Fox jumps over 12 lazy dogs naïve café über straße 3.5".split()
+)
+LOSSLESS = ("bpe", "bytes")
+SIZES = {"bpe": 320, "wordpiece": 120, "unigram": 80, "bytes": 259}
+TRICKY = (
+    "",
+    " ",
+    "  two  spaces ",
+    "tab\tnew\nline\r\n",
+    "naïve café straße İI",
+    "\u65e5\u672c\u8a9e",
+    "👩‍👩‍👧‍👦 🏳️‍🌈",
+    "a\u200bb\ufeffc\u2028d",
+    "\U0010ffff\x00\x7f",
+    "العربية עברית",
+    "1234567890 ١٢٣",
+)
+
+
+def corpus():
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, 6)) + "." for _ in range(200)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return {kind: train(kind) for kind in KINDS}
+
+
+def train(kind, lowercase=False):
+    config = TokenizerConfig(kind, lowercase)
+    config.validate()
+    return tokenizer.train(config, iter(corpus()), SIZES[kind])
+
+
+def encode(tok, text):
+    return tok.encode_batch([text])[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_lie_in_the_vocabulary_and_are_never_special(trained, kind):
+    tok = trained[kind]
+    assert len(SPECIALS) < tok.vocab_size <= SIZES[kind]
+    for ids in tok.encode_batch(corpus()):
+        assert ids.dtype == np.int32
+        assert ids.min() >= len(SPECIALS)
+        assert ids.max() < tok.vocab_size
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_special_ids_of_a_tokenizer_json(trained, kind):
+    core = trained[kind].core
+    assert [core.token_to_id(s) for s in SPECIALS] == [PAD, EOS, UNK] == [0, 1, 2]
+
+
+def test_special_ids_of_sentencepiece(trained):
+    core = trained["unigram"].core
+    assert (core.pad_id(), core.eos_id(), core.unk_id()) == (0, 1, 2)
+    assert [core.id_to_piece(i) for i in range(3)] == list(SPECIALS)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_what_was_never_seen_is_unknown(trained, kind):
+    assert UNK in encode(trained[kind], "\u65e5\u672c")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_of_the_corpus_comes_back(trained, kind):
+    tok = trained[kind]
+    for text in corpus()[:20]:
+        assert tok.decode(encode(tok, text)).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.sampled_from(TRICKY) | st.text())
+def test_bpe_and_bytes_lose_nothing(trained, kind, text):
+    tok = trained[kind]
+    # BPE composes characters first, as most text is written.
+    expected = unicodedata.normalize("NFC", text) if kind == "bpe" else text
+    assert tok.decode(encode(tok, text)) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("special", SPECIALS)
+def test_text_that_looks_like_a_special_token_is_text(trained, kind, special):
+    """An EOS in the middle of a sentence would end it there."""
+    tok = trained[kind]
+    ids = encode(tok, f"the {special} dogs")
+    assert not {PAD, EOS} & set(ids.tolist())
+    assert tok.decode(ids).endswith("dogs")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_digits_are_spelled(trained, kind):
+    tok = trained[kind]
+    separate = {i for d in "0123456789" for i in encode(tok, d).tolist()}
+    ids = [i for i in encode(tok, "312").tolist() if i in separate]
+    assert len([i for i in ids if tok.decode([i]).strip()]) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lowercase(kind):
+    tok = train(kind, lowercase=True)
+    upper, lower = tok.encode_batch(["The Quick FOX", "the quick fox"])
+    np.testing.assert_array_equal(upper, lower)
+    assert tok.decode(upper) == "the quick fox"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_deterministic(trained, kind):
+    assert train(kind).to_bytes() == trained[kind].to_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_saved_is_loaded(tmp_path, kind, lowercase):
+    tok = train(kind, lowercase)
+    assert tokenizer.find(str(tmp_path)) is None
+    path = tok.save(str(tmp_path))
+    assert tokenizer.find(str(tmp_path)) == path
+    assert os.listdir(tmp_path) == [tok.filename]  # no temporary file is left
+    again = tokenizer.load(path)
+    assert again.to_bytes() == tok.to_bytes()
+    assert again.vocab_size == tok.vocab_size
+    texts = [*corpus()[:5], *TRICKY]
+    for a, b in zip(tok.encode_batch(texts), again.encode_batch(texts), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert tok.decode(a) == again.decode(b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_stops_at_the_end_and_drops_padding(trained, kind):
+    tok = trained[kind]
+    first, second = tok.encode_batch(["quick", "dogs"])
+    ids = [PAD, *first, PAD, EOS, *second, EOS, PAD]
+    assert tok.decode(ids) == tok.decode(np.array(ids)) == tok.decode(first) == "quick"
+    assert tok.decode([EOS]) == tok.decode([]) == tok.decode([PAD]) == ""
+
+
+def test_bytes_cut_in_the_middle_of_a_character_decode(trained):
+    tok = trained["bytes"]
+    ids = encode(tok, "é")
+    assert tok.decode(ids[:1]) == "\ufffd"
+    assert tok.decode([*ids, UNK]) == "é"
+
+
+def test_a_vocabulary_is_filled_from_a_rich_corpus():
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghij"))
+    texts = [" ".join("".join(rng.choice(letters, 5)) for _ in range(5))] * 3
+    texts += [
+        " ".join("".join(rng.choice(letters, 5)) for _ in range(5)) for _ in range(300)
+    ]
+    for kind, size in (("bpe", 400), ("wordpiece", 150), ("unigram", 150)):
+        assert tokenizer.train(TokenizerConfig(kind), texts, size).vocab_size == size
+
+
+def test_other_special_ids_are_refused(tmp_path):
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}))
+    path = str(tmp_path / "tokenizer.json")
+    core.save(path)
+    message = f"tokenizer {path}: the ids of pad, eos and unk are (None, None, 0), must"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"kind": "bpee"},
+            "data.tokenizer.kind='bpee': expected one of bpe, wordpiece",
+        ),
+        ({"path": "no/such.json"}, "data.tokenizer.path='no/such.json': no such file"),
+    ],
+)
+def test_impossible_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenizerConfig(**fields).validate()
