@@ -38,6 +38,9 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return call()
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was left half done", file=sys.stderr)
+        sys.exit(130)
     except (UserError, DataError, CheckpointError) as error:
         text = str(error)
     except OSError as error:

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from triform import cli
+from triform import cli, tokenizer
 from triform.configs import base
 from triform.configs.base import ExperimentConfig
 from triform.evaluate import Evaluator, summary, write_samples
@@ -86,30 +86,31 @@ def print_first_batch(batch: dict[str, np.ndarray], tok: Tokenizer) -> None:
     print(f"  id:weight  {' '.join(shown[:16])}{' ...' if len(shown) > 16 else ''}")
 
 
-def claim_workdir(workdir: str, config: ExperimentConfig) -> None:
-    """Writes config.json; on resuming prints what differs and refuses what may not."""
-    try:
-        os.makedirs(workdir, exist_ok=True)
-    except OSError as error:
-        raise cli.UserError(
-            f"workdir={workdir!r}: {error.strerror}; name another"
-        ) from error
+def check_workdir(workdir: str, config: ExperimentConfig) -> None:
+    """On resuming prints what differs, and refuses what may not."""
     old = saved_config(workdir)
-    if old is not None:
-        changed = base.differences(old, config)
-        for name, (before, after) in changed.items():
-            print(f"config: {name} was {before!r}, is now {after!r}")
-        for name, (before, after) in changed.items():
-            if name == "seed" or (name.startswith(FIXED) and name not in FREE):
-                raise cli.UserError(
-                    f"workdir={workdir!r}: it belongs to another experiment ({name} is "
-                    f"{before!r} there, {after!r} here); name another workdir or "
-                    "change it back"
-                )
-    text = base.to_json(config)
+    if old is None:
+        # A start that failed before it had a config may have left its tokenizer.
+        if path := tokenizer.find(workdir):
+            os.remove(path)
+        return
+    changed = base.differences(old, config)
+    for name, (before, after) in changed.items():
+        print(f"config: {name} was {before!r}, is now {after!r}")
+    for name, (before, after) in changed.items():
+        if name == "seed" or (name.startswith(FIXED) and name not in FREE):
+            raise cli.UserError(
+                f"workdir={workdir!r}: it belongs to another experiment ({name} is "
+                f"{before!r} there, {after!r} here); name another workdir or change it "
+                "back"
+            )
+
+
+def write_config(workdir: str, config: ExperimentConfig) -> None:
+    """config.json: written once everything that can be wrong with it was tried."""
     path = os.path.join(workdir, "config.json")
     with open(path + ".tmp", "w") as f:
-        f.write(text)
+        f.write(base.to_json(config))
     os.replace(path + ".tmp", path)
 
 
@@ -284,7 +285,11 @@ def main(argv: list[str]) -> int:
     if flags.FLAGS.dry_run:
         print_plan(experiment)
         return 0
-    claim_workdir(workdir, config)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise cli.UserError(f"workdir={workdir!r}: {error.strerror}") from error
+    check_workdir(workdir, config)
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         done = checkpointer.latest()
         if done is not None and done >= config.steps:
@@ -309,6 +314,7 @@ def main(argv: list[str]) -> int:
             done, window = meta["data"]["step"], meta["window"]
             state = experiment.placement.load(saved)
             print(f"resuming after step {done}")
+        write_config(workdir, config)
         writer = MetricWriter(workdir, done)
         try:
             state = train_loop(

@@ -63,7 +63,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def pair_batch():
-    """(source lengths, target lengths, ...) -> a batch of random pairs, right-padded."""
+    """(source lengths, target lengths, ...) -> random pairs, right-padded."""
 
     def make(
         sources, targets, width: int, seed: int = 0, vocab: int = 11

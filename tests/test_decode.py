@@ -28,7 +28,7 @@ class Toy:
 
 
 def toy_table(seed=0, vocab=VOCAB, length=LENGTH, eos=0.0):
-    """Logits [row, place, token before, token, next]; `eos` is added to those of EOS."""
+    """Logits [row, place, token before, token, next]; EOS gets `eos` more."""
     rng = np.random.default_rng(seed)
     table = 2 * rng.standard_normal((ROWS, length, vocab, vocab, vocab))
     table[..., EOS] += eos
@@ -133,6 +133,37 @@ def test_the_score_is_that_of_the_tokens(beams):
         for row in range(ROWS):
             logp, n = log_probability(table, row, tokens[row])
             assert scores[row] == pytest.approx(logp / norm(n, 0.6), rel=1e-5)
+
+
+def search(table, row, beams, alpha):
+    """Beam search without an early stop: 2 * beams candidates a step."""
+    length, live, done = table.shape[1], [((), 0.0)], []
+    for place in range(length):
+        grown = []
+        for tokens, logp in live:
+            before, last = (0, 0, *tokens)[-2:]
+            step = log_softmax(table[row, place, before, last])
+            grown += [((*tokens, t), logp + x) for t, x in enumerate(step)]
+        grown.sort(key=lambda h: -h[1])
+        kept = grown[: 2 * beams]
+        done += [(t, x / norm(place + 1, alpha)) for t, x in kept if t[-1] == EOS]
+        done = sorted(done, key=lambda h: -h[1])[:beams]
+        live = [h for h in kept if h[0][-1] != EOS][:beams]
+    if done:
+        return done[0]
+    return live[0][0], live[0][1] / norm(length, alpha)
+
+
+@pytest.mark.parametrize(("beams", "alpha"), [(1, 0.6), (2, 0.6), (3, 2.0)])
+def test_stopping_early_changes_nothing(beams, alpha):
+    options = {"beam_size": beams, "length_penalty": alpha}
+    for seed in range(20):
+        table = toy_table(seed, length=6, eos=[-2.0, 0.0, 2.0][seed % 3])
+        tokens, scores = run_toy(table, range(ROWS), **options)
+        for row in range(ROWS):
+            best, score = search(table, row, beams, alpha)
+            assert tuple(tokens[row].tolist()) == best + (PAD,) * (6 - len(best))
+            assert scores[row] == pytest.approx(score, rel=1e-5)
 
 
 def test_one_beam_is_greedy_where_nothing_ends():

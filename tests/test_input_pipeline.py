@@ -230,7 +230,7 @@ def test_a_missing_feature_is_named(corpus, tmp_path):
         token_store(config, "train", BYTES)
     with pytest.raises(DataError, match=message):
         build_tokenizer(config, 300, str(tmp_path))
-    assert not [p for p in (tmp_path / "cache" / "tokens").iterdir()]
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
 
 
 def test_nothing_that_fits_is_an_error(corpus):

@@ -2,17 +2,21 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from triform import models
 from triform.models import EncoderDecoderConfig
 from triform.models.algorithms import ALGORITHMS
 from triform.models.config import TransformerConfig
+from triform.models.positions import sinusoidal_table
+from triform.models.transformer import FFNS, FeedForward
 from triform.runtime.optim import path_name
 
 # Float32 sums of the same few terms in another order.
@@ -280,13 +284,29 @@ def test_scan_equals_loop(tiny_config, pair_batch, num_layers, windows):
 
 
 def test_a_scanned_trunk_draws_every_layer_anew(tiny_config, pair_batch):
-    config = tiny_config(num_layers=2, scan_layers=True, dropout=0.5)
+    model = models.build(tiny_config(num_layers=2, scan_layers=True, dropout=0.5))
     batch = pair_batch([4], [4], 4)
-    init = jax.jit(models.build(config).init)
-    params = init(jax.random.key(0), batch)["params"]
-    for name, x in flat(params["encoder"]).items():
+
+    @jax.jit
+    def run(rng):
+        variables = model.init(rng, batch)
+        _, seen = model.apply(
+            variables,
+            batch,
+            rngs={"dropout": rng},
+            mutable="intermediates",
+            capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+        )
+        return variables["params"]["encoder"], seen["intermediates"]["encoder"]
+
+    params, seen = run(jax.random.key(0))
+    for name, x in flat(params).items():
         if name.endswith("kernel"):
             assert (x[0] != x[1]).all(), name
+    masks = {k: np.asarray(x) == 0 for k, x in flat(seen["layers"]).items()}
+    assert len(masks) == 2
+    for name, dropped in masks.items():
+        assert (dropped[0] != dropped[1]).any(), name
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -356,6 +376,57 @@ def test_padding_of_the_source_cannot_change_anything(tiny_config, pair_batch):
     }
     moved, _ = value_and_grad(config, params, batch | flipped)
     np.testing.assert_allclose(moved, logits, **CLOSE)
+
+
+# --- Formulas ---
+
+
+def gelu(x):
+    return x * (1 + math.erf(x / 2**0.5)) / 2
+
+
+def gelu_tanh(x):  # Hendrycks & Gimpel 2016
+    return x * (1 + math.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+
+
+ACTIVATIONS = {
+    "relu": lambda x: max(x, 0.0),
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "geglu": gelu_tanh,
+    "swiglu": lambda x: x / (1 + math.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("name", FFNS)
+def test_feed_forward_is_its_formula(tiny_config, name):
+    module = FeedForward(tiny_config(ffn=name).trunk)
+    rng = np.random.default_rng(0)
+    x = 2 * rng.standard_normal((1, 3, 8)).astype(np.float32)
+    p = jax.tree.map(
+        lambda s: rng.standard_normal(s.shape),
+        jax.eval_shape(module.init, jax.random.key(0), x)["params"],
+    )
+    hidden = x @ p["up"]["kernel"] + p["up"]["bias"]
+    activation = np.vectorize(ACTIVATIONS[name])
+    if "gate" in p:
+        gate = x @ p["gate"]["kernel"] + p["gate"]["bias"]
+        hidden = activation(gate) * hidden
+    else:
+        hidden = activation(hidden)
+    expected = hidden @ p["down"]["kernel"] + p["down"]["bias"]
+    got = jax.jit(module.apply)({"params": p}, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sinusoids_have_the_papers_wavelengths():
+    table = sinusoidal_table(50, 8)
+    for position in (0, 1, 7, 49):
+        for i in range(4):
+            # From 2 pi to 10000 * 2 pi, both included, as in tensor2tensor.
+            angle = position / 10_000 ** (i / 3)
+            assert table[position, i] == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[position, 4 + i] == pytest.approx(math.cos(angle), abs=1e-6)
 
 
 # --- Sizes, names, errors ---

@@ -3,7 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -27,7 +26,7 @@ LENGTH, ROWS = 8, 6  # rows of no mesh: all but the last pad them
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 1, 4, 2), (4, 1, 1, 2))
 PARTS = {(2, 2, 2, 1): 2, "pmap": 2}  # these accumulate as well
 
-# What differs is the order of float32 sums over some 100 tokens: an error of 1e-6 of the
+# What differs is the order of float32 sums over some 100 tokens: errors of 1e-6 of the
 # largest gradient. Adam's first update is rate * g / (|g| + eps): with eps = rate it
 # passes an error of g on at most unchanged.
 TOLERANCE = 2e-6
@@ -140,6 +139,23 @@ def test_every_placement_updates_alike(make_experiment, start, batch, expected, 
 def test_accumulation_is_exact(make_experiment, start, batch, expected, parts):
     experiment = make_experiment(devices=1, accumulate=parts)
     assert_equal(update(experiment, start, batch), expected)
+
+
+def test_the_gradient_is_that_of_the_weighted_mean(
+    make_experiment, start, batch, expected
+):
+    task = make_experiment(devices=1).task
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(params):
+        loss, _ = task.loss(params, batch, jax.random.key(0), True)
+        return loss.total / batch["weights"].sum()
+
+    value, grads = mean(start.params)
+    assert expected[1]["train/loss"] == pytest.approx(float(value), rel=1e-5)
+    norm = sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads))
+    assert expected[1]["train/grad_norm"] == pytest.approx(norm**0.5, rel=1e-5)
 
 
 def test_the_step_does_something(start, expected):

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from triform import tokenizer
 from triform.tokenizer import EOS, KINDS, PAD, SPECIALS, UNK, TokenizerConfig
 
-WORDS = (
-    "The the quick brown Fox jumps over 12 lazy dogs naïve café über straße 3.5".split()
-)
+WORDS = ("The", "the", "quick", "brown", "Fox", "jumps", "over", "12", "lazy", "dogs")
+WORDS += ("naïve", "café", "über", "straße", "3.5")
 LOSSLESS = ("bpe", "bytes")
 SIZES = {"bpe": 320, "wordpiece": 120, "unigram": 80, "bytes": 259}
 TRICKY = (
