@@ -134,7 +134,7 @@ def beam_search(
     """The hypothesis with the best log-probability / length_norm of every row.
 
     Keeps beam_size live and beam_size finished hypotheses a row. Stops when no live one
-    can still beat the worst finished one. Returns ([B, length], score [B]).
+    can still beat the best finished one. Returns ([B, length], score [B]).
     """
     batch, beams = first.shape[0], config.beam_size
     alpha = config.length_penalty
@@ -178,7 +178,7 @@ def beam_search(
         i, _, _, _, live_logp, _, done_score = carry
         # Log-probabilities only fall; the longest length is the mildest divisor.
         hope = live_logp.max(-1) / length_norm(length, alpha)
-        return (i < length) & (hope > done_score.min(-1)).any()
+        return (i < length) & (hope > done_score[:, 0]).any()
 
     empty = jnp.zeros((batch, beams, length), jnp.int32)
     # At first all beams are equal: only one may live.

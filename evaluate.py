@@ -18,12 +18,14 @@ from absl import flags
 from tqdm import tqdm
 
 from triform import cli, decode, scoring
+from triform.configs.base import ExperimentConfig
 from triform.experiment import (
     Experiment,
     checkpoint_dir,
+    for_these_devices,
     open_workdir,
 )
-from triform.input_pipeline import Batches, build_tokenizer, raw_examples, token_store
+from triform.input_pipeline import Batches, load_tokenizer, raw_examples, token_store
 from triform.runtime import metrics
 from triform.runtime.checkpoint import Checkpointer
 from triform.tokenizer import EOS, PAD, Tokenizer
@@ -42,21 +44,35 @@ class Result:
         return {k: v for k, v in self.scalars.items() if not isinstance(v, str)}
 
 
-class Evaluator:
-    """Evaluates parameters on one split; compiled once, called at many steps."""
+@dataclasses.dataclass
+class Split:
+    """One split, opened: its batches and its text."""
 
-    def __init__(self, experiment: Experiment, tok: Tokenizer, split: str):
-        config = experiment.config
-        self.experiment, self.tokenizer, self.split = experiment, tok, split
-        store = token_store(config.data, split, tok)
-        self.batches = Batches(config.data, store, split, config.model.vocab_size)
-        self.raw = raw_examples(config.data, split)
+    name: str
+    batches: Batches
+    raw: Any
+
+    @classmethod
+    def open(cls, config: ExperimentConfig, tok: Tokenizer, name: str) -> "Split":
+        """DataError if it does not exist or holds what the model cannot read."""
+        store = token_store(config.data, name, tok)
+        batches = Batches(config.data, store, name, config.model.vocab_size)
+        batches.buckets(cut=True)
+        return cls(name, batches, raw_examples(config.data, name))
+
+
+class Evaluator:
+    """Evaluates parameters on splits; compiled once, called at many steps."""
+
+    def __init__(self, experiment: Experiment, tok: Tokenizer):
+        self.experiment, self.tokenizer = experiment, tok
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
         self.generate = make_generate(experiment)
 
     def __call__(
         self,
         params: Any,
+        split: Split,
         prefix: str,
         limit: int = 0,
         stop: Callable[[], Any] = lambda: False,
@@ -65,45 +81,50 @@ class Evaluator:
 
         None as soon as `stop()` is true between two batches.
         """
-        config = self.experiment.config
+        experiment, config = self.experiment, self.experiment.config
         start = time.perf_counter()
-        total, written = None, {}
-        single = self.experiment.placement.unload(params)
-        bar = tqdm(
-            total=len(self.raw),
-            desc=f"{prefix} {self.split}",
-            disable=None,
-            leave=False,
-        )
-        for ids, batch in self.batches.evaluation():
+        total, count, written = None, 0, {}
+        bar = tqdm(total=len(split.raw), desc=prefix, disable=None, leave=False)
+        for ids, batch in split.batches.evaluation():
             if stop():
+                bar.close()
                 return None
-            bar.update(len(ids))
-            total = metrics.add(
-                total, self.eval_step(params, self.experiment.put(batch))
-            )
+            measured = self.eval_step(params, experiment.put(batch))
             if config.evaluation.metrics and not (limit and ids.min() >= limit):
-                tokens = np.asarray(self.generate(single, batch, np.uint32(0))[0])
+                inputs = experiment.placement.for_generation(params, batch)
+                tokens = np.asarray(self.generate(*inputs, np.uint32(0))[0])
                 texts = (self.tokenizer.decode(row) for row in tokens)
+                # The batch may have more rows than examples: padding.
                 written |= dict(zip(ids.tolist(), texts, strict=False))
+            total = metrics.add(total, metrics.to_host(measured))
+            count += len(ids)
+            bar.update(len(ids))
         bar.close()
-        scalars = metrics.values(metrics.to_host(total), prefix)
-        samples = ""
-        if written:
-            kept = sorted(i for i in written if not limit or i < limit)
-            ours = [written[i] for i in kept]
-            examples = [self.raw[i] for i in kept]
-            references = [e[config.data.targets] for e in examples]
-            sources = [e[config.data.inputs] for e in examples]
-            scores = scoring.score(config.evaluation, ours, references)
-            scalars |= {f"{prefix}/{name}": x for name, x in scores.items()}
-            shown = list(zip(sources, references, ours, strict=True))
-            shown = shown[:: max(1, len(shown) // max(1, config.evaluation.samples))]
-            samples = "\n".join(
-                f"source     {s}\nreference  {r}\noutput     {o}\n"
-                for s, r, o in shown[: config.evaluation.samples]
-            )
+        scalars = metrics.values(total, prefix)
+        scalars |= {f"{prefix}/examples": count, f"{prefix}/cut": split.batches.cut()}
+        scores, samples = self._score(split, written, limit)
+        scalars |= {f"{prefix}/{name}": x for name, x in scores.items()}
         return Result(scalars, samples, time.perf_counter() - start)
+
+    def _score(
+        self, split: Split, written: dict[int, str], limit: int
+    ) -> tuple[scoring.Scores, str]:
+        if not written:
+            return {}, ""
+        config = self.experiment.config
+        kept = sorted(i for i in written if not limit or i < limit)
+        ours = [written[i] for i in kept]
+        examples = [split.raw[i] for i in kept]
+        references = [e[config.data.targets] for e in examples]
+        scores = scoring.score(config.evaluation, ours, references)
+        count = config.evaluation.samples
+        step = max(1, len(kept) // max(1, count))
+        shown = list(zip(examples, references, ours, strict=True))[::step][:count]
+        samples = "\n".join(
+            f"source     {e[config.data.inputs]}\nreference  {r}\noutput     {o}\n"
+            for e, r, o in shown
+        )
+        return scores, samples
 
 
 def make_generate(experiment: Experiment):
@@ -153,14 +174,14 @@ def main(argv: list[str]) -> None:
     config = open_workdir(workdir)
     if flag.beam_size:
         config.decode.method, config.decode.beam_size = "beam", flag.beam_size
-    config.mesh, config.placement = type(config.mesh)(), "mesh"
-    experiment = Experiment(config)
+    experiment = Experiment(for_these_devices(config))
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         params, which = experiment.load_params(checkpointer, flag.checkpoint)
     split = flag.split or config.data.eval_split
-    tok = build_tokenizer(config.data, config.model.vocab_size, workdir)
+    tok = load_tokenizer(workdir)
+    opened = Split.open(config, tok, split)
     print(f"{workdir}: {which}, split {split}", file=sys.stderr)
-    result = Evaluator(experiment, tok, split)(params, split)
+    result = Evaluator(experiment, tok)(params, opened, split)
     print(result.samples, file=sys.stderr)
     report = {"checkpoint": which, "split": split, "seconds": result.seconds}
     report |= {"decode": dataclasses.asdict(config.decode), **result.scalars}

@@ -66,12 +66,18 @@ class Experiment:
         return self.placement.abstract(jax.eval_shape(self.make_state))
 
     def train_step(
-        self, state: TrainState, batch: Tree, reduce: Callable[[Tree], Tree]
+        self,
+        state: TrainState,
+        batch: Tree,
+        reduce: Callable[[Tree], Tree],
+        part: Array | int,
     ) -> tuple[TrainState, dict[str, Mean]]:
-        """One update, pure. Totals are summed over micro-batches and devices, then
-        divided once: accumulation and uneven rows are exact.
+        """One update, pure; for `reduce` and `part` see runtime/partition.py.
+
+        Totals are summed over micro-batches and devices, then divided once:
+        accumulation and uneven rows are exact.
         """
-        rng = jax.random.fold_in(state.rng, state.step)
+        rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), part)
 
         def total_loss(params: Tree, part: Tree, i: Array) -> tuple[Array, tuple]:
             loss, measured = self.task.loss(
@@ -101,7 +107,7 @@ class Experiment:
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        measured["grad_norm"] = Mean(optax.global_norm(grads), jnp.float32(1))
+        measured["grad_norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
         return TrainState(state.step + 1, params, opt_state, state.rng), measured
 
     def eval_step(
@@ -131,7 +137,14 @@ class Experiment:
             )
         kind, _, count = which.partition(":")
         if kind == "average" and count.isdigit() and int(count) > 0:
-            steps = kept[-int(count) :]
+            # Older ones are kept for being best, not for being next in line.
+            near = checkpointer.on_schedule()[-self.config.checkpoint.keep_newest :]
+            steps = near[-int(count) :]
+            if len(steps) < int(count):
+                raise UserError(
+                    f"checkpoint={which!r}: only {len(near)} consecutive checkpoints "
+                    f"are there ({', '.join(map(str, near))}); average at most so many"
+                )
         elif which == "best":
             best = checkpointer.best()
             steps = [kept[-1] if best is None else best]
@@ -166,7 +179,14 @@ def saved_config(workdir: str) -> ExperimentConfig | None:
     if not os.path.exists(path):
         return None
     with open(path) as f:
-        return from_json(f.read())
+        text = f.read()
+    try:
+        return from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a config of this version of Triform ({error!r}); restore the "
+            "file or name another workdir"
+        ) from error
 
 
 def open_workdir(workdir: str) -> ExperimentConfig:
@@ -177,6 +197,18 @@ def open_workdir(workdir: str) -> ExperimentConfig:
             f"workdir={workdir!r}: holds no config.json; name the workdir of a run "
             "that train.py has started"
         )
+    return config
+
+
+def for_these_devices(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its mesh, or with the batch split over all devices if not so many
+    are here as it was trained on.
+    """
+    try:
+        config.mesh.sizes(jax.device_count())
+    except ValueError:
+        config.mesh = type(config.mesh)()
+    config.placement = "mesh"
     return config
 
 

@@ -17,9 +17,10 @@ from triform.evaluate import make_generate
 from triform.experiment import (
     Experiment,
     checkpoint_dir,
+    for_these_devices,
     open_workdir,
 )
-from triform.input_pipeline import DataConfig, build_tokenizer
+from triform.input_pipeline import DataConfig, load_tokenizer
 from triform.runtime.checkpoint import Checkpointer
 from triform.tokenizer import EOS, PAD, Tokenizer
 
@@ -66,20 +67,21 @@ def main(argv: list[str]) -> None:
     workdir = os.path.abspath(flag.workdir)
     config = open_workdir(workdir)
     for name in OVERRIDES:
-        if flag[name].present:
+        if flag[name].value is not None:
             setattr(config.decode, name, flag[name].value)
-    config.mesh, config.placement = type(config.mesh)(), "mesh"
-    experiment = Experiment(config)
+    experiment = Experiment(for_these_devices(config))
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         params, which = experiment.load_params(checkpointer, flag.checkpoint)
-    tok = build_tokenizer(config.data, config.model.vocab_size, workdir)
+    tok = load_tokenizer(workdir)
     print(f"{workdir}: {which}, {config.decode.method}", file=sys.stderr)
     generate = make_generate(experiment)
     lines = sys.stdin if flag.input is None else flag.input
     rows = flag.batch_size if flag.input is None else len(flag.input)
     for number, part in enumerate(chunks(lines, rows)):
         batch = encode(part, rows, config.data, tok)
-        tokens, scores = generate(params, batch, np.uint32(flag.seed + number))
+        tokens, scores = generate(
+            params, batch, np.uint32((flag.seed + number) % 2**32)
+        )
         for line, row, score in zip(part, np.asarray(tokens), scores, strict=False):
             text = tok.decode(row) if line.strip() else ""
             print(f"{float(score):.4f}\t{text}" if flag.scores else text, flush=True)
@@ -95,9 +97,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "method", "beam", METHODS, "Instead of the config's decode.method."
     )
-    flags.DEFINE_integer("beam_size", 4, "Instead of decode.beam_size.")
-    flags.DEFINE_float("length_penalty", 0.6, "Instead of decode.length_penalty.")
-    flags.DEFINE_float("temperature", 1.0, "Instead of decode.temperature.")
-    flags.DEFINE_integer("top_k", 0, "Instead of decode.top_k.")
-    flags.DEFINE_float("top_p", 1.0, "Instead of decode.top_p.")
+    flags.DEFINE_integer("beam_size", None, "Instead of decode.beam_size.")
+    flags.DEFINE_float("length_penalty", None, "Instead of decode.length_penalty.")
+    flags.DEFINE_float("temperature", None, "Instead of decode.temperature.")
+    flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
+    flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
     cli.launch(main)

@@ -78,7 +78,8 @@ class TokenStore:
     """Tokens of one split: for each field a flat array and offsets, memory-mapped."""
 
     def __init__(self, directory: str):
-        self.directory = directory
+        # Names corpus, split, features and tokenizer: equal digests, equal tokens.
+        self.digest = os.path.basename(directory)
         self.tokens = {}
         self.offsets = {}
         for field in FIELDS:
@@ -122,28 +123,53 @@ def _text(example: Mapping[str, str], name: str, config: DataConfig) -> str:
             f"data.inputs/targets: {config.source!r} has no feature {name!r}; expected "
             f"one of {', '.join(sorted(example))}"
         )
+    if not isinstance(example[name], str):
+        raise DataError(
+            f"data.inputs/targets: feature {name!r} of {config.source!r} is no text "
+            f"({example[name]!r:.40}); name a text feature"
+        )
     return example[name]
 
 
-def build_tokenizer(config: DataConfig, vocab_size: int, workdir: str) -> Tokenizer:
-    """The tokenizer of a workdir: the saved one, the given one, or a new one, saved."""
-    path = tokenizer.find(workdir) or config.tokenizer.path
-    if path:
-        result = tokenizer.load(path)
-    else:
-        texts = (
-            _text(example, name, config)
-            for example in raw_examples(config, config.train_split)
-            for name in (config.inputs, config.targets)
+def load_tokenizer(workdir: str) -> Tokenizer:
+    """The tokenizer that a run saved in its workdir."""
+    path = tokenizer.find(workdir)
+    if path is None:
+        raise DataError(f"{workdir}: its tokenizer is gone; restore the file")
+    try:
+        return tokenizer.load(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def build_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer that the config names, or a new one trained on the corpus."""
+    path = config.tokenizer.path
+    if path and not os.path.exists(path):
+        raise DataError(
+            f"data.tokenizer.path={path!r}: no such file; leave it empty to train a "
+            "tokenizer on the corpus"
         )
-        result = tokenizer.train(config.tokenizer, texts, vocab_size)
+    try:
+        if path:
+            result = tokenizer.load(path)
+        else:
+            texts = (
+                _text(example, name, config)
+                for example in raw_examples(config, config.train_split)
+                for name in (config.inputs, config.targets)
+            )
+            result = tokenizer.train(config.tokenizer, texts, vocab_size)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if result.vocab_size > vocab_size:
         raise DataError(
             f"model.vocab_size={vocab_size}: the tokenizer "
             f"{path or config.tokenizer.kind} has {result.vocab_size} ids; raise it to "
             "at least that"
         )
-    result.save(workdir)
     return result
 
 
@@ -161,6 +187,7 @@ def token_store(config: DataConfig, split: str, tok: Tokenizer) -> TokenStore:
         part = tempfile.mkdtemp(dir=os.path.dirname(final), prefix="part-")
         try:
             _write_tokens(config, split, tok, part)
+            os.chmod(part, 0o755)  # mkdtemp's is for us alone; a cache may be shared
             os.rename(part, final)
         except OSError:
             # Another process may have been first: its arrays are the same.
@@ -262,6 +289,10 @@ class Batches:
         check_ids(batch, self.vocab, lambda r: f"{where}, example {ids[r]}")
         return batch
 
+    def cut(self) -> int:
+        """How many examples evaluation shortens to data.max_len."""
+        return int((self.longest[self.usable] > self.config.max_len).sum())
+
     def evaluation(self) -> Iterator[tuple[np.ndarray, Batch]]:
         """(example ids, batch) in a fixed order, every example exactly once."""
         for length, ids in self.buckets(cut=True).items():
@@ -350,6 +381,7 @@ class Prefetch:
 
     def __init__(self, items: Iterable, depth: int):
         self._queue: queue.Queue = queue.Queue(depth)
+        self._over: BaseException | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(items,), daemon=True)
         self._thread.start()
@@ -360,7 +392,7 @@ class Prefetch:
                 if not self._offer((item, None)):
                     return
             self._offer((None, StopIteration()))
-        except Exception as error:  # handed to the reader, whatever it is
+        except BaseException as error:  # handed to the reader, whatever it is
             self._offer((None, error))
 
     def _offer(self, entry: tuple) -> bool:
@@ -376,9 +408,11 @@ class Prefetch:
         return self
 
     def __next__(self):
-        item, error = self._queue.get()
-        if error is not None:
-            raise error
+        if self._over is not None:
+            raise self._over
+        item, self._over = self._queue.get()
+        if self._over is not None:
+            raise self._over
         return item
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The live progress line of a training run, and the numbers behind it."""
 
 import contextlib
+import datetime
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -93,7 +94,7 @@ class Progress:
         now = time.perf_counter()
         seconds = max(now - self.since - self.away, 1e-9)
         pace = (now - self.started - self.idle) / max(1, self.step - self.first)
-        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.total - self.step)))
+        left = datetime.timedelta(seconds=int(pace * (self.total - self.step)))
         print(
             f"step {self.step}/{self.total}  loss {scalars['train/loss']:.4f}  "
             f"lr {float(self.rate(self.step - 1)):.2e}  "

@@ -17,7 +17,7 @@ class EvaluationConfig:
     # Names in scoring.METRICS; none: losses only, nothing is generated.
     metrics: tuple[str, ...] = ("bleu", "chrf", "exact_match")
     lowercase: bool = False  # compare text case-insensitively
-    language: str = "en"  # of the targets, for Moses tokenisation
+    language: str = "de"  # of the targets, for Moses tokenisation
     examples: int = 0  # generate for the first of the split while training; 0: all
     samples: int = 5  # shown and written with their references
     # Parameters of the last evaluation: the mean of so many newest checkpoints
@@ -30,7 +30,7 @@ class EvaluationConfig:
             if name not in METRICS:
                 raise ValueError(
                     f"evaluation.metrics={self.metrics}: {name!r} is unknown, expected "
-                    f"some of {', '.join(METRICS)}"
+                    f"some of {', '.join(METRICS)}, written as \"('bleu','chrf')\""
                 )
         for name in ("every", "samples", "examples", "average"):
             least = 1 if name == "every" else 0

@@ -38,6 +38,8 @@ class TokenPredictionConfig:
 class TokenPrediction:
     """Cross-entropy of targets, normalised by the weights of real tokens."""
 
+    metrics = ("loss", "accuracy", "perplexity", "ece")  # that evaluation reports
+
     def __init__(self, config: TokenPredictionConfig, model: nn.Module):
         self.config = config
         self.model = model

@@ -30,11 +30,6 @@ class TokenizerConfig:
             raise ValueError(
                 f"data.tokenizer.kind={self.kind!r}: expected one of {', '.join(KINDS)}"
             )
-        if self.path and not os.path.exists(self.path):
-            raise ValueError(
-                f"data.tokenizer.path={self.path!r}: no such file; leave it empty to "
-                "train a tokenizer on the corpus"
-            )
 
 
 class Tokenizer:
@@ -55,12 +50,15 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first EOS; padding and unknown ids vanish."""
+        """Text of ids up to the first EOS.
+
+        Padding, unknown ids and ids that a larger model has beyond ours vanish.
+        """
         kept = []
         for i in ids:
             if i == EOS:
                 break
-            if i != PAD:
+            if i not in (PAD, UNK) and i < self.vocab_size:
                 kept.append(int(i))
         return self._decode(kept)
 
@@ -78,6 +76,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, core: tokenizers.Tokenizer):
         self.core = core
+        # '</s>' in a text is text.
+        core.encode_special_tokens = True
         self.vocab_size = core.get_vocab_size()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -143,9 +143,11 @@ class ByteTokenizer(Tokenizer):
 
 
 def train(config: TokenizerConfig, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` ids, learned from `texts`; deterministic.
+    """A tokenizer of about `vocab_size` ids, learned from `texts`; deterministic.
 
-    Digits are split one by one, so that numbers are spelled rather than memorised.
+    Digits are split one by one, so that numbers are spelled rather than memorised; not
+    in WordPiece, which puts a space before every word it decodes and is lossy anyway.
+    A byte-level BPE has at least 259 ids. ValueError if too few are asked for.
     """
     if config.kind == "bytes":
         return ByteTokenizer(config.lowercase)
@@ -154,7 +156,7 @@ def train(config: TokenizerConfig, texts: Iterable[str], vocab_size: int) -> Tok
     steps = [normalizers.NFC()]
     if config.lowercase:
         steps.append(normalizers.Lowercase())
-    digits = pre_tokenizers.Digits(individual_digits=True)
+    normalizer = normalizers.Sequence(steps)
     options = {
         "vocab_size": vocab_size,
         "special_tokens": list(SPECIALS),
@@ -162,6 +164,7 @@ def train(config: TokenizerConfig, texts: Iterable[str], vocab_size: int) -> Tok
     }
     if config.kind == "bpe":
         core = tokenizers.Tokenizer(models.BPE())
+        digits = pre_tokenizers.Digits(individual_digits=True)
         level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         core.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
         core.decoder = decoders.ByteLevel()
@@ -169,12 +172,23 @@ def train(config: TokenizerConfig, texts: Iterable[str], vocab_size: int) -> Tok
         trainer = trainers.BpeTrainer(initial_alphabet=sorted(alphabet), **options)
     else:
         core = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIALS[UNK]))
-        words = pre_tokenizers.BertPreTokenizer()
-        core.pre_tokenizer = pre_tokenizers.Sequence([words, digits])
+        core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         core.decoder = decoders.WordPiece()
+        # The trainer numbers '##c' in the order of a hash map, another one each time:
+        # given as specials, they are numbered in ours.
+        texts = list(texts)
+        characters = sorted({c for t in texts for c in normalizer.normalize_str(t)})
+        options["special_tokens"] += [f"##{c}" for c in characters if not c.isspace()]
         trainer = trainers.WordPieceTrainer(**options)
-    core.normalizer = normalizers.Sequence(steps)
+    core.normalizer = normalizer
     core.train_from_iterator(texts, trainer)
+    if config.kind == "wordpiece":
+        # Again without them as specials, so that a text's '##c' is not one.
+        model = models.WordPiece(core.get_vocab(), unk_token=SPECIALS[UNK])
+        core, trained = tokenizers.Tokenizer(model), core
+        core.normalizer, core.decoder = trained.normalizer, trained.decoder
+        core.pre_tokenizer = trained.pre_tokenizer
+        core.add_special_tokens(list(SPECIALS))
     return HuggingFaceTokenizer(core)
 
 
@@ -182,7 +196,7 @@ def _train_unigram(
     config: TokenizerConfig, texts: Iterable[str], vocab_size: int
 ) -> Tokenizer:
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    _sentencepiece(
         sentence_iterator=iter(texts),
         model_writer=out,
         model_type="unigram",
@@ -205,10 +219,29 @@ def _train_unigram(
     return SentencePieceTokenizer(out.getvalue())
 
 
+def _sentencepiece(**options) -> None:
+    try:
+        sentencepiece.SentencePieceTrainer.train(**options)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.vocab_size={options['vocab_size']}: sentencepiece cannot train "
+            f"that ({str(error).splitlines()[-1]}); raise it or use another kind"
+        ) from error
+
+
 def load(path: str) -> Tokenizer:
-    """A saved tokenizer; ValueError if its special ids are not ours."""
+    """A saved tokenizer; ValueError if it is none, or its special ids are not ours."""
     with open(path, "rb") as f:
         content = f.read()
+    try:
+        return _parse(path, content)
+    except Exception as error:  # the libraries raise bare Exception and RuntimeError
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from error
+
+
+def _parse(path: str, content: bytes) -> Tokenizer:
     if path.endswith(".bytes"):
         return ByteTokenizer(content == b"lowercase")
     if path.endswith(".model"):

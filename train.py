@@ -4,14 +4,15 @@
         [--config.any.key=value] [--dry_run]
 
 Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTERM,
-Ctrl-C) after saving: start the same command again.
+Ctrl-C) after saving: start the same command again. 130: Ctrl-C before the first step.
 """
 
+import fcntl
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,10 +20,10 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from triform import cli, tokenizer
+from triform import cli
 from triform.configs import base
 from triform.configs.base import ExperimentConfig
-from triform.evaluate import Evaluator, summary, write_samples
+from triform.evaluate import Evaluator, Split, summary, write_samples
 from triform.experiment import (
     Experiment,
     TrainState,
@@ -34,12 +35,14 @@ from triform.input_pipeline import (
     Prefetch,
     TrainBatches,
     build_tokenizer,
+    load_tokenizer,
     report,
     token_store,
 )
 from triform.progress import Progress
 from triform.runtime import metrics
 from triform.runtime.checkpoint import Checkpointer
+from triform.runtime.host import keep_freed_memory
 from triform.runtime.metrics import MetricWriter
 from triform.runtime.partition import parameter_table
 from triform.tokenizer import Tokenizer
@@ -89,12 +92,7 @@ def print_first_batch(batch: dict[str, np.ndarray], tok: Tokenizer) -> None:
 def check_workdir(workdir: str, config: ExperimentConfig) -> None:
     """On resuming prints what differs, and refuses what may not."""
     old = saved_config(workdir)
-    if old is None:
-        # A start that failed before it had a config may have left its tokenizer.
-        if path := tokenizer.find(workdir):
-            os.remove(path)
-        return
-    changed = base.differences(old, config)
+    changed = base.differences(old, config) if old is not None else {}
     for name, (before, after) in changed.items():
         print(f"config: {name} was {before!r}, is now {after!r}")
     for name, (before, after) in changed.items():
@@ -106,25 +104,49 @@ def check_workdir(workdir: str, config: ExperimentConfig) -> None:
             )
 
 
-def write_config(workdir: str, config: ExperimentConfig) -> None:
-    """config.json: written once everything that can be wrong with it was tried."""
+def claim_workdir(workdir: str, config: ExperimentConfig, tok: Tokenizer) -> None:
+    """Writes tokenizer and config.json, once what can be wrong with them was tried."""
+    tok.save(workdir)
     path = os.path.join(workdir, "config.json")
     with open(path + ".tmp", "w") as f:
         f.write(base.to_json(config))
     os.replace(path + ".tmp", path)
 
 
+def lock(workdir: str) -> Any:
+    """Held until the process ends: two runs in one workdir would mix their files."""
+    file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115  (kept open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise cli.UserError(
+            f"workdir={workdir!r}: another train.py runs in it; wait for it, stop it, "
+            "or name another workdir"
+        ) from error
+    return file
+
+
+def tested(workdir: str, step: int) -> bool:
+    """Has the test split been scored after this step?"""
+    lines = metrics.read_lines(workdir)
+    return any(x["step"] == step and "test/loss" in x for x in lines)
+
+
 class Interrupt:
     """Turns SIGTERM and the first Ctrl-C into a request to save and leave."""
 
     def __init__(self) -> None:
-        self.requested = ""
+        self.requested = ""  # the signal's name
+
+    def listen(self) -> None:
+        """From now on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = signal.Signals(number).name
-        print(f"\n{self.requested}: saving before leaving", file=sys.stderr)
+        # Not print: the signal may have arrived inside one.
+        os.write(2, f"\n{self.requested}: saving before leaving\n".encode())
         # A second one ends the process as usual.
         signal.signal(number, signal.SIG_DFL)
 
@@ -175,20 +197,18 @@ def compile_steps(
 def train_loop(
     experiment: Experiment,
     train: TrainBatches,
-    evaluator: Evaluator,
     state: TrainState,
+    meta: dict[str, Any],
+    evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
     writer: MetricWriter,
-    workdir: str,
-    window: dict,
-) -> TrainState | None:
-    """Steps until config.steps; None if interrupted (the state is then saved)."""
-    config = experiment.config
-    interrupt = Interrupt()
+    interrupt: Interrupt,
+) -> TrainState:
+    """Steps until config.steps or an interruption; the last state is saved."""
+    config, start = experiment.config, meta["data"]["step"]
     steps = compile_steps(experiment, train, state)
-    start = int(experiment.placement.unload(state).step)
     progress = Progress(
-        start, config.steps, config.log_every, experiment.schedule, window
+        start, config.steps, config.log_every, experiment.schedule, meta["window"]
     )
     source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
     pending = None
@@ -202,61 +222,48 @@ def train_loop(
             if line := progress.update(number, measured, tokens):
                 writer.write(number, line)
 
-    def evaluate(number: int) -> dict[str, float] | None:
-        params = experiment.evaluation_params(state)
-        limit = config.evaluation.examples
-        result = evaluator(params, "eval", limit, lambda: interrupt.requested)
-        if result is None:
-            return None
-        writer.write(number, result.scalars)
-        write_samples(workdir, f"step_{number:08d}", result.samples)
-        print(f"step {number}: {summary(result)} ({result.seconds:.0f} s)", flush=True)
-        return result.numbers()
-
     try:
-        # An evaluation that was interrupted is made up for.
-        missed = start and start % config.evaluation.every == 0
-        if missed and not checkpointer.metrics_of(start):
-            evaluate(start)
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch, length, tokens = next(source)
             state, measured = steps[length](state, batch)
             settle()
             pending = (step, measured, tokens)
-            last = step == config.steps
-            due = step % config.evaluation.every == 0 or last
+            due = evaluation_due(config, step)
             if not (interrupt.requested or due or step % config.checkpoint.every == 0):
                 continue
             settle()
             pending = None
             with progress.paused():
-                scores = evaluate(step) if due and not interrupt.requested else None
-                meta = {
-                    "config": base.to_json(config),
-                    # Batch t is a function of (seed, t): this is the whole position.
-                    "data": {"seed": config.seed, "step": step},
-                    "window": progress.saved_window(),
-                }
+                # Batch t is a function of (seed, t): the step is the whole position.
+                meta["data"]["step"] = step
+                meta["window"] = progress.saved_window()
                 saved = experiment.placement.unload(state)
-                wait = last or bool(interrupt.requested)
-                checkpointer.save(step, saved, meta=meta, metrics=scores, wait=wait)
+                checkpointer.save(step, saved, meta=meta)
+                if due:
+                    evaluate(state, step)
             if interrupt.requested:
-                checkpointer.wait()
-                print(f"{interrupt.requested}: step {step} is saved", file=sys.stderr)
-                return None
+                break
     finally:
         source.close()
         progress.close()
+    checkpointer.wait()
     return state
+
+
+def evaluation_due(config: ExperimentConfig, step: int) -> bool:
+    """Is a run evaluated after this step?"""
+    return step > 0 and (step % config.evaluation.every == 0 or step >= config.steps)
 
 
 def finish(
     experiment: Experiment,
-    tok: Tokenizer,
+    evaluator: Evaluator,
+    test: Split,
     checkpointer: Checkpointer,
     writer: MetricWriter,
     workdir: str,
+    interrupt: Interrupt,
 ) -> None:
     """Scores the test split with the best or averaged parameters; says what is next."""
     config = experiment.config
@@ -264,18 +271,60 @@ def finish(
     params, which = experiment.load_params(
         checkpointer, f"average:{average}" if average else "best"
     )
-    result = Evaluator(experiment, tok, config.data.test_split)(params, "test")
-    writer.write(config.steps, result.scalars | {"test/checkpoint": which})
+    result = evaluator(params, test, "test", stop=lambda: interrupt.requested)
+    if result is None:
+        return
+    step = checkpointer.latest()
+    writer.write(step, result.scalars | {"test/checkpoint": which})
     write_samples(workdir, "test", result.samples)
     print(f"\n{result.samples}\ntest ({which}): {summary(result)}")
     shown = os.path.relpath(workdir)
     print(
-        f"finished: {config.steps} steps in {shown}. Next:\n"
+        f"finished: {step} steps in {shown}. Next:\n"
         f'  python generate.py --workdir={shown} --input="..."\n'
-        f"  python evaluate.py --workdir={shown} --split={config.data.test_split}\n"
+        f"  python evaluate.py --workdir={shown} --split={test.name}\n"
         f"  tensorboard --logdir={shown}\n"
-        f"  python train.py ... --config.steps={2 * config.steps}   to go on"
+        f"  python train.py ... --config.steps={2 * step}   to go on"
     )
+
+
+def prepare_data(
+    config: ExperimentConfig, workdir: str
+) -> tuple[Tokenizer, TrainBatches, Split, Split]:
+    """Tokenizer, training batches, evaluation and test split, checked."""
+    saved = saved_config(workdir) is not None
+    vocab = config.model.vocab_size
+    tok = load_tokenizer(workdir) if saved else build_tokenizer(config.data, vocab)
+    name = config.data.train_split
+    store = token_store(config.data, name, tok)
+    train = TrainBatches(Batches(config.data, store, name, vocab), config.seed)
+    evaluation = Split.open(config, tok, config.data.eval_split)
+    test = Split.open(config, tok, config.data.test_split)
+    print(report(train))
+    print_first_batch(train[0], tok)
+    return tok, train, evaluation, test
+
+
+def restore_or_init(
+    experiment: Experiment, train: TrainBatches, checkpointer: Checkpointer
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest intact state, or a new one, and what is saved beside it."""
+    data = {"seed": experiment.config.seed, "tokens": train.batches.store.digest}
+    restored = checkpointer.restore(experiment.abstract_state())
+    if restored is None:
+        meta = {"data": data | {"step": 0}, "window": {}}
+        state = experiment.placement.init(experiment.make_state)
+    else:
+        saved, meta = restored
+        if meta["data"]["tokens"] != data["tokens"]:
+            raise cli.UserError(
+                f"{checkpointer.directory}: it was trained on other data than today's "
+                f"{experiment.config.data.source!r} (the corpus, its generator or the "
+                "tokenizer changed); restore them or name another workdir"
+            )
+        state = experiment.placement.load(saved)
+        print(f"resuming after step {meta['data']['step']}")
+    return state, meta | {"config": base.to_json(experiment.config)}
 
 
 def main(argv: list[str]) -> int:
@@ -285,57 +334,76 @@ def main(argv: list[str]) -> int:
     if flags.FLAGS.dry_run:
         print_plan(experiment)
         return 0
+    if jax.process_count() > 1:
+        raise cli.UserError(
+            f"{jax.process_count()} processes: train.py runs on one host"
+        )
     try:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
         raise cli.UserError(f"workdir={workdir!r}: {error.strerror}") from error
+    held = lock(workdir)
     check_workdir(workdir, config)
+    interrupt = Interrupt()
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
-        done = checkpointer.latest()
-        if done is not None and done >= config.steps:
-            print(
-                f"{workdir}: finished, {done} steps done; raise --config.steps to go on"
-            )
+        done = checkpointer.latest() or 0
+        if done >= config.steps and tested(workdir, done):
+            print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
             return 0
         print_plan(experiment)
-        tok = build_tokenizer(config.data, config.model.vocab_size, workdir)
-        store = token_store(config.data, config.data.train_split, tok)
-        name, vocab = config.data.train_split, config.model.vocab_size
-        train = TrainBatches(Batches(config.data, store, name, vocab), config.seed)
-        evaluator = Evaluator(experiment, tok, config.data.eval_split)
-        print(report(train))
-        print_first_batch(train[0], tok)
-        restored = checkpointer.restore(experiment.abstract_state())
-        if restored is None:
-            done, window = 0, {}
-            state = experiment.placement.init(experiment.make_state)
-        else:
-            saved, meta = restored
-            done, window = meta["data"]["step"], meta["window"]
-            state = experiment.placement.load(saved)
-            print(f"resuming after step {done}")
-        write_config(workdir, config)
-        writer = MetricWriter(workdir, done)
-        try:
+        tok, train, evaluation, test = prepare_data(config, workdir)
+        state, meta = restore_or_init(experiment, train, checkpointer)
+        claim_workdir(workdir, config, tok)
+        evaluator = Evaluator(experiment, tok)
+        writer = MetricWriter(workdir, meta["data"]["step"])
+
+        def evaluate(state: TrainState, step: int) -> None:
+            result = evaluator(
+                experiment.evaluation_params(state),
+                evaluation,
+                "eval",
+                config.evaluation.examples,
+                lambda: interrupt.requested,
+            )
+            if result is None:
+                return
+            writer.write(step, result.scalars)
+            write_samples(workdir, f"step_{step:08d}", result.samples)
+            checkpointer.record(step, result.numbers())
+            print(
+                f"step {step}: {summary(result)} ({result.seconds:.0f} s)", flush=True
+            )
+
+        interrupt.listen()
+        step = meta["data"]["step"]
+        if evaluation_due(config, step) and not checkpointer.metrics_of(step):
+            evaluate(state, step)  # the one that was interrupted
+        if step < config.steps and not interrupt.requested:
             state = train_loop(
                 experiment,
                 train,
-                evaluator,
                 state,
+                meta,
+                evaluate,
                 checkpointer,
                 writer,
-                workdir,
-                window,
+                interrupt,
             )
-            if state is None:
-                return INTERRUPTED
-            finish(experiment, tok, checkpointer, writer, workdir)
-        finally:
-            writer.close()
+        if not interrupt.requested:
+            finish(
+                experiment, evaluator, test, checkpointer, writer, workdir, interrupt
+            )
+        writer.close()
+        if interrupt.requested:
+            saved = checkpointer.latest()
+            print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+            return INTERRUPTED
+    held.close()
     return 0
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
     flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")

@@ -40,6 +40,7 @@ class ExperimentConfig:
         for name in ("model", "task", "data", "optim", "decode", "evaluation"):
             getattr(self, name).validate()
         self.checkpoint.validate()
+        self.mesh.validate()
         for name in ("steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -52,7 +53,12 @@ class ExperimentConfig:
         trunk = self.model.trunk
         for name, table in (("attention", ALGORITHMS), ("ffn", FFNS)):
             value = getattr(trunk, name)
-            if not callable(value) and value not in table:
+            if callable(value):
+                raise ValueError(
+                    f"model.trunk.{name}={value!r}: an experiment is saved as text; "
+                    "add the function to its table and give its name"
+                )
+            if value not in table:
                 raise ValueError(
                     f"model.trunk.{name}={value!r}: expected one of {', '.join(table)}"
                 )
@@ -78,10 +84,23 @@ class ExperimentConfig:
                 f"checkpoint.every={self.checkpoint.every}, so that what was scored is "
                 "what was saved"
             )
-        if self.evaluation.average > self.checkpoint.keep_newest:
+        most = min(self.checkpoint.keep_newest, -(-self.steps // self.checkpoint.every))
+        if self.evaluation.average > most:
             raise ValueError(
                 f"evaluation.average={self.evaluation.average}: must not exceed "
-                f"checkpoint.keep_newest={self.checkpoint.keep_newest}"
+                f"checkpoint.keep_newest={self.checkpoint.keep_newest} nor the "
+                f"checkpoints of {self.steps} steps, one every {self.checkpoint.every}"
+            )
+        known = (*TASKS[type(self.task)].metrics, *self.evaluation.metrics)
+        if self.checkpoint.metric not in [f"eval/{name}" for name in known]:
+            raise ValueError(
+                f"checkpoint.metric={self.checkpoint.metric!r}: expected eval/ and one "
+                f"of {', '.join(known)} (evaluation.metrics and the task's own)"
+            )
+        if self.data.tokenizer.lowercase and not self.evaluation.lowercase:
+            raise ValueError(
+                "data.tokenizer.lowercase=True: all output is lower-case and must be "
+                "compared so; set evaluation.lowercase=True"
             )
 
 

@@ -20,7 +20,9 @@ def get_config(variant: str = "") -> ExperimentConfig:
     )
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=1500),
-        data=DataConfig(source="cldr", max_len=40, batch_size=64, buckets=(7, 10, 13, 17, 24)),
+        data=DataConfig(
+            source="cldr", max_len=40, batch_size=64, buckets=(7, 10, 13, 17, 24)
+        ),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=400, schedule="rsqrt"),
         decode=DecodeConfig(method="greedy"),
         evaluation=EvaluationConfig(every=1000, examples=300),

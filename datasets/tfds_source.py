@@ -155,7 +155,7 @@ def _explained(name: str, error: Exception) -> DataError:
                 f"{name}: this public builder needs the package {package}, which is "
                 f"not installed; run `pip install '{extra}'`, or {elsewhere}"
             )
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
     if isinstance(error, AssertionError) and "manual" in reason.lower():
         return DataError(
             f"{name}: needs files fetched by hand ({reason}); set manual_dir to their "

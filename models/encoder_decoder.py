@@ -1,6 +1,7 @@
 """Encoder-decoder: the Transformer of Vaswani et al. 2017."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -65,8 +66,14 @@ class EncoderDecoder(nn.Module):
         self.encoder = self.make_encoder()
         self.decoder = Stack(trunk, cross=True)
         if not cfg.tie_head:
+            # Logits are accumulated in float32: in bfloat16 the best ones would tie.
             self.head = nn.Dense(
-                cfg.vocab_size, use_bias=False, dtype=jnp.dtype(trunk.dtype)
+                cfg.vocab_size,
+                use_bias=False,
+                dtype=jnp.dtype(trunk.dtype),
+                dot_general=functools.partial(
+                    jax.lax.dot_general, preferred_element_type=jnp.float32
+                ),
             )
 
     def make_encoder(self) -> nn.Module:
@@ -116,7 +123,11 @@ class EncoderDecoder(nn.Module):
         return cache.replace(index=jnp.zeros_like(cache.index))
 
     def extend(self, tokens: Array, positions: Array, cache: Cache):
-        """Feeds the next tokens int32 [B, l]; returns (logits [B, l, V], cache)."""
+        """Feeds the next tokens int32 [B, l]; returns (logits [B, l, V], cache).
+
+        At most as many tokens in all as `start` was given `length`: beyond it the last
+        slots are overwritten.
+        """
         x = self.decoder_positions(self._embed_targets(tokens), positions)
         mask = Mask.self_attention(positions, causal=True)
         memory_mask = Mask(positions, cache.memory_positions)
@@ -135,7 +146,7 @@ class EncoderDecoder(nn.Module):
 
     def _logits(self, x: Array) -> Array:
         if not self.config.tie_head:
-            return self.head(x).astype(jnp.float32)
+            return self.head(x)
         table = self._target_table().embedding.astype(x.dtype)
         return jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
 

@@ -163,7 +163,8 @@ class Block(nn.Module):
         """x [B, L, D], memory [B, M, D] -> (x, cache)."""
         cfg = self.config
         cache = dict(cache) if cache is not None else None
-        mask = mask.replace(window=self.window)
+        if self.window:
+            mask = mask.replace(window=min(self.window, mask.window or self.window))
 
         def sublayer(name: str, x: Array, fn) -> Array:
             norm = make_norm(cfg, f"{name}_norm")

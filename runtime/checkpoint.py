@@ -2,8 +2,9 @@
 
 `<directory>/<step>` holds two items that appear together or not at all: `state`, a
 flat mapping from leaf path ('params/embed/kernel') to array, and `meta`, a JSON with
-the caller's dict, the metrics, and each array's shape, dtype and checksum. Leaves are
-named by path, so no class is needed to read a checkpoint.
+the caller's dict and each array's shape, dtype and checksum. Leaves are named by path,
+so no class is needed to read a checkpoint. `<directory>/../scores.json` holds what
+evaluation found for each step, afterwards: a step is safe before it is scored.
 
 Orbax restores a flipped byte silently, drops a save it refuses without an error, and
 may retain the best step in place of the newest: this file exists to prevent that.
@@ -54,7 +55,11 @@ logging.getLogger("absl").addFilter(_untold)
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """How often to save (read by the training loop), and which steps to retain."""
+    """How often to save (read by the training loop), and which steps to retain.
+
+    Steps that are no multiple of `every`, saved on an interruption, are retained while
+    they are the newest only: they must not change what an uninterrupted run would keep.
+    """
 
     every: int = 1000  # steps between saves
     keep_newest: int = 5
@@ -88,7 +93,6 @@ class Checkpointer:
         if "://" not in directory:  # orbax refuses relative paths on save
             directory = os.path.abspath(directory)
         self._config = config
-        self._metrics: dict[int, Mapping[str, float]] = {}
         self._pending: int | None = None  # the step that is being saved
         self._wrote = False
         self._manager = ocp.CheckpointManager(
@@ -105,6 +109,8 @@ class Checkpointer:
         )
         self.directory = self._manager.directory
         self._corrupt = self.directory.parent / "corrupt"
+        self._scores = self.directory.parent / "scores.json"
+        self._metrics = self._read_scores()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -131,13 +137,34 @@ class Checkpointer:
         return next(iter(self._ranked(self.steps())), None)
 
     def metrics_of(self, step: int) -> Mapping[str, float]:
-        """The metrics saved with a step; empty if there are none."""
-        if step not in self._metrics:
-            try:
-                self._metrics[step] = self._read_meta(step)["metrics"]
-            except _Corrupt:
-                return {}
-        return self._metrics[step]
+        """What was recorded for a step; empty if nothing was."""
+        return self._metrics.get(step, {})
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keeps the metrics of a saved step, by which the best step is found."""
+        self._metrics[step] = {name: float(value) for name, value in metrics.items()}
+        self._write_scores()
+
+    def on_schedule(self) -> list[int]:
+        """The finished steps that an uninterrupted run would have, oldest first."""
+        steps = self.steps()
+        return [s for s in steps if s % self._config.every == 0 or s == steps[-1]]
+
+    def _read_scores(self) -> dict[int, Mapping[str, float]]:
+        if not self._scores.exists():
+            return {}
+        try:
+            return {int(k): v for k, v in json.loads(self._scores.read_text()).items()}
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._scores}: {error}; remove it to go on without the scores"
+            ) from error
+
+    def _write_scores(self) -> None:
+        if jax.process_index() == 0:
+            part = self._scores.with_suffix(".tmp")
+            part.write_text(json.dumps(self._metrics, indent=1))
+            part.replace(self._scores)
 
     def save(
         self,
@@ -145,7 +172,6 @@ class Checkpointer:
         state: Any,
         *,
         meta: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
         wait: bool = False,
     ) -> None:
         """Save a step; returns once `state` is on the host and may be donated.
@@ -157,17 +183,15 @@ class Checkpointer:
         leaves = _flatten(state)
         stored = {path: _storage(leaf) for path, leaf in leaves.items() if leaf.size}
         self._prepare(step, sum(array.nbytes for array in stored.values()))
-        metrics = {name: float(value) for name, value in (metrics or {}).items()}
         arrays = {path: _describe(leaf) for path, leaf in leaves.items()}
         for path, checksum in checksums(stored).items():
             arrays[path]["checksum"] = checksum
-        body = {"user": dict(meta), "metrics": metrics, "arrays": arrays}
+        body = {"user": dict(meta), "arrays": arrays}
         body = json.loads(json.dumps(body))  # as it will be read back
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(stored),
             meta=ocp.args.JsonSave({"crc32": _crc(body), "body": body}),
         )
-        self._metrics[step] = metrics
         self._pending = step
         try:
             accepted = self._manager.save(step, args=items)
@@ -236,7 +260,8 @@ class Checkpointer:
         """Orbax's question which steps to keep: the newest and the best."""
         del context
         steps = sorted(info.step for info in checkpoints)
-        keep = set(steps[-self._config.keep_newest :])
+        scheduled = [s for s in steps if s % self._config.every == 0]
+        keep = {*steps[-1:], *scheduled[-self._config.keep_newest :]}
         keep.update(self._ranked(steps)[: self._config.keep_best])
         return [info.step in keep for info in checkpoints]
 
@@ -282,7 +307,6 @@ class Checkpointer:
     def _save_failed(self, reason: str) -> CheckpointError:
         """The error for the pending step, which counts as never begun afterwards."""
         step, self._pending = self._pending, None
-        self._metrics.pop(step, None)
         self._wrote = False  # its temporary files go before the next save
         self._manager.reload()  # orbax already forgot the steps that it would remove
         fix = "remove the cause and save again"
@@ -302,7 +326,8 @@ class Checkpointer:
             self._path(step).rename(target)
         multihost_utils.sync_global_devices(f"moved checkpoint {step}")
         self._manager.reload()
-        self._metrics.pop(step, None)
+        if self._metrics.pop(step, None):
+            self._write_scores()
         _log.warning("checkpoint %s: %s; moved to %s", step, problem, target)
 
     def _read_meta(self, step: int) -> dict[str, Any]:

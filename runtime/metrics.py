@@ -90,12 +90,17 @@ def values(metrics: Metrics, prefix: str) -> dict[str, float]:
     return {f"{prefix}/{name}": m.value() for name, m in metrics.items()}
 
 
-def _lines(path: str) -> list[str]:
-    """The whole lines of a file; a kill may have torn the last one."""
+def read_lines(workdir: str) -> list[dict[str, Any]]:
+    """The objects of a workdir's metrics.jsonl; a kill may have torn the last line."""
+    path = os.path.join(workdir, "metrics.jsonl")
     if not os.path.exists(path):
         return []
     with open(path) as f:
-        return [line for line in f if line.endswith("\n")]
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def _text(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 class MetricWriter:
@@ -107,9 +112,9 @@ class MetricWriter:
 
     def __init__(self, workdir: str, step: int):
         path = os.path.join(workdir, "metrics.jsonl")
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for line in read_lines(workdir) if line["step"] <= step]
         with open(path + ".tmp", "w") as f:
-            f.writelines(kept)
+            f.writelines(_text(line) for line in kept)
         os.replace(path + ".tmp", path)
         self._file = open(path, "a")  # noqa: SIM115  (closed by close)
         self._events = SummaryWriter(
@@ -125,7 +130,7 @@ class MetricWriter:
             line[name] = value if finite else str(value)
             if isinstance(value, (int, float)):
                 self._events.add_scalar(name, value, step)
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(_text(line))
         self._file.flush()
 
     def close(self) -> None:

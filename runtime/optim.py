@@ -79,9 +79,9 @@ class OptimConfig:
     schedule: str = "rsqrt"
     warmup_steps: int = 4000
     floor: float = 0.0  # final rate as a share of the peak (cosine, linear, wsd)
-    b1: float = 0.9
-    b2: float = 0.98  # b2 and eps: Vaswani et al. 2017, 5.3
-    eps: float = 1e-9
+    b1: float = 0.9  # not adafactor; of Muon, the part that Adam updates
+    b2: float = 0.98  # b2 and eps: Vaswani et al. 2017, 5.3; not adafactor
+    eps: float = 1e-9  # Adam, AdamW, Muon
     weight_decay: float = 0.0  # decoupled; not on biases and norm scales
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
     accumulate: int = 1  # micro-batches an update
@@ -140,6 +140,8 @@ def _adamw(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
 
 def _adafactor(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
     # Shazeer & Stern 2018. Optax's own decay is not scaled by the rate: ours is.
+    # It scales by the size of each array, so a scanned trunk, whose arrays hold all
+    # layers, is not updated as a looped one.
     core = optax.adafactor(
         None, multiply_by_parameter_scale=True, decay_rate=0.8, momentum=None
     )
@@ -157,14 +159,18 @@ def _lion(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
 
 
 def _muon(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
-    return optax.contrib.muon(
-        rate,
-        weight_decay=c.weight_decay,
-        weight_decay_mask=decay_mask,
+    # Optax's Muon would leave what it gives to Adam without decay: ours is added after.
+    core = optax.contrib.muon(
+        1.0,
         adam_b1=c.b1,
         adam_b2=c.b2,
         eps=c.eps,
         muon_weight_dimension_numbers=muon_dimensions,
+    )
+    return optax.chain(
+        core,
+        optax.add_decayed_weights(-c.weight_decay, decay_mask),
+        optax.scale_by_schedule(rate),
     )
 
 

@@ -2,11 +2,12 @@
 
 Both placements run the same pure functions:
 
-    train_step(state, batch, reduce) -> (state, metrics)
+    train_step(state, batch, reduce, part) -> (state, metrics)
     eval_step(params, batch, reduce) -> metrics
 
 `reduce` sums over devices: the identity under jit (where the compiler inserts what is
-needed), a psum under pmap.
+needed), a psum under pmap. `part` is the number of the batch's part that the step sees:
+0 under jit, the device's under pmap, where each draws its own random numbers.
 """
 
 import dataclasses
@@ -52,12 +53,16 @@ class MeshConfig:
     tensor: int = 1  # heads, feed-forward width and vocabulary are split
     sequence: int = 1  # positions are split
 
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        for name in AXES:
+            size, least = getattr(self, name), 0 if name == "data" else 1
+            if size < least:
+                raise ValueError(f"mesh.{name}={size}: must be at least {least}")
+
     def sizes(self, devices: int) -> tuple[int, ...]:
         """Devices along (data, fsdp, tensor, sequence); ValueError if impossible."""
         given = [getattr(self, name) for name in AXES]
-        for name, size in zip(AXES, given, strict=True):
-            if size < (0 if name == "data" else 1):
-                raise ValueError(f"mesh.{name}={size}: must be at least 1")
         rest = math.prod(given[1:])
         data = self.data or max(1, devices // rest)
         if data * rest != devices:
@@ -88,7 +93,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
 
 
 def _optimizer_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
-    """Moments follow their parameters; counters and factored moments are replicated."""
+    """Moments follow their parameters; what has another rank is replicated."""
     for pattern, spec in RULES:
         if re.search(pattern, path) and len(shape) - len(spec) in (0, 1):
             return spec_for(path, shape, mesh)
@@ -143,8 +148,12 @@ class MeshPlacement:
         return state
 
     def unload(self, state: Tree) -> Tree:
-        """The state as it is saved, and as text is generated from it."""
+        """The state as it is saved."""
         return state
+
+    def for_generation(self, params: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """Parameters and a host's batch as text is generated from them."""
+        return params, self.put(batch)
 
     def put(
         self, batch: Mapping[str, np.ndarray], parts: int = 1
@@ -169,7 +178,7 @@ class MeshPlacement:
         """
 
         def pinned(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-            out, metrics = step(state, batch, reduce=lambda x: x)
+            out, metrics = step(state, batch, reduce=lambda x: x, part=0)
             # Without this the compiler may return a state placed otherwise.
             return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
 
@@ -234,6 +243,10 @@ class PmapPlacement:
         """The first device's copy."""
         return jax.tree.map(lambda x: x.addressable_data(0)[0], state)
 
+    def for_generation(self, params: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """Parameters and a host's batch for generation, on one device."""
+        return self.unload(params), batch
+
     def put(
         self, batch: Mapping[str, np.ndarray], parts: int = 1
     ) -> Mapping[str, np.ndarray]:
@@ -249,7 +262,12 @@ class PmapPlacement:
 
         The state is donated.
         """
-        compiled = self._pmap(step, donate_argnums=0).lower(state, batch).compile()
+
+        def numbered(state: Tree, batch: Tree, reduce: Callable) -> tuple[Tree, Tree]:
+            return step(state, batch, reduce, part=jax.lax.axis_index("data"))
+
+        mapped = self._pmap(numbered, donate_argnums=0)
+        compiled = mapped.lower(state, batch).compile()
 
         def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
             state, metrics = settled(compiled(state, batch))

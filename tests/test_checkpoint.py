@@ -87,12 +87,15 @@ def assert_equal(left, right) -> None:
 
 
 def save_steps(directory, steps, config=None, losses=None) -> None:
-    with Checkpointer(str(directory), config or CheckpointConfig()) as checkpointer:
+    config = config or CheckpointConfig(every=1)
+    with Checkpointer(str(directory), config) as checkpointer:
         for step in steps:
             metrics = None
             if losses and losses.get(step) is not None:
                 metrics = {"eval/loss": losses[step]}
-            checkpointer.save(step, make_state(step), meta={"s": step}, metrics=metrics)
+            checkpointer.save(step, make_state(step), meta={"s": step})
+            if metrics:
+                checkpointer.record(step, metrics)
 
 
 def data_files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -138,7 +141,8 @@ def test_relative_new_directory_and_meta(tmp_path, monkeypatch):
         assert str(checkpointer.directory) == str(tmp_path / "run" / "checkpoints")
         assert (checkpointer.steps(), checkpointer.latest()) == ([], None)
         assert checkpointer.best() is None and not os.path.exists("run")
-        checkpointer.save(5, make_state(5), meta=meta, metrics={"eval/loss": 2})
+        checkpointer.save(5, make_state(5), meta=meta)
+        checkpointer.record(5, {"eval/loss": 2})
     with Checkpointer("run/checkpoints", CheckpointConfig()) as checkpointer:
         state, restored = checkpointer.restore(abstract(make_state()))
         assert checkpointer.metrics_of(5) == {"eval/loss": 2.0}
@@ -222,7 +226,7 @@ def test_unsupported_leaves(tmp_path, state, message):
 
 
 def test_newest_and_best_are_kept(tmp_path):
-    config = CheckpointConfig(keep_newest=2, keep_best=1)
+    config = CheckpointConfig(every=1, keep_newest=2, keep_best=1)
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 5.0, 6: None}
     save_steps(tmp_path / "c", [1, 2, 3], config, losses)
     save_steps(tmp_path / "c", [4, 5, 6], config, losses)  # metrics read from disk
@@ -237,9 +241,19 @@ def test_newest_and_best_are_kept(tmp_path):
 
 
 def test_newest_is_kept_when_it_is_the_worst(tmp_path):
-    config = CheckpointConfig(keep_newest=1, keep_best=2)
+    config = CheckpointConfig(every=1, keep_newest=1, keep_best=2)
     save_steps(tmp_path / "c", [1, 2, 3, 4], config, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0})
     assert sorted(os.listdir(tmp_path / "c")) == ["1", "2", "4"]
+
+
+def test_a_step_off_the_schedule_goes_with_the_next_save(tmp_path):
+    config = CheckpointConfig(every=2, keep_newest=2, keep_best=0)
+    save_steps(tmp_path / "c", [2, 4, 5], config)
+    with Checkpointer(str(tmp_path / "c"), config) as checkpointer:
+        assert checkpointer.steps() == [2, 4, 5]
+    save_steps(tmp_path / "c", [6], config)
+    with Checkpointer(str(tmp_path / "c"), config) as checkpointer:
+        assert checkpointer.steps() == checkpointer.on_schedule() == [4, 6]
 
 
 def test_save_that_orbax_would_drop_raises(copy):
@@ -418,7 +432,7 @@ def test_full_disk(small_disk, early, monkeypatch):
         monkeypatch.setattr(Checkpointer, "_free", lambda self: 1e12)
     state = {"w": jax.random.normal(jax.random.key(0), (3 * 2**18,))}  # 3 MB
     want = {"w": jax.ShapeDtypeStruct((3 * 2**18,), jnp.float32)}
-    config = CheckpointConfig(keep_newest=1, keep_best=0)
+    config = CheckpointConfig(every=1, keep_newest=1, keep_best=0)
     message = r"step 2 could not be saved.*newest intact step is 1;.*free disk space"
     directory = str(small_disk / "c")
     with Checkpointer(directory, config) as checkpointer:
@@ -461,7 +475,7 @@ import sys
 import jax, jax.numpy as jnp
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 directory, first = sys.argv[1], int(sys.argv[2])
-config = CheckpointConfig(keep_newest=2, keep_best=0)
+config = CheckpointConfig(every=1, keep_newest=2, keep_best=0)
 with Checkpointer(directory, config) as checkpointer:
     for step in range(first, first + 10000):
         state = {'w': jnp.full((2**20,), step, jnp.float32)}

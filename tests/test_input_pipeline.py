@@ -19,6 +19,7 @@ from triform.input_pipeline import (
     TrainBatches,
     build_tokenizer,
     check_ids,
+    load_tokenizer,
     report,
     token_store,
 )
@@ -229,7 +230,7 @@ def test_a_missing_feature_is_named(corpus, tmp_path):
     with pytest.raises(DataError, match=message):
         token_store(config, "train", BYTES)
     with pytest.raises(DataError, match=message):
-        build_tokenizer(config, 300, str(tmp_path))
+        build_tokenizer(config, 300)
     assert not list((tmp_path / "cache" / "tokens").iterdir())
 
 
@@ -243,19 +244,28 @@ def test_nothing_that_fits_is_an_error(corpus):
 # --- Tokenizer and cache ---
 
 
-def test_a_workdir_keeps_its_tokenizer(corpus, tmp_path):
+def test_a_given_or_saved_tokenizer_is_not_trained_again(corpus, tmp_path):
     config = corpus(sentences(20), tokenizer=TokenizerConfig("bpe"))
-    first = build_tokenizer(config, 300, str(tmp_path))
+    first = build_tokenizer(config, 300)
     assert corpus.loads == ["train"]
-    again = build_tokenizer(config, 300, str(tmp_path))
-    assert again.to_bytes() == first.to_bytes()
-    assert corpus.loads == ["train"]  # was not trained again
-    elsewhere = tmp_path / "other"
-    elsewhere.mkdir()
-    path = str(tmp_path / first.filename)
+    path = first.save(str(tmp_path))
     given = dataclasses.replace(config, tokenizer=TokenizerConfig(path=path))
-    assert build_tokenizer(given, 300, str(elsewhere)).to_bytes() == first.to_bytes()
-    assert (elsewhere / first.filename).read_bytes() == first.to_bytes()
+    assert build_tokenizer(given, 300).to_bytes() == first.to_bytes()
+    assert load_tokenizer(str(tmp_path)).to_bytes() == first.to_bytes()
+    assert corpus.loads == ["train"]
+
+
+def test_a_tokenizer_that_is_not_there_or_broken_is_an_error(corpus, tmp_path):
+    config = corpus(sentences(5), tokenizer=TokenizerConfig(path="no/such.json"))
+    with pytest.raises(DataError, match="no such file; leave it empty to train"):
+        build_tokenizer(config, 300)
+    with pytest.raises(DataError, match="its tokenizer is gone"):
+        load_tokenizer(str(tmp_path))
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(DataError, match="not a tokenizer file"):
+            load_tokenizer(str(tmp_path))
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -263,7 +273,7 @@ def test_too_small_a_vocabulary_is_an_error(corpus, tmp_path, kind):
     config = corpus(sentences(5), tokenizer=TokenizerConfig(kind))
     message = f"model.vocab_size=100: the tokenizer {kind} has 259 ids; raise it"
     with pytest.raises(DataError, match=message):
-        build_tokenizer(config, 100, str(tmp_path))
+        build_tokenizer(config, 100)
 
 
 def test_tokens_are_computed_once(corpus):
@@ -272,7 +282,7 @@ def test_tokens_are_computed_once(corpus):
     assert corpus.loads == ["train"]
     second = token_store(config, "train", BYTES)
     assert corpus.loads == ["train"]
-    assert second.directory == first.directory
+    assert second.digest == first.digest
     for i, example in enumerate(sentences(20)):
         assert BYTES.decode(second.row("inputs", i)) == example["en"]
         assert BYTES.decode(second.row("targets", i)) == example["de"]
@@ -289,13 +299,13 @@ def test_what_changes_tokens_changes_the_cache_entry(corpus):
         token_store(flipped, "train", BYTES),
         token_store(other, "train", BYTES),
     ]
-    assert len({entry.directory for entry in entries}) == len(entries)
+    assert len({entry.digest for entry in entries}) == len(entries)
     np.testing.assert_array_equal(
         entries[3].tokens["inputs"], entries[0].tokens["targets"]
     )
     # What does not change tokens shares the entry.
     wider = dataclasses.replace(config, max_len=99, batch_size=1, drop_empty=True)
-    assert token_store(wider, "train", BYTES).directory == entries[0].directory
+    assert token_store(wider, "train", BYTES).digest == entries[0].digest
 
 
 def test_several_at_once_share_one_entry(corpus, monkeypatch):
@@ -318,8 +328,10 @@ def test_several_at_once_share_one_entry(corpus, monkeypatch):
     for thread in threads:
         thread.join(timeout=60)
     assert len(stores) == 4
-    (directory,) = {store.directory for store in stores}
-    assert os.listdir(os.path.dirname(directory)) == [os.path.basename(directory)]
+    (digest,) = {store.digest for store in stores}
+    assert os.listdir(os.path.join(input_pipeline.cache_root(config), "tokens")) == [
+        digest
+    ]
     assert {len(store) for store in stores} == {20}
 
 

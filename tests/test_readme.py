@@ -103,7 +103,7 @@ def test_the_dataset_example(monkeypatch, tmp_path):
     config = smoke().data
     config.source, config.inputs, config.targets = "reverse", "text", "reversed"
     config.cache_dir = str(tmp_path / "cache")
-    tok = input_pipeline.build_tokenizer(config, 300, str(tmp_path))
+    tok = input_pipeline.build_tokenizer(config, 300)
     store = input_pipeline.token_store(config, "train", tok)
     batches = input_pipeline.Batches(config, store, "train", 300)
     batch = input_pipeline.TrainBatches(batches, 0)[0]

