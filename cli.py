@@ -5,6 +5,7 @@ import difflib
 import errno
 import importlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -43,6 +44,10 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         sys.exit(130)
     except (UserError, DataError, CheckpointError) as error:
         text = str(error)
+    except BrokenPipeError:
+        # Whoever reads our output has enough, as in `generate.py ... | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -94,9 +94,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 32, "Lines decoded together.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of sampling.")
     flags.DEFINE_bool("scores", False, "Print each output's score before it.")
-    flags.DEFINE_enum(
-        "method", "beam", METHODS, "Instead of the config's decode.method."
-    )
+    flags.DEFINE_enum("method", None, METHODS, "Instead of the config's decode.method.")
     flags.DEFINE_integer("beam_size", None, "Instead of decode.beam_size.")
     flags.DEFINE_float("length_penalty", None, "Instead of decode.length_penalty.")
     flags.DEFINE_float("temperature", None, "Instead of decode.temperature.")

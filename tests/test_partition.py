@@ -124,6 +124,15 @@ def assert_equal(got, expected):
             )
 
 
+def test_devices_under_pmap_draw_different_dropout(make_experiment, start, batch):
+    """Equal rows on eight devices: with equal masks the loss would be one row's."""
+    row = {name: x[:1] for name, x in batch.items()}
+    rows = {name: np.repeat(x, 8, 0) for name, x in row.items()}
+    alone = update(make_experiment(devices=1, dropout=0.5), start, row)
+    spread = update(make_experiment(placement="pmap", dropout=0.5), start, rows)
+    assert abs(alone[1]["train/loss"] - spread[1]["train/loss"]) > 1e-3
+
+
 @pytest.mark.parametrize("mesh", [*MESHES, "pmap"])
 def test_every_placement_updates_alike(make_experiment, start, batch, expected, mesh):
     accumulate = PARTS.get(mesh, 1)

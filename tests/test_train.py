@@ -3,9 +3,11 @@
 Every run is a real process; each takes seconds, most of them for start and compilation.
 """
 
+import fcntl
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +110,8 @@ def test_resume_is_bitwise(uninterrupted, tmp_path, cache):
     whole, meta = saved_state(uninterrupted, 10)
     resumed, resumed_meta = saved_state(tmp_path, 10)
     assert_same_state(whole, resumed)
-    assert meta["data"] == resumed_meta["data"] == {"seed": 0, "step": 10}
+    assert meta["data"] == resumed_meta["data"]
+    assert (meta["data"]["seed"], meta["data"]["step"]) == (0, 10)
     assert meta["window"] == resumed_meta["window"]
     before, after = metric_lines(uninterrupted), metric_lines(tmp_path)
     assert {k for k in before if k[1] == "train"} == {
@@ -184,7 +187,7 @@ def test_resume_on_other_devices(uninterrupted, tmp_path, cache, devices, args):
 def test_finished_run_says_so_and_evaluates(uninterrupted, cache):
     before = (uninterrupted / "metrics.jsonl").read_text()
     again = train(uninterrupted, cache, STEPS)
-    assert "finished, 10 steps done; raise --config.steps" in again.stdout
+    assert "finished, 10 steps; raise --config.steps" in again.stdout
     assert (uninterrupted / "metrics.jsonl").read_text() == before
     scored = run("evaluate.py", uninterrupted, cache, "--checkpoint=latest")
     report = json.loads(scored.stdout)
@@ -195,6 +198,43 @@ def test_finished_run_says_so_and_evaluates(uninterrupted, cache):
     for name in ("config.json", "tokenizer.json", "samples/step_00000010.txt"):
         assert (uninterrupted / name).exists()
     assert list((uninterrupted / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_run_killed_while_it_was_scored_is_scored_later(
+    uninterrupted, tmp_path, cache
+):
+    """All steps are done and saved, but neither evaluation has come to its end."""
+    workdir = tmp_path / "killed"
+    shutil.copytree(uninterrupted, workdir)
+    lines = metric_lines(workdir)
+    text = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [x for x in text if json.loads(x)["step"] < 10]
+    torn = text[-1][:40]
+    (workdir / "metrics.jsonl").write_text("".join(kept) + torn)
+    scores = json.loads((workdir / "scores.json").read_text())
+    early = {step: found for step, found in scores.items() if step != "10"}
+    (workdir / "scores.json").write_text(json.dumps(early))
+    again = train(workdir, cache, STEPS)
+    assert "resuming after step 10" in again.stdout
+    assert metric_lines(workdir) == lines
+    assert json.loads((workdir / "scores.json").read_text()) == scores
+
+
+def test_one_run_at_a_time(uninterrupted, cache):
+    with open(uninterrupted / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = train(uninterrupted, cache, STEPS, code=1)
+    assert "another train.py runs in it" in done.stderr
+
+
+def test_other_data_under_the_same_name_are_noticed(uninterrupted, tmp_path, cache):
+    workdir = tmp_path / "other"
+    shutil.copytree(uninterrupted, workdir)
+    # Another tokenizer makes other tokens of the same text.
+    (workdir / "tokenizer.json").unlink()
+    (workdir / "tokenizer.bytes").write_text("cased")
+    done = train(workdir, cache, "--config.steps=12", code=1)
+    assert "it was trained on other data than today's 'cldr'" in done.stderr
 
 
 def test_generate(uninterrupted, cache):
@@ -255,6 +295,26 @@ def test_non_finite_loss_stops_with_step_and_examples(tmp_path, cache):
     assert "start again from the last checkpoint" in done.stderr
     _, meta = saved_state(tmp_path, 2)
     assert meta["data"]["step"] == 2
+
+
+# Where the data of a config come from; none: embedded.
+CORPORA = {"transformer_multi30k": "multi30k_ende"}
+
+
+CONFIGS = {p.stem for p in (ROOT / "configs").glob("*.py")} - {"base", "__init__"}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_smoke(name, tmp_path, cache, shared_data, monkeypatch):
+    """The smoke variant of every config trains, evaluates, saves and scores."""
+    if name in CORPORA:
+        shared_data(CORPORA[name])
+    monkeypatch.setenv("TFDS_DATA_DIR", str(cache / "tfds"))
+    config = f"--config=configs/{name}.py:smoke"
+    done = run("train.py", tmp_path, cache, config)
+    assert "finished: " in done.stdout
+    lines = metric_lines(tmp_path)
+    assert {kind for _, kind in lines} == {"train", "eval", "test"}
 
 
 def test_dry_run_needs_neither_corpus_nor_weights(tmp_path, cache):
