@@ -26,6 +26,8 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
 
     A mistake of the user ends it with one line on standard error and code 1.
     """
+    # A log file shows the plan while the run compiles, not afterwards.
+    sys.stdout.reconfigure(line_buffering=True)
     app.run(lambda argv: _answered(lambda: main(argv)), flags_parser=_parse)
 
 

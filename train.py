@@ -57,15 +57,19 @@ FIXED = (
     "data.targets",
     "data.tok",
 )
-FREE = ("model.trunk.remat", "model.trunk.dropout", "model.trunk.attention_dropout")
+FREE = (
+    "model.trunk.remat",
+    "model.trunk.dropout",
+    "model.trunk.attention_dropout",
+    "data.tokenizer.path",  # the workdir has a copy
+)
 
 
 def print_plan(experiment: Experiment) -> None:
     """Devices, placement, parameters and tokens a step, from abstract shapes."""
     config = experiment.config
     devices = jax.devices()
-    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    print(f"devices: {len(devices)} x {devices[0].device_kind}{processes}")
+    print(f"devices: {len(devices)} x {devices[0].device_kind}")
     print(f"placement: {experiment.placement.describe()}")
     params = jax.eval_shape(experiment.make_state).params
     print("parameters:")
@@ -406,6 +410,7 @@ if __name__ == "__main__":
     keep_freed_memory()
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
     flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
+    flags.register_validator("workdir", bool, "--workdir is empty: name a folder")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
     flags.mark_flags_as_required(["config", "workdir"])
     cli.launch(main)
