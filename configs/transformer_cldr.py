@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=1500),
         data=DataConfig(
-            source="cldr", max_len=40, batch_size=64, buckets=(7, 10, 13, 17, 24)
+            source="cldr", max_len=40, batch_size=64, buckets=(6, 8, 10, 12, 15, 19, 25)
         ),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=400, schedule="rsqrt"),
         decode=DecodeConfig(method="greedy"),
