@@ -26,20 +26,6 @@ SENTENCES = {
 }
 
 
-def need(folder: str) -> str:
-    """Path of a corpus beside the checkout; without it the test skips, or fails in CI.
-
-    TRIFORM_REQUIRE_DATA=1 turns the skip into a failure.
-    """
-    path = datasets.local_copy(folder)
-    if not path:
-        reason = f"{folder}: not in $TRIFORM_DATA nor in ../shared/data"
-        if os.environ.get("TRIFORM_REQUIRE_DATA") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
-
-
 # CLDR -------------------------------------------------------------------------------
 
 
@@ -198,8 +184,8 @@ def _serve(folder: str) -> http.server.ThreadingHTTPServer:
     return server
 
 
-def test_multi30k_is_the_published_corpus_in_file_order(tmp_path):
-    folder = need("multi30k_ende")
+def test_multi30k_is_the_published_corpus_in_file_order(tmp_path, shared_data):
+    folder = shared_data("multi30k_ende")
     load = functools.partial(
         datasets.load, "multi30k_translate", data_dir=str(tmp_path)
     )
