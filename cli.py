@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags
 
 from triform.datasets import DataError
@@ -28,7 +29,15 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
     """
     # A log file shows the plan while the run compiles, not afterwards.
     sys.stdout.reconfigure(line_buffering=True)
-    app.run(lambda argv: _answered(lambda: main(argv)), flags_parser=_parse)
+    app.run(lambda argv: _answered(lambda: _run(main, argv)), flags_parser=_parse)
+
+
+def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+    if len(argv) > 1:
+        raise UserError(
+            f"unexpected argument {argv[1]!r}: write --config.KEY=VALUE, --input='TEXT'"
+        )
+    return main(argv)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -42,8 +51,9 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
     try:
         return call()
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was left half done", file=sys.stderr)
-        sys.exit(130)
+        # Not sys.exit: tearing XLA down while it compiles crashes the interpreter.
+        os.write(2, b"\ninterrupted\n")
+        os._exit(130)
     except (UserError, DataError, CheckpointError) as error:
         text = str(error)
     except BrokenPipeError:
@@ -51,14 +61,26 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            name = error.filename or "the workdir or the cache"
+            text = f"{error.strerror}: {name}; free disk space and start again"
+        elif error.filename:
+            text = f"{error.strerror}: {error.filename}; mend or name another path"
+        else:
             raise
-        name = error.filename or "the workdir or the cache"
-        text = f"{error.strerror}: {name}; free disk space and start again"
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        text = (
+            f"out of memory ({str(error).splitlines()[0]:.200}); lower "
+            "data.batch_size, raise optim.accumulate or set model.trunk.remat=True"
+        )
     except flags.Error as error:
         # A get_config that raised comes with its traceback: the last line says it.
         lines = [x for x in str(error).strip().splitlines() if x.strip()]
         text = lines[-1].strip().removeprefix("ValueError: ")
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
+            text += "; name an experiment with --config=configs/NAME.py"
     except (KeyError, AttributeError) as error:
         text = _config_error(error)
         if not text:
@@ -84,6 +106,16 @@ def _config_error(error: Exception) -> str:
         path = flags.FLAGS["config"].value
         return f"--config: {path or 'the file'} defines no get_config(variant)"
     return ""
+
+
+def folder_flag(name: str) -> str:
+    """The absolute path that a flag gives; UserError if it is empty or a file."""
+    value = flags.FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name} is empty: name a folder")
+    if os.path.isfile(value):
+        raise UserError(f"--{name}={value}: is a file; name a folder")
+    return os.path.abspath(value)
 
 
 def config_flag() -> Any:

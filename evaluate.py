@@ -121,7 +121,8 @@ class Evaluator:
         step = max(1, len(kept) // max(1, count))
         shown = list(zip(examples, references, ours, strict=True))[::step][:count]
         samples = "\n".join(
-            f"source     {e[config.data.inputs]}\nreference  {r}\noutput     {o}\n"
+            f"source     {e[config.data.inputs]}\nreference  {r}\n"
+            f"output     {one_line(o)}\n"
             for e, r, o in shown
         )
         return scores, samples
@@ -155,6 +156,11 @@ def make_generate(experiment: Experiment):
     return generate
 
 
+def one_line(text: str) -> str:
+    """Text without what would break a line or move a terminal's cursor."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def summary(result: Result) -> str:
     """'eval/loss 1.234  eval/bleu 40.12'."""
     return "  ".join(f"{k} {v:.4g}" for k, v in result.numbers().items())
@@ -170,7 +176,7 @@ def write_samples(workdir: str, name: str, samples: str) -> None:
 def main(argv: list[str]) -> None:
     """Loads a checkpoint of --workdir, prints its scores as one JSON object."""
     flag = flags.FLAGS
-    workdir = os.path.abspath(flag.workdir)
+    workdir = cli.folder_flag("workdir")
     config = open_workdir(workdir)
     if flag.beam_size:
         config.decode.method, config.decode.beam_size = "beam", flag.beam_size

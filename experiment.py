@@ -159,7 +159,13 @@ class Experiment:
             )
         total = None
         for step in steps:
-            params = self._saved_params(checkpointer, step)
+            try:
+                params = self._saved_params(checkpointer, step)
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"checkpoint {step} was removed by its run while it was read; try "
+                    "again"
+                ) from error
             total = params if total is None else jax.tree.map(jnp.add, total, params)
         mean = jax.tree.map(lambda x: (x / len(steps)).astype(x.dtype), total)
         name = f"step {steps[0]}" if len(steps) == 1 else f"mean of steps {steps}"

@@ -4,7 +4,6 @@ python generate.py --workdir=runs/transformer_cldr --input="3 May 2024"
 cat sentences.txt | python generate.py --workdir=DIR --method=sample --top_p=0.9
 """
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -13,7 +12,7 @@ from absl import flags
 
 from triform import cli
 from triform.decode import METHODS
-from triform.evaluate import make_generate
+from triform.evaluate import make_generate, one_line
 from triform.experiment import (
     Experiment,
     checkpoint_dir,
@@ -39,15 +38,21 @@ def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
         yield part
 
 
-def encode(lines: list[str], rows: int, data: DataConfig, tok: Tokenizer) -> dict:
-    """A source batch of exactly `rows` rows, of the shortest bucket that holds all."""
+def encode(
+    lines: list[str], first: int, rows: int, data: DataConfig, tok: Tokenizer
+) -> dict[str, np.ndarray]:
+    """A source batch of exactly `rows` rows, of the shortest bucket that holds all.
+
+    `first` is the number of the first line, for messages.
+    """
     ids = tok.encode_batch(lines)
     longest = max(len(x) for x in ids) + 1
     if longest > data.max_len:
         where = next(i for i, x in enumerate(ids) if len(x) + 1 == longest)
         raise cli.UserError(
-            f"input {lines[where][:60]!r}: {longest} tokens, the model reads at most "
-            f"data.max_len={data.max_len}; shorten or split it"
+            f"input line {first + where + 1} ({lines[where][:40]!r}): {longest} "
+            f"tokens, the model reads at most data.max_len={data.max_len}; shorten or "
+            "split it"
         )
     length = next(n for n in data.lengths() if n >= longest)
     batch = {
@@ -64,26 +69,39 @@ def encode(lines: list[str], rows: int, data: DataConfig, tok: Tokenizer) -> dic
 def main(argv: list[str]) -> None:
     """One output line an input line; blank lines give blank lines."""
     flag = flags.FLAGS
-    workdir = os.path.abspath(flag.workdir)
+    workdir = cli.folder_flag("workdir")
     config = open_workdir(workdir)
-    for name in OVERRIDES:
-        if flag[name].value is not None:
-            setattr(config.decode, name, flag[name].value)
+    given = [name for name in OVERRIDES if flag[name].value is not None]
+    # What only one method reads implies it.
+    if {"beam_size", "length_penalty"} & set(given):
+        config.decode.method = "beam"
+    if {"temperature", "top_k", "top_p"} & set(given):
+        config.decode.method = "sample"
+    for name in given:
+        setattr(config.decode, name, flag[name].value)
     experiment = Experiment(for_these_devices(config))
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         params, which = experiment.load_params(checkpointer, flag.checkpoint)
     tok = load_tokenizer(workdir)
     print(f"{workdir}: {which}, {config.decode.method}", file=sys.stderr)
     generate = make_generate(experiment)
-    lines = sys.stdin if flag.input is None else flag.input
-    rows = flag.batch_size if flag.input is None else len(flag.input)
+    if flag.input is not None:
+        # Bytes of the command line that are no text.
+        lines = [x.encode(errors="replace").decode() for x in flag.input]
+        rows = len(lines)
+    else:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        lines, rows = sys.stdin, flag.batch_size
+        if sys.stdin.isatty():
+            rows = 1  # answer every line at once
+            print("type a line, Ctrl-D to end", file=sys.stderr)
     for number, part in enumerate(chunks(lines, rows)):
-        batch = encode(part, rows, config.data, tok)
+        batch = encode(part, number * rows, rows, config.data, tok)
         tokens, scores = generate(
             params, batch, np.uint32((flag.seed + number) % 2**32)
         )
         for line, row, score in zip(part, np.asarray(tokens), scores, strict=False):
-            text = tok.decode(row) if line.strip() else ""
+            text = one_line(tok.decode(row)) if line.strip() else ""
             print(f"{float(score):.4f}\t{text}" if flag.scores else text, flush=True)
 
 

@@ -15,6 +15,7 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -66,6 +67,10 @@ class DataConfig:
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch}: must be at least 1")
         lengths = self.lengths()
+        if not all(isinstance(n, int) for n in lengths):
+            raise ValueError(
+                f"data.buckets={self.buckets}: must be a tuple of row lengths"
+            )
         if sorted(set(lengths)) != list(lengths) or lengths[0] < 2:
             raise ValueError(
                 f"data.buckets={self.buckets}: must ascend from at least 2 to below "
@@ -90,6 +95,11 @@ class TokenStore:
                 self.tokens[field] = np.memmap(f"{path}.tokens", dtype, "r")
             else:  # an empty file cannot be mapped
                 self.tokens[field] = np.zeros(0, dtype)
+            if len(self.tokens[field]) != self.offsets[field][-1]:
+                raise DataError(
+                    f"{path}.tokens: {len(self.tokens[field])} tokens where "
+                    f"{self.offsets[field][-1]} were written; delete {directory}"
+                )
 
     def __len__(self) -> int:
         return len(self.offsets[FIELDS[0]]) - 1
@@ -184,6 +194,7 @@ def token_store(config: DataConfig, split: str, tok: Tokenizer) -> TokenStore:
     final = os.path.join(cache_root(config), "tokens", key.hexdigest()[:32])
     if not os.path.isdir(final):
         os.makedirs(os.path.dirname(final), exist_ok=True)
+        _sweep(os.path.dirname(final))
         part = tempfile.mkdtemp(dir=os.path.dirname(final), prefix="part-")
         try:
             _write_tokens(config, split, tok, part)
@@ -196,6 +207,14 @@ def token_store(config: DataConfig, split: str, tok: Tokenizer) -> TokenStore:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return TokenStore(final)
+
+
+def _sweep(directory: str) -> None:
+    """Removes what killed processes began more than a day ago."""
+    yesterday = time.time() - 86_400
+    for entry in os.scandir(directory):
+        if entry.name.startswith("part-") and entry.stat().st_mtime < yesterday:
+            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _write_tokens(config: DataConfig, split: str, tok: Tokenizer, path: str) -> None:

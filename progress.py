@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -95,15 +96,17 @@ class Progress:
         seconds = max(now - self.since - self.away, 1e-9)
         pace = (now - self.started - self.idle) / max(1, self.step - self.first)
         left = datetime.timedelta(seconds=int(pace * (self.total - self.step)))
-        print(
+        text = (
             f"step {self.step}/{self.total}  loss {scalars['train/loss']:.4f}  "
             f"lr {float(self.rate(self.step - 1)):.2e}  "
             f"grad {scalars['train/grad_norm']:.3f}  "
             f"{self.tokens / seconds:,.0f} tokens/s  "
-            f"data {self.waited / seconds:.0%}  left {left}",
-            end=end,
-            flush=True,
+            f"data {self.waited / seconds:.0%}  left {left}"
         )
+        if self.live:
+            # A wrapped line could not be overwritten; \x1b[K clears what was longer.
+            text = text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+        print(text, end=end, flush=True)
 
     def close(self) -> None:
         """Ends the live line."""

@@ -4,11 +4,12 @@
         [--config.any.key=value] [--dry_run]
 
 Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTERM,
-Ctrl-C) after saving: start the same command again. 130: Ctrl-C before the first step.
+Ctrl-C) after saving: start the same command again.
 """
 
 import fcntl
 import os
+import shlex
 import signal
 import sys
 import time
@@ -53,9 +54,12 @@ FIXED = (
     "model.",
     "task.type",
     "data.source",
+    "data.train_split",
     "data.inputs",
     "data.targets",
     "data.tok",
+    "optim.name",
+    "optim.ema_decay",
 )
 FREE = (
     "model.trunk.remat",
@@ -137,19 +141,23 @@ def tested(workdir: str, step: int) -> bool:
 
 
 class Interrupt:
-    """Turns SIGTERM and the first Ctrl-C into a request to save and leave."""
+    """Turns SIGTERM and the first Ctrl-C into a request to save and leave.
+
+    Before `listen` there is nothing to save: they end the process at once.
+    """
 
     def __init__(self) -> None:
         self.requested = ""  # the signal's name
-
-    def listen(self) -> None:
-        """From now on."""
+        self.listening = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = signal.Signals(number).name
-        # Not print: the signal may have arrived inside one.
+        # Not print or raise: the signal may have arrived inside one, or inside XLA.
+        if not self.listening:
+            os.write(2, f"\n{self.requested} before the first step\n".encode())
+            os._exit(INTERRUPTED)
         os.write(2, f"\n{self.requested}: saving before leaving\n".encode())
         # A second one ends the process as usual.
         signal.signal(number, signal.SIG_DFL)
@@ -282,13 +290,16 @@ def finish(
     writer.write(step, result.scalars | {"test/checkpoint": which})
     write_samples(workdir, "test", result.samples)
     print(f"\n{result.samples}\ntest ({which}): {summary(result)}")
-    shown = os.path.relpath(workdir)
+    shown = shlex.quote(os.path.relpath(workdir))
+    python = shlex.quote(os.path.relpath(sys.executable))
+    chosen = f"--checkpoint=average:{average}" if average else "--checkpoint=best"
     print(
         f"finished: {step} steps in {shown}. Next:\n"
-        f'  python generate.py --workdir={shown} --input="..."\n'
-        f"  python evaluate.py --workdir={shown} --split={test.name}\n"
-        f"  tensorboard --logdir={shown}\n"
-        f"  python train.py ... --config.steps={2 * step}   to go on"
+        f'  {python} generate.py --workdir={shown} {chosen} --input="..."\n'
+        f"  {python} evaluate.py --workdir={shown} {chosen} "
+        f"--split={shlex.quote(test.name)}\n"
+        f"  {python} -m tensorboard.main --logdir={shown}\n"
+        f"  {python} train.py ... --config.steps={2 * step}   to go on"
     )
 
 
@@ -326,6 +337,11 @@ def restore_or_init(
                 f"{experiment.config.data.source!r} (the corpus, its generator or the "
                 "tokenizer changed); restore them or name another workdir"
             )
+        if meta["data"]["seed"] != data["seed"]:
+            raise cli.UserError(
+                f"seed={data['seed']}: it was trained with {meta['data']['seed']}; set "
+                "that or name another workdir"
+            )
         state = experiment.placement.load(saved)
         print(f"resuming after step {meta['data']['step']}")
     return state, meta | {"config": base.to_json(experiment.config)}
@@ -333,22 +349,20 @@ def restore_or_init(
 
 def main(argv: list[str]) -> int:
     """config -> mesh -> data -> state -> loop -> eval -> save."""
-    config, workdir = cli.config_flag(), os.path.abspath(flags.FLAGS.workdir)
+    config = cli.config_flag()
     experiment = Experiment(config)
     if flags.FLAGS.dry_run:
         print_plan(experiment)
         return 0
+    workdir = cli.folder_flag("workdir")
+    interrupt = Interrupt()
     if jax.process_count() > 1:
         raise cli.UserError(
             f"{jax.process_count()} processes: train.py runs on one host"
         )
-    try:
-        os.makedirs(workdir, exist_ok=True)
-    except OSError as error:
-        raise cli.UserError(f"workdir={workdir!r}: {error.strerror}") from error
+    os.makedirs(workdir, exist_ok=True)
     held = lock(workdir)
     check_workdir(workdir, config)
-    interrupt = Interrupt()
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         done = checkpointer.latest() or 0
         if done >= config.steps and tested(workdir, done):
@@ -378,7 +392,7 @@ def main(argv: list[str]) -> int:
                 f"step {step}: {summary(result)} ({result.seconds:.0f} s)", flush=True
             )
 
-        interrupt.listen()
+        interrupt.listening = True
         step = meta["data"]["step"]
         if evaluation_due(config, step) and not checkpointer.metrics_of(step):
             evaluate(state, step)  # the one that was interrupted
@@ -409,8 +423,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     keep_freed_memory()
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
-    flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
-    flags.register_validator("workdir", bool, "--workdir is empty: name a folder")
+    flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     cli.launch(main)

@@ -2,9 +2,9 @@
 
     python train.py --config=configs/transformer_cldr.py --workdir=runs/transformer_cldr
 
-Measured on 2 cores of an AMD EPYC: `make train` took 6 min 4 s, its installation and all
-evaluations included; eval/exact_match 0.993 (1,154 held-out phrases), test/exact_match
-0.987 (1,115).
+Measured on 2 cores of an AMD EPYC: `make train` took 6 min 4 s, its installation and
+all evaluations included; eval/exact_match 0.993 (1,154 held-out phrases),
+test/exact_match 0.987 (1,115).
 """
 
 from triform.configs.base import ExperimentConfig

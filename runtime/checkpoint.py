@@ -155,7 +155,7 @@ class Checkpointer:
             return {}
         try:
             return {int(k): v for k, v in json.loads(self._scores.read_text()).items()}
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{self._scores}: {error}; remove it to go on without the scores"
             ) from error
@@ -352,7 +352,7 @@ class Checkpointer:
         except _Corrupt as problem:
             raise CheckpointError(
                 f"step {step} in {self.directory} is corrupt ({problem}); "
-                f"restore another step of {self.steps()}"
+                f"use another step of {self.steps()}"
             ) from problem
 
     def _read(self, step: int, abstract: Any, prefix: str = "") -> tuple[Any, Any]:

@@ -91,12 +91,24 @@ def values(metrics: Metrics, prefix: str) -> dict[str, float]:
 
 
 def read_lines(workdir: str) -> list[dict[str, Any]]:
-    """The objects of a workdir's metrics.jsonl; a kill may have torn the last line."""
+    """The objects of a workdir's metrics.jsonl.
+
+    Lines that are none are passed over: a kill may have torn the last one.
+    """
     path = os.path.join(workdir, "metrics.jsonl")
     if not os.path.exists(path):
         return []
     with open(path) as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
+        found = [_parse(line) for line in f if line.endswith("\n")]
+    return [line for line in found if line]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and "step" in value else None
 
 
 def _text(line: Mapping[str, Any]) -> str:

@@ -97,7 +97,11 @@ class OptimConfig:
         for name, table in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
             rule = f"expected one of {', '.join(table)}"
             require(getattr(self, name) in table, name, rule)
-        require(self.learning_rate > 0, "learning_rate", "must be positive")
+        require(
+            0 < self.learning_rate < float("inf"),
+            "learning_rate",
+            "must be positive and finite",
+        )
         require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
         require(
             self.schedule != "rsqrt" or self.warmup_steps > 0,

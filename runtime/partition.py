@@ -68,7 +68,8 @@ class MeshConfig:
         if data * rest != devices:
             raise ValueError(
                 f"mesh {dict(zip(AXES, given, strict=True))}: the product must be the "
-                f"number of devices, {devices}; set mesh.data=0 to use what remains"
+                f"number of devices, {devices}; with mesh.data=0, which takes what "
+                "remains, the others must divide it"
             )
         return (data, *given[1:])
 

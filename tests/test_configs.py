@@ -202,6 +202,8 @@ MISTAKES = (
     ({"data.prefetch": 0}, "must be at least 1"),
     ({"data.buckets": (30, 20)}, "must ascend from at least 2 to below max_len=64"),
     ({"data.buckets": (20, 20)}, "must ascend from at least 2 to below max_len=64"),
+    ({"data.buckets": ("a",)}, "must be a tuple of row lengths"),
+    ({"optim.learning_rate": float("inf")}, "must be positive and finite"),
     ({"data.buckets": (20, 64)}, "must ascend from at least 2 to below max_len=64"),
     ({"data.buckets": (1, 20)}, "must ascend from at least 2 to below max_len=64"),
     ({"data.tokenizer.kind": "bpee"}, "expected one of bpe, wordpiece"),

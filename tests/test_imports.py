@@ -36,10 +36,11 @@ ALLOWED = (
         ("models.attention", "models.positions", "models.config", "models.mask"),
     ),
     ("models", ("models.*",)),
-    # A family file.
+    # A family file; one may build on another.
     (
         "models.*",
         (
+            "models.encoder_decoder",
             "models.transformer",
             "models.positions",
             "models.attention",

@@ -288,6 +288,15 @@ def test_tokens_are_computed_once(corpus):
         assert BYTES.decode(second.row("targets", i)) == example["de"]
 
 
+def test_a_torn_cache_entry_is_refused(corpus):
+    config = corpus(sentences(20))
+    entry = token_store(config, "train", BYTES).digest
+    path = os.path.join(input_pipeline.cache_root(config), "tokens", entry)
+    os.truncate(os.path.join(path, "inputs.tokens"), 10)
+    with pytest.raises(DataError, match="5 tokens where .* were written; delete"):
+        token_store(config, "train", BYTES)
+
+
 def test_what_changes_tokens_changes_the_cache_entry(corpus):
     config = corpus(sentences(20))
     flipped = dataclasses.replace(config, inputs="de", targets="en")

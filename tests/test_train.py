@@ -184,6 +184,25 @@ def test_resume_on_other_devices(uninterrupted, tmp_path, cache, devices, args):
         assert one["train/learning_rate"] == other["train/learning_rate"]
 
 
+def test_an_interruption_before_the_first_step_ends_at_once(tmp_path, cache):
+    process = subprocess.Popen(
+        command("train.py", tmp_path, f"--config={SMOKE}"),
+        cwd=ROOT,
+        env=environment(cache, 1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("steps: "):  # the corpus comes next
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGINT before the first step" in errors
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_finished_run_says_so_and_evaluates(uninterrupted, cache):
     before = (uninterrupted / "metrics.jsonl").read_text()
     again = train(uninterrupted, cache, STEPS)
@@ -263,6 +282,10 @@ MISTAKES = [
     ([f"--config={SMOKE}", "--config.data.inputs=fr"], "no feature 'fr'"),
     ([f"--config={SMOKE}", "--config.model.vocab_size=40"], "model.vocab_size=40"),
     (["--config=configs/transformer_cldr.py:tiny"], "expected '' or 'smoke'"),
+    ([f"--config={SMOKE}", "config.steps=3"], "unexpected argument 'config.steps=3'"),
+    ([f"--config={SMOKE}", "--workdir="], "--workdir is empty"),
+    ([f"--config={SMOKE}", "--workdir=README.md"], "is a file; name a folder"),
+    (["--config.steps=3"], "name an experiment with --config=configs/NAME.py"),
 ]
 
 
