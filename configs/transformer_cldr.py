@@ -3,8 +3,8 @@
     python train.py --config=configs/transformer_cldr.py --workdir=runs/transformer_cldr
 
 Measured on 2 cores of an AMD EPYC: 3 min 35 s, evaluations included (`make train` with
-its installation and another job beside it: 6 min 4 s); eval/exact_match 0.993 (1,154 held-out phrases),
-test/exact_match 0.987 (1,115).
+its installation and another job beside it: 6 min 4 s); eval/exact_match 0.993 (1,154
+held-out phrases), test/exact_match 0.987 (1,115).
 """
 
 from triform.configs.base import ExperimentConfig
