@@ -1,9 +1,8 @@
 """Source -> token arrays -> batches. Batch t is a function of (seed, t).
 
 A corpus is tokenised once into flat memory-mapped arrays with offsets, cached by corpus
-and tokenizer. Batches are then cut from them by index with NumPy, which is ten times
-faster than a Grain pipeline over the same arrays and keeps the position of a run to one
-integer, the step, on any number of hosts.
+and tokenizer. Batches are then cut from them by index with NumPy, which keeps the
+position of a run to one integer, the step, on any number of devices.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTE
 Ctrl-C) after saving: start the same command again.
 """
 
+import contextlib
 import fcntl
 import os
 import shlex
@@ -143,7 +144,7 @@ def tested(workdir: str, step: int) -> bool:
 class Interrupt:
     """Turns SIGTERM and the first Ctrl-C into a request to save and leave.
 
-    Before `listen` there is nothing to save: they end the process at once.
+    Until `listening` there is nothing to save: they end the process at once.
     """
 
     def __init__(self) -> None:
@@ -363,7 +364,10 @@ def main(argv: list[str]) -> int:
     os.makedirs(workdir, exist_ok=True)
     held = lock(workdir)
     check_workdir(workdir, config)
-    with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(
+            Checkpointer(checkpoint_dir(workdir), config.checkpoint)
+        )
         done = checkpointer.latest() or 0
         if done >= config.steps and tested(workdir, done):
             print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
@@ -373,7 +377,9 @@ def main(argv: list[str]) -> int:
         state, meta = restore_or_init(experiment, train, checkpointer)
         claim_workdir(workdir, config, tok)
         evaluator = Evaluator(experiment, tok)
-        writer = MetricWriter(workdir, meta["data"]["step"])
+        writer = stack.enter_context(
+            contextlib.closing(MetricWriter(workdir, meta["data"]["step"]))
+        )
 
         def evaluate(state: TrainState, step: int) -> None:
             result = evaluator(
@@ -411,7 +417,6 @@ def main(argv: list[str]) -> int:
             finish(
                 experiment, evaluator, test, checkpointer, writer, workdir, interrupt
             )
-        writer.close()
         if interrupt.requested:
             saved = checkpointer.latest()
             print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)

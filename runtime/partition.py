@@ -104,8 +104,6 @@ def _optimizer_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) 
 class MeshPlacement:
     """jit over a mesh with the axes data, fsdp, tensor and sequence."""
 
-    name = "mesh"
-
     def __init__(self, config: MeshConfig, devices: list | None = None):
         devices = devices if devices is not None else jax.devices()
         sizes = config.sizes(len(devices))
@@ -194,8 +192,6 @@ class MeshPlacement:
 
 class PmapPlacement:
     """Replicated data parallelism through jax.pmap."""
-
-    name = "pmap"
 
     def __init__(self, config: MeshConfig, devices: list | None = None):
         self.devices = devices if devices is not None else jax.local_devices()

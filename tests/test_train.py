@@ -62,6 +62,18 @@ def train(workdir, cache, *args, **kwargs):
     return run("train.py", workdir, cache, *args, **kwargs)
 
 
+def started(workdir, cache, *args):
+    """train.py, running on."""
+    return subprocess.Popen(
+        command("train.py", workdir, *args),
+        cwd=ROOT,
+        env=environment(cache, 1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def saved_state(workdir, step):
     """Every array of a checkpoint by path, on the host, and the JSON beside them."""
     config = saved_config(str(workdir))
@@ -124,14 +136,8 @@ def test_resume_is_bitwise(uninterrupted, tmp_path, cache):
 def test_sigterm_saves_and_the_next_start_goes_on(uninterrupted, tmp_path, cache):
     args = (f"--config={SMOKE}", "--config.log_every=3", "--config.steps=100000")
     # Steps of this size take milliseconds: SIGTERM arrives somewhere among them.
-    process = subprocess.Popen(
-        command("train.py", tmp_path, *args, "--config.evaluation.every=100000"),
-        cwd=ROOT,
-        env=environment(cache, 1),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    args = (*args, "--config.evaluation.every=100000")
+    process = started(tmp_path, cache, *args)
     for line in process.stdout:
         if line.startswith("step 6/"):
             break
@@ -185,14 +191,7 @@ def test_resume_on_other_devices(uninterrupted, tmp_path, cache, devices, args):
 
 
 def test_an_interruption_before_the_first_step_ends_at_once(tmp_path, cache):
-    process = subprocess.Popen(
-        command("train.py", tmp_path, f"--config={SMOKE}"),
-        cwd=ROOT,
-        env=environment(cache, 1),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(tmp_path, cache, f"--config={SMOKE}")
     for line in process.stdout:
         if line.startswith("steps: "):  # the corpus comes next
             break
