@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 Array = jax.Array
 Extend = Callable[[Array, Array, Any], tuple[Array, Any]]
@@ -64,31 +65,64 @@ def generate(
     """
     if config.method == "beam":
         return beam_search(config, extend, cache, first, positions, eos, length)
+    text = begin(cache, first, positions, length, rng)
+    text = advance(config, extend, text, eos, length)
+    return text.tokens, text.score
+
+
+@struct.dataclass
+class Text:
+    """What is being written: `tokens` [B, length], of which `count` are there."""
+
+    count: Array  # int32 []
+    tokens: Array  # int32 [B, length]
+    score: Array  # float32 [B]: log-probabilities so far
+    done: Array  # bool [B]
+    last: Array  # int32 [B]: to be fed next
+    positions: Array  # int32 [B]: of `last`
+    cache: Any
+    rng: Array
+
+
+def begin(cache: Any, first: Array, positions: Array, length: int, rng: Array) -> Text:
+    """Nothing written yet; see `generate`."""
+    batch = first.shape[0]
+    tokens = jnp.zeros((batch, length), jnp.int32)
+    score, done = jnp.zeros(batch), jnp.zeros(batch, bool)
+    return Text(jnp.int32(0), tokens, score, done, first, positions, cache, rng)
+
+
+def advance(
+    config: DecodeConfig, extend: Extend, text: Text, eos: int, until: Array | int
+) -> Text:
+    """Writes on until `until` tokens are there or every row has ended.
+
+    In one go or in several, the tokens are the same: streaming shows what a single call
+    would give.
+    """
     pick = greedy if config.method == "greedy" else sampler(config)
 
-    def body(carry):
-        i, token, cache, tokens, score, done, rng = carry
-        rng, key = jax.random.split(rng)
-        logits, cache = extend(token[:, None], (positions + i)[:, None], cache)
+    def body(t: Text) -> Text:
+        rng, key = jax.random.split(t.rng)
+        logits, cache = extend(t.last[:, None], t.positions[:, None], t.cache)
         logp = jax.nn.log_softmax(logits[:, 0])
-        token = jnp.where(done, 0, pick(key, logp))
+        token = jnp.where(t.done, 0, pick(key, logp))
         gained = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
-        score += jnp.where(done, 0.0, gained)
-        tokens = tokens.at[:, i].set(token)
-        return i + 1, token, cache, tokens, score, done | (token == eos), rng
+        return Text(
+            count=t.count + 1,
+            tokens=t.tokens.at[:, t.count].set(token),
+            score=t.score + jnp.where(t.done, 0.0, gained),
+            done=t.done | (token == eos),
+            last=token,
+            positions=t.positions + 1,
+            cache=cache,
+            rng=rng,
+        )
 
-    batch = first.shape[0]
-    start = (
-        jnp.int32(0),
-        first,
-        cache,
-        jnp.zeros((batch, length), jnp.int32),
-        jnp.zeros(batch),
-        jnp.zeros(batch, bool),
-        rng,
-    )
-    end = jax.lax.while_loop(lambda c: (c[0] < length) & ~c[5].all(), body, start)
-    return end[3], end[4]
+    def going(t: Text) -> Array:
+        return (t.count < until) & ~t.done.all()
+
+    return jax.lax.while_loop(going, body, text)
 
 
 def greedy(key: Array, logp: Array) -> Array:

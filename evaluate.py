@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from triform import cli, decode, scoring
+from triform import cli, decode, scoring, transforms
 from triform.configs.base import ExperimentConfig
 from triform.experiment import (
     Experiment,
@@ -25,10 +24,12 @@ from triform.experiment import (
     for_these_devices,
     open_workdir,
 )
-from triform.input_pipeline import Batches, load_tokenizer, raw_examples, token_store
+from triform.input_pipeline import Batches
 from triform.runtime import metrics
 from triform.runtime.checkpoint import Checkpointer
-from triform.tokenizer import EOS, PAD, Tokenizer
+from triform.token_store import load_tokenizer
+from triform.tokenizer import Tokenizer
+from triform.transforms import Transform
 
 
 @dataclasses.dataclass
@@ -46,28 +47,30 @@ class Result:
 
 @dataclasses.dataclass
 class Split:
-    """One split, opened: its batches and its text."""
+    """One split, opened."""
 
     name: str
     batches: Batches
-    raw: Any
+    transform: Transform
 
     @classmethod
-    def open(cls, config: ExperimentConfig, tok: Tokenizer, name: str) -> "Split":
+    def open(cls, config: ExperimentConfig, tok: Tokenizer | None, name: str):
         """DataError if it does not exist or holds what the model cannot read."""
-        store = token_store(config.data, name, tok)
-        batches = Batches(config.data, store, name, config.model.vocab_size)
+        limits = config.model.limits()
+        transform = transforms.open(config.data, name, tok, limits)
+        batches = Batches(transform)
         batches.buckets(cut=True)
-        return cls(name, batches, raw_examples(config.data, name))
+        return cls(name, batches, transform)
 
 
 class Evaluator:
     """Evaluates parameters on splits; compiled once, called at many steps."""
 
-    def __init__(self, experiment: Experiment, tok: Tokenizer):
+    def __init__(self, experiment: Experiment, tok: Tokenizer | None):
         self.experiment, self.tokenizer = experiment, tok
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
-        self.generate = make_generate(experiment)
+        if experiment.config.evaluation.metrics:
+            self.generate = make_generate(experiment, tok)
 
     def __call__(
         self,
@@ -77,20 +80,26 @@ class Evaluator:
         limit: int = 0,
         stop: Callable[[], Any] = lambda: False,
     ) -> Result | None:
-        """Losses over the whole split, generation for its first `limit` (0: all).
+        """Losses over the whole split, generation for its first `limit` (0: all), of
+        every part of a mixture.
 
         None as soon as `stop()` is true between two batches.
         """
         experiment, config = self.experiment, self.experiment.config
         start = time.perf_counter()
         total, count, written = None, 0, {}
-        bar = tqdm(total=len(split.raw), desc=prefix, disable=None, leave=False)
+        items = len(split.transform.sizes)
+
+        def chosen(item: int) -> bool:
+            return not limit or split.transform.group(item)[1] < limit
+
+        bar = tqdm(total=items, desc=prefix, disable=None, leave=False)
         for ids, batch in split.batches.evaluation():
             if stop():
                 bar.close()
                 return None
             measured = self.eval_step(params, experiment.put(batch))
-            if config.evaluation.metrics and not (limit and ids.min() >= limit):
+            if config.evaluation.metrics and any(map(chosen, ids.tolist())):
                 inputs = experiment.placement.for_generation(params, batch)
                 tokens = np.asarray(self.generate(*inputs, np.uint32(0))[0])
                 texts = (self.tokenizer.decode(row) for row in tokens)
@@ -100,58 +109,56 @@ class Evaluator:
             count += len(ids)
             bar.update(len(ids))
         bar.close()
-        scalars = metrics.values(total, prefix)
-        scalars |= {f"{prefix}/examples": count, f"{prefix}/cut": split.batches.cut()}
-        scores, samples = self._score(split, written, limit)
-        scalars |= {f"{prefix}/{name}": x for name, x in scores.items()}
+        found = {name: m.value() for name, m in total.items()}
+        found |= split.transform.scalars(float(total["loss"].total))
+        found |= {"examples": count, "cut": split.batches.cut()}
+        texts = {i: text for i, text in sorted(written.items()) if chosen(i)}
+        scores, samples = self._score(split, texts)
+        found |= scores
+        scalars = {f"{prefix}/{name}": x for name, x in found.items()}
         return Result(scalars, samples, time.perf_counter() - start)
 
     def _score(
-        self, split: Split, written: dict[int, str], limit: int
+        self, split: Split, written: dict[int, str]
     ) -> tuple[scoring.Scores, str]:
         if not written:
             return {}, ""
-        config = self.experiment.config
-        kept = sorted(i for i in written if not limit or i < limit)
-        ours = [written[i] for i in kept]
-        examples = [split.raw[i] for i in kept]
-        references = [e[config.data.targets] for e in examples]
-        scores = scoring.score(config.evaluation, ours, references)
-        count = config.evaluation.samples
-        step = max(1, len(kept) // max(1, count))
-        shown = list(zip(examples, references, ours, strict=True))[::step][:count]
+        config = self.experiment.config.evaluation
+        texts = {i: split.transform.text(i) for i in written}
+        groups: dict[str, list[int]] = {}
+        for i in written:
+            groups.setdefault(split.transform.group(i)[0], []).append(i)
+        scores = {}
+        for group, ids in groups.items():
+            found = scoring.score(
+                config, [written[i] for i in ids], [texts[i][1] for i in ids]
+            )
+            lead = f"{group}/" if group else ""
+            scores |= {f"{lead}{name}": x for name, x in found.items()}
+        step = max(1, len(written) // max(1, config.samples))
         samples = "\n".join(
-            f"source     {e[config.data.inputs]}\nreference  {r}\n"
-            f"output     {one_line(o)}\n"
-            for e, r, o in shown
+            f"source     {texts[i][0]}\nreference  {texts[i][1]}\n"
+            f"output     {one_line(written[i])}\n"
+            for i in [*written][::step][: config.samples]
         )
         return scores, samples
 
 
-def make_generate(experiment: Experiment):
+def make_generate(experiment: Experiment, tok: Tokenizer):
     """(params, batch, seed) -> (tokens [B, length], scores [B]), compiled a shape."""
-    config = experiment.config
-    model = experiment.model
+    config, model = experiment.config, experiment.model
     length = config.decode.max_len or config.data.max_len
 
     @jax.jit
     def generate(params: Any, batch: Any, seed: jax.Array):
-        rows = batch["encoder_inputs"].shape[0]
         variables = {"params": params}
 
         def extend(tokens, positions, cache):
             return model.apply(variables, tokens, positions, cache, method="extend")
 
-        return decode.generate(
-            config.decode,
-            extend,
-            model.apply(variables, batch, length, method="start"),
-            jnp.full((rows,), PAD, jnp.int32),  # what targets are shifted right with
-            jnp.zeros((rows,), jnp.int32),
-            eos=EOS,
-            length=length,
-            rng=jax.random.key(seed),
-        )
+        start = model.apply(variables, batch, length, method="start")
+        options = {"eos": tok.eos, "length": length, "rng": jax.random.key(seed)}
+        return decode.generate(config.decode, extend, *start, **options)
 
     return generate
 
@@ -184,7 +191,7 @@ def main(argv: list[str]) -> None:
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         params, which = experiment.load_params(checkpointer, flag.checkpoint)
     split = flag.split or config.data.eval_split
-    tok = load_tokenizer(workdir)
+    tok = load_tokenizer(workdir) if transforms.needs_tokenizer(config.data) else None
     opened = Split.open(config, tok, split)
     print(f"{workdir}: {which}, split {split}", file=sys.stderr)
     result = Evaluator(experiment, tok)(params, opened, split)

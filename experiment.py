@@ -11,10 +11,9 @@ import numpy as np
 import optax
 from flax import struct
 
-from triform import models, tasks
+from triform import models, tasks, transforms
 from triform.cli import UserError
 from triform.configs.base import ExperimentConfig, from_json
-from triform.input_pipeline import empty_batch
 from triform.runtime import metrics, optim
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.metrics import Mean
@@ -54,12 +53,24 @@ class Experiment:
 
     def make_state(self) -> TrainState:
         """The initial state, a pure function of the seed."""
-        # Shapes of parameters do not depend on the batch's: one short row is enough.
-        batch = empty_batch(rows=1, length=2)
-        rng = jax.random.key(self.config.seed)
-        params = self.task.init(jax.random.fold_in(rng, 2**31), batch)
-        step = jnp.zeros((), jnp.int32)
+        return self.state_of(self.init_params())
+
+    def state_of(self, params: Tree) -> TrainState:
+        """The state of a run that starts from these parameters."""
+        step, rng = jnp.zeros((), jnp.int32), jax.random.key(self.config.seed)
         return TrainState(step, params, self.optimizer.init(params), rng)
+
+    def init_params(self) -> Tree:
+        """Fresh parameters, a pure function of the seed."""
+        # Shapes of parameters do not depend on the batch's: one short row is enough.
+        batch = self.empty_batch(rows=1, length=self.config.data.lengths()[0])
+        rng = jax.random.key(self.config.seed)
+        return self.task.init(jax.random.fold_in(rng, 2**31), batch)
+
+    def empty_batch(self, rows: int, length: int) -> dict[str, np.ndarray]:
+        """What every batch of the data holds, zero."""
+        config = self.config
+        return transforms.empty(config.data, rows, length, config.model.limits())
 
     def abstract_state(self) -> TrainState:
         """Shapes and placement of the state as it is saved."""

@@ -18,7 +18,8 @@ class EvaluationConfig:
     metrics: tuple[str, ...] = ("bleu", "chrf", "exact_match")
     lowercase: bool = False  # compare text case-insensitively
     language: str = "de"  # of the targets, for Moses tokenisation
-    examples: int = 0  # generate for the first of the split while training; 0: all
+    # Generate for so many of the split, or of each corpus, while training; 0: all.
+    examples: int = 0
     samples: int = 5  # shown and written with their references
     # Parameters of the last evaluation: the mean of so many newest checkpoints
     # (Vaswani et al. 2017, 6.1); 0: the best checkpoint by checkpoint.metric.

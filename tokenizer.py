@@ -1,7 +1,11 @@
 """Text <-> token ids: trained and loaded with `tokenizers` and `sentencepiece`."""
 
 import dataclasses
+import functools
+import hashlib
 import io
+import itertools
+import json
 import os
 from collections.abc import Iterable, Sequence
 
@@ -10,10 +14,22 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-# The same ids in every tokenizer, as in T5. PAD also starts a decoder.
+# The first ids of every tokenizer trained here, as in T5. Other ones have their own.
 PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "</s>", "<unk>")
-KINDS = ("bpe", "wordpiece", "unigram", "bytes")
+KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
+SIDECAR = "special_tokens.json"
+
+# How published tokenizers call their special tokens; the first that is there counts.
+NAMES = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>"),
+    "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
+    "unk": ("<unk>", "[UNK]"),
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "cls": ("[CLS]",),
+    "sep": ("[SEP]",),
+    "mask": ("[MASK]", "<mask>"),
+}
 
 
 @dataclasses.dataclass
@@ -23,6 +39,7 @@ class TokenizerConfig:
     kind: str = "bpe"
     lowercase: bool = False  # cannot be undone: decoded text is lower-case too
     path: str = ""  # an existing tokenizer.json or .model, instead of training one
+    corpora: tuple[str, ...] = ()  # 'source:feature' to train on besides the data
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -30,13 +47,50 @@ class TokenizerConfig:
             raise ValueError(
                 f"data.tokenizer.kind={self.kind!r}: expected one of {', '.join(KINDS)}"
             )
+        if not all(isinstance(x, str) and ":" in x for x in self.corpora):
+            raise ValueError(
+                f"data.tokenizer.corpora={self.corpora!r}: must be a tuple of "
+                "'source:feature', such as ('multi30k_translate:en',)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Specials:
+    """Ids that stand for no text; None: the tokenizer has no such."""
+
+    pad: int
+    eos: int
+    start: int  # starts a decoder
+    unk: int | None = None
+    bos: int | None = None
+    cls: int | None = None
+    sep: int | None = None
+    mask: int | None = None
+    sentinels: tuple[int, ...] = ()  # '<extra_id_0>' and so on, as in T5
 
 
 class Tokenizer:
     """Base: ids of a text, without specials; text of ids, up to the first EOS."""
 
     filename = "tokenizer.json"
-    vocab_size: int
+    joiner = ""  # begins a piece that continues a word, if the kind has such
+
+    def __init__(self, pieces: Sequence[str], specials: Specials):
+        self.pieces, self.specials = pieces, specials
+        self.pad, self.eos, self.start = specials.pad, specials.eos, specials.start
+        self.unk, self.bos, self.mask = specials.unk, specials.bos, specials.mask
+        self.cls, self.sep = specials.cls, specials.sep
+        # id: name, of all that are no text.
+        named = dataclasses.asdict(specials)
+        for i, special in enumerate(named.pop("sentinels")):
+            named[f"<extra_id_{i}>"] = special
+        self.names = {
+            i: pieces[i] if i < len(pieces) else name
+            for name, i in named.items()
+            if i is not None
+        }
+        # T5's published model files lack the sentinels, which follow the last piece.
+        self.vocab_size = max(len(pieces), *(i + 1 for i in self.names))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text."""
@@ -52,33 +106,75 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids up to the first EOS.
 
-        Padding, unknown ids and ids that a larger model has beyond ours vanish.
+        Special ids and those that a larger model has beyond ours vanish.
         """
-        kept = []
-        for i in ids:
-            if i == EOS:
-                break
-            if i not in (PAD, UNK) and i < self.vocab_size:
-                kept.append(int(i))
-        return self._decode(kept)
+        real = itertools.takewhile(lambda i: i != self.eos, map(int, ids))
+        return self._decode([i for i in real if self._is_text(i)])
+
+    def show(self, ids: Iterable[int]) -> str:
+        """All ids for the eye: special ones by name, text between them decoded."""
+        parts = []
+        for is_text, run in itertools.groupby(map(int, ids), self._is_text):
+            if is_text:
+                parts.append(self._decode(list(run)))
+            else:
+                parts += [self.names.get(i, f"<{i}>") for i in run]
+        return " ".join(parts)
+
+    def _is_text(self, i: int) -> bool:
+        return i < len(self.pieces) and i not in self.names
+
+    def sentinels(self) -> np.ndarray:
+        """The ids of '<extra_id_0>', '<extra_id_1>' ..., int32."""
+        return np.array(self.specials.sentinels, np.int32)
+
+    @functools.cached_property
+    def continues(self) -> np.ndarray:
+        """bool [vocab_size]: which ids continue the word of the one before.
+
+        WordPiece marks those; other kinds mark the beginning of a word, by a space or
+        what stands for it, so that punctuation belongs to the word it follows.
+        """
+        table = np.zeros(self.vocab_size, bool)
+        if self.joiner:
+            table[: len(self.pieces)] = [p.startswith(self.joiner) for p in self.pieces]
+        else:
+            marks = ("\u0120", "\u2581", " ")  # byte-level, SentencePiece, characters
+            firsts = {p[:1] for p in self.pieces}
+            mark = next((m for m in marks if m in firsts), "")
+            table[: len(self.pieces)] = [not p.startswith(mark) for p in self.pieces]
+        table[list(self.names)] = False
+        return table
+
+    def digest(self) -> str:
+        """Changes whenever an id of a text or a special id does."""
+        content = self.to_bytes() + repr(self.specials).encode()
+        return hashlib.sha256(content).hexdigest()
 
     def save(self, directory: str) -> str:
-        """Writes the file into `directory`; returns its path."""
-        path = os.path.join(directory, self.filename)
-        with open(path + ".tmp", "wb") as f:
-            f.write(self.to_bytes())
-        os.replace(path + ".tmp", path)
+        """Writes the file, and one that names its specials; returns the file's path."""
+        specials = json.dumps(dataclasses.asdict(self.specials), indent=2).encode()
+        for name, content in ((SIDECAR, specials), (self.filename, self.to_bytes())):
+            path = os.path.join(directory, name)
+            with open(path + ".tmp", "wb") as f:
+                f.write(content)
+            os.replace(path + ".tmp", path)
         return path
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json: byte-level BPE or WordPiece."""
+    """A tokenizer.json: byte-level BPE, WordPiece, characters, or a published one."""
 
-    def __init__(self, core: tokenizers.Tokenizer):
+    def __init__(self, core: tokenizers.Tokenizer, specials: Specials):
+        super().__init__(_pieces(core), specials)
         self.core = core
         # '</s>' in a text is text.
         core.encode_special_tokens = True
-        self.vocab_size = core.get_vocab_size()
+        # A published file may ask for rows of one length.
+        core.no_padding()
+        core.no_truncation()
+        if isinstance(core.model, models.WordPiece):
+            self.joiner = core.model.continuing_subword_prefix
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text; encoded in parallel."""
@@ -94,14 +190,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model file: Unigram (Kudo 2018)."""
+    """A SentencePiece model file: Unigram (Kudo 2018), or a published one."""
 
     filename = "tokenizer.model"
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, specials: Specials):
         self.model = model
         self.core = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self.core.vocab_size()
+        super().__init__(_pieces(self.core), specials)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text."""
@@ -116,50 +212,101 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes after the three specials (as ByT5, Xue et al. 2022)."""
+    """UTF-8 bytes after the specials (as ByT5, Xue et al. 2022)."""
 
     filename = "tokenizer.bytes"
-    vocab_size = 256 + len(SPECIALS)
 
-    def __init__(self, lowercase: bool = False):
+    def __init__(self, lowercase: bool = False, specials: Sequence[str] = ()):
         self.lowercase = lowercase
+        self.first = len(SPECIALS) + len(specials)  # the id of byte 0
+        pieces = [*SPECIALS, *specials, *map(chr, range(256))]
+        super().__init__(pieces, recognise(pieces[: self.first]))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text."""
         texts = [t.lower() if self.lowercase else t for t in texts]
-        shift = len(SPECIALS)
         return [
-            np.frombuffer(t.encode(), np.uint8).astype(np.int32) + shift for t in texts
+            np.frombuffer(t.encode(), np.uint8).astype(np.int32) + self.first
+            for t in texts
         ]
 
     def to_bytes(self) -> bytes:
-        """Its only setting."""
-        return b"lowercase" if self.lowercase else b"cased"
+        """Its settings, one a line."""
+        case = "lowercase" if self.lowercase else "cased"
+        specials = self.pieces[len(SPECIALS) : self.first]
+        return "\n".join([case, *specials]).encode()
 
     def _decode(self, ids: list[int]) -> str:
-        shift = len(SPECIALS)
-        raw = bytes(i - shift for i in ids if shift <= i < self.vocab_size)
-        return raw.decode(errors="replace")
+        return bytes(i - self.first for i in ids).decode(errors="replace")
 
 
-def train(config: TokenizerConfig, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _pieces(core: tokenizers.Tokenizer | sentencepiece.SentencePieceProcessor) -> list:
+    """What every id stands for; '' where a file numbers with gaps."""
+    if isinstance(core, sentencepiece.SentencePieceProcessor):
+        return [core.id_to_piece(i) for i in range(core.vocab_size())]
+    vocabulary = core.get_vocab()
+    pieces = [""] * (max(vocabulary.values(), default=-1) + 1)
+    for piece, i in vocabulary.items():
+        pieces[i] = piece
+    return pieces
+
+
+def recognise(pieces: Sequence[str], **known) -> Specials:
+    """The special ids by the usual names; `known` ones are given.
+
+    ValueError if nothing ends a text. Without a pad token the end pads, as is usual
+    with GPT-2's.
+    """
+    ids = {p: i for i, p in enumerate(pieces)}
+    found = {
+        role: next((ids[n] for n in names if n in ids), None)
+        for role, names in NAMES.items()
+    }
+    if "<mask>" in ids:  # RoBERTa, BART: the ends of a text are these
+        found |= {"cls": ids.get("<s>"), "sep": ids.get("</s>")}
+    sentinels = itertools.takewhile(
+        ids.__contains__, map("<extra_id_{}>".format, range(len(ids)))
+    )
+    found |= {"sentinels": tuple(ids[s] for s in sentinels), **known}
+    if found["eos"] is None:
+        raise ValueError(
+            f"no token ends a text (expected one of {', '.join(NAMES['eos'])}); write "
+            f'{{"eos": ID}} into {SIDECAR} beside it'
+        )
+    if found["pad"] is None:
+        found["pad"] = found["eos"]
+    found.setdefault("start", found["pad"])
+    return Specials(**found)
+
+
+def train(
+    config: TokenizerConfig,
+    texts: Iterable[str],
+    vocab_size: int,
+    specials: Sequence[str] = (),
+) -> Tokenizer:
     """A tokenizer of about `vocab_size` ids, learned from `texts`; deterministic.
 
-    Digits are split one by one, so that numbers are spelled rather than memorised; not
-    in WordPiece, which puts a space before every word it decodes and is lossy anyway.
-    A byte-level BPE has at least 259 ids. ValueError if too few are asked for.
+    Its first ids are pad, EOS, unk and `specials`, which stand for no text. Digits are
+    split one by one, so that numbers are spelled rather than memorised; not in
+    WordPiece, which puts a space before every word it decodes and is lossy anyway. A
+    byte-level BPE has at least 259 ids; characters are as many as `texts` hold.
+    ValueError if too few are asked for.
     """
     if config.kind == "bytes":
-        return ByteTokenizer(config.lowercase)
+        return ByteTokenizer(config.lowercase, specials)
+    names = [*SPECIALS, *specials]
     if config.kind == "unigram":
-        return _train_unigram(config, texts, vocab_size)
+        return _train_unigram(config, texts, vocab_size, names)
+    if config.kind == "chars":
+        return _train_characters(config, texts, names)
     steps = [normalizers.NFC()]
     if config.lowercase:
         steps.append(normalizers.Lowercase())
     normalizer = normalizers.Sequence(steps)
     options = {
         "vocab_size": vocab_size,
-        "special_tokens": list(SPECIALS),
+        "special_tokens": names,
         "show_progress": False,
     }
     if config.kind == "bpe":
@@ -178,7 +325,8 @@ def train(config: TokenizerConfig, texts: Iterable[str], vocab_size: int) -> Tok
         # given as specials, they are numbered in ours.
         texts = list(texts)
         characters = sorted({c for t in texts for c in normalizer.normalize_str(t)})
-        options["special_tokens"] += [f"##{c}" for c in characters if not c.isspace()]
+        marked = [f"##{c}" for c in characters if not c.isspace()]
+        options["special_tokens"] = names + marked
         trainer = trainers.WordPieceTrainer(**options)
     core.normalizer = normalizer
     core.train_from_iterator(texts, trainer)
@@ -188,16 +336,35 @@ def train(config: TokenizerConfig, texts: Iterable[str], vocab_size: int) -> Tok
         core, trained = tokenizers.Tokenizer(model), core
         core.normalizer, core.decoder = trained.normalizer, trained.decoder
         core.pre_tokenizer = trained.pre_tokenizer
-        core.add_special_tokens(list(SPECIALS))
-    return HuggingFaceTokenizer(core)
+        core.add_special_tokens(names)
+    return HuggingFaceTokenizer(core, recognise(names))
+
+
+def _train_characters(
+    config: TokenizerConfig, texts: Iterable[str], names: list[str]
+) -> Tokenizer:
+    lower = normalizers.Lowercase()
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(lower.normalize_str(text) if config.lowercase else text)
+    vocabulary = {p: i for i, p in enumerate([*names, *sorted(characters)])}
+    core = tokenizers.Tokenizer(models.WordLevel(vocabulary, SPECIALS[UNK]))
+    if config.lowercase:  # and else nothing: one id a character as it is written
+        core.normalizer = lower
+    every = tokenizers.Regex("[\\s\\S]")
+    core.pre_tokenizer = pre_tokenizers.Split(every, "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens(names)
+    return HuggingFaceTokenizer(core, recognise(names))
 
 
 def _train_unigram(
-    config: TokenizerConfig, texts: Iterable[str], vocab_size: int
+    config: TokenizerConfig, texts: Iterable[str], vocab_size: int, names: list[str]
 ) -> Tokenizer:
     out = io.BytesIO()
     _sentencepiece(
-        sentence_iterator=iter(texts),
+        # Line by line: it leaves out what it takes for too long a sentence.
+        sentence_iterator=(line for t in texts for line in t.splitlines()),
         model_writer=out,
         model_type="unigram",
         vocab_size=vocab_size,
@@ -209,6 +376,8 @@ def _train_unigram(
         pad_piece=SPECIALS[PAD],
         eos_piece=SPECIALS[EOS],
         unk_piece=SPECIALS[UNK],
+        control_symbols=names[len(SPECIALS) :],  # never found in a text
+        max_sentence_length=1 << 20,
         normalization_rule_name="nfkc_cf" if config.lowercase else "nfkc",
         remove_extra_whitespaces=False,
         split_digits=True,
@@ -216,7 +385,7 @@ def _train_unigram(
         num_threads=1,  # the same model on every machine
         minloglevel=2,
     )
-    return SentencePieceTokenizer(out.getvalue())
+    return SentencePieceTokenizer(out.getvalue(), recognise(names))
 
 
 def _sentencepiece(**options) -> None:
@@ -230,32 +399,35 @@ def _sentencepiece(**options) -> None:
 
 
 def load(path: str) -> Tokenizer:
-    """A saved tokenizer; ValueError if it is none, or its special ids are not ours."""
+    """A saved or published tokenizer; ValueError if it is none.
+
+    Special ids are recognised by their usual names; `special_tokens.json` beside the
+    file overrides them one by one: {"pad": 3, "start": 2}.
+    """
     with open(path, "rb") as f:
         content = f.read()
+    known = {}
+    beside = os.path.join(os.path.dirname(path), SIDECAR)
     try:
-        return _parse(path, content)
+        if os.path.exists(beside):
+            with open(beside, "rb") as f:
+                known = json.load(f)
+            if "sentinels" in known:
+                known["sentinels"] = tuple(known["sentinels"])
+        return _parse(path, content, known)
     except Exception as error:  # the libraries raise bare Exception and RuntimeError
-        if isinstance(error, ValueError):
-            raise
         raise ValueError(f"{path}: not a tokenizer file ({error})") from error
 
 
-def _parse(path: str, content: bytes) -> Tokenizer:
+def _parse(path: str, content: bytes, known: dict) -> Tokenizer:
     if path.endswith(".bytes"):
-        return ByteTokenizer(content == b"lowercase")
+        case, *specials = content.decode().split("\n")
+        return ByteTokenizer(case == "lowercase", specials)
     if path.endswith(".model"):
-        loaded = SentencePieceTokenizer(content)
-        ids = loaded.core.pad_id(), loaded.core.eos_id(), loaded.core.unk_id()
-    else:
-        loaded = HuggingFaceTokenizer(tokenizers.Tokenizer.from_str(content.decode()))
-        ids = tuple(loaded.core.token_to_id(s) for s in SPECIALS)
-    if ids != (PAD, EOS, UNK):
-        raise ValueError(
-            f"tokenizer {path}: the ids of pad, eos and unk are {ids}, must be "
-            f"{(PAD, EOS, UNK)} ({', '.join(SPECIALS)}); train one with Triform"
-        )
-    return loaded
+        core = sentencepiece.SentencePieceProcessor(model_proto=content)
+        return SentencePieceTokenizer(content, recognise(_pieces(core), **known))
+    core = tokenizers.Tokenizer.from_str(content.decode())
+    return HuggingFaceTokenizer(core, recognise(_pieces(core), **known))
 
 
 def find(directory: str) -> str | None:

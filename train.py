@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from triform import cli
+from triform import cli, transforms, warm_start
 from triform.configs import base
 from triform.configs.base import ExperimentConfig
 from triform.evaluate import Evaluator, Split, summary, write_samples
@@ -36,17 +36,15 @@ from triform.input_pipeline import (
     Batches,
     Prefetch,
     TrainBatches,
-    build_tokenizer,
-    load_tokenizer,
     report,
-    token_store,
 )
 from triform.progress import Progress
 from triform.runtime import metrics
 from triform.runtime.checkpoint import Checkpointer
-from triform.runtime.host import keep_freed_memory
+from triform.runtime.host import keep_freed_memory, matrix_products_only
 from triform.runtime.metrics import MetricWriter
 from triform.runtime.partition import parameter_table
+from triform.token_store import build_tokenizer, load_tokenizer
 from triform.tokenizer import Tokenizer
 
 INTERRUPTED = 75  # EX_TEMPFAIL: try again
@@ -54,10 +52,9 @@ INTERRUPTED = 75  # EX_TEMPFAIL: try again
 FIXED = (
     "model.",
     "task.type",
+    "data.type",
     "data.source",
     "data.train_split",
-    "data.inputs",
-    "data.targets",
     "data.tok",
     "optim.name",
     "optim.ema_decay",
@@ -81,21 +78,10 @@ def print_plan(experiment: Experiment) -> None:
     print(parameter_table(params, experiment.placement))
     for length in config.data.lengths():
         rows = config.data.rows(length)
-        print(
-            f"batch: {rows} rows x {length} source and {length} target places = "
-            f"{2 * rows * length:,} places, {config.optim.accumulate} micro-batches"
-        )
+        batch = experiment.empty_batch(rows, length)
+        arrays = ", ".join(f"{k} {list(x.shape)}" for k, x in batch.items())
+        print(f"batch: {arrays}, in {config.optim.accumulate} micro-batches")
     print(f"steps: {config.steps:,}, optimiser {config.optim.name}")
-
-
-def print_first_batch(batch: dict[str, np.ndarray], tok: Tokenizer) -> None:
-    """One decoded example, and the targets with their loss weights."""
-    targets, weights = batch["targets"][0], batch["weights"][0]
-    print("first batch:")
-    print(f"  source   {tok.decode(batch['encoder_inputs'][0])}")
-    print(f"  target   {tok.decode(targets)}")
-    shown = [f"{t}:{w:g}" for t, w in zip(targets, weights, strict=True)]
-    print(f"  id:weight  {' '.join(shown[:16])}{' ...' if len(shown) > 16 else ''}")
 
 
 def check_workdir(workdir: str, config: ExperimentConfig) -> None:
@@ -113,9 +99,12 @@ def check_workdir(workdir: str, config: ExperimentConfig) -> None:
             )
 
 
-def claim_workdir(workdir: str, config: ExperimentConfig, tok: Tokenizer) -> None:
+def claim_workdir(
+    workdir: str, config: ExperimentConfig, tok: Tokenizer | None
+) -> None:
     """Writes tokenizer and config.json, once what can be wrong with them was tried."""
-    tok.save(workdir)
+    if tok is not None:
+        tok.save(workdir)
     path = os.path.join(workdir, "config.json")
     with open(path + ".tmp", "w") as f:
         f.write(base.to_json(config))
@@ -167,14 +156,11 @@ class Interrupt:
 def batches_from(
     train: TrainBatches, experiment: Experiment, first: int
 ) -> Iterator[tuple[Any, int, int]]:
-    """(batch on the devices, row length, real tokens) of the steps from `first` on."""
+    """(batch on the devices, row length, real units) of the steps from `first` on."""
     for step in range(first, experiment.config.steps):
-        length, ids = train.ids(step)
-        batch = train.batches.collate(length, ids)
-        tokens = int(
-            (batch["encoder_segments"] > 0).sum() + (batch["weights"] > 0).sum()
-        )
-        yield experiment.put(batch), length, tokens
+        length, _ = train.ids(step)
+        batch = train[step]
+        yield experiment.put(batch), length, train.batches.transform.real(batch)
 
 
 def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> None:
@@ -185,7 +171,7 @@ def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> N
             shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
             raise cli.UserError(
                 f"step {step}: {name} is {scalars[name]} on examples {shown} of "
-                f"{train.batches.split}; nothing was saved since. Lower "
+                f"{train.batches.transform.split}; nothing was saved since. Lower "
                 "optim.learning_rate, set optim.clip_norm=1 or lengthen "
                 "optim.warmup_steps, and start again from the last checkpoint"
             )
@@ -198,7 +184,8 @@ def compile_steps(
     compiled = {}
     for length in train.shapes():
         start = time.perf_counter()
-        batch = experiment.put(train.batches.collate(length, train.buckets[length][:1]))
+        rows = experiment.config.data.rows(length)
+        batch = experiment.put(experiment.empty_batch(rows, length))
         compiled[length] = experiment.placement.compile_train(
             experiment.train_step, state, batch
         )
@@ -289,14 +276,17 @@ def finish(
         return
     step = checkpointer.latest()
     writer.write(step, result.scalars | {"test/checkpoint": which})
-    write_samples(workdir, "test", result.samples)
-    print(f"\n{result.samples}\ntest ({which}): {summary(result)}")
+    if result.samples:
+        write_samples(workdir, "test", result.samples)
+        print(f"\n{result.samples}")
+    print(f"test ({which}): {summary(result)}")
     shown = shlex.quote(os.path.relpath(workdir))
     python = shlex.quote(os.path.relpath(sys.executable))
     chosen = f"--checkpoint=average:{average}" if average else "--checkpoint=best"
+    print(f"finished: {step} steps in {shown}. Next:")
+    if hasattr(experiment.model, "extend"):
+        print(f'  {python} generate.py --workdir={shown} {chosen} --input="..."')
     print(
-        f"finished: {step} steps in {shown}. Next:\n"
-        f'  {python} generate.py --workdir={shown} {chosen} --input="..."\n'
         f"  {python} evaluate.py --workdir={shown} {chosen} "
         f"--split={shlex.quote(test.name)}\n"
         f"  {python} -m tensorboard.main --logdir={shown}\n"
@@ -306,37 +296,57 @@ def finish(
 
 def prepare_data(
     config: ExperimentConfig, workdir: str
-) -> tuple[Tokenizer, TrainBatches, Split, Split]:
+) -> tuple[Tokenizer | None, TrainBatches, Split, Split]:
     """Tokenizer, training batches, evaluation and test split, checked."""
-    saved = saved_config(workdir) is not None
-    vocab = config.model.vocab_size
-    tok = load_tokenizer(workdir) if saved else build_tokenizer(config.data, vocab)
-    name = config.data.train_split
-    store = token_store(config.data, name, tok)
-    train = TrainBatches(Batches(config.data, store, name, vocab), config.seed)
+    tok = find_tokenizer(config, workdir)
+    limits = config.model.limits()
+    opened = transforms.open(config.data, config.data.train_split, tok, limits)
+    train = TrainBatches(Batches(opened), config.seed)
     evaluation = Split.open(config, tok, config.data.eval_split)
     test = Split.open(config, tok, config.data.test_split)
     print(report(train))
-    print_first_batch(train[0], tok)
+    print(f"first batch:\n{opened.preview(train[0], tok)}")
     return tok, train, evaluation, test
+
+
+def find_tokenizer(config: ExperimentConfig, workdir: str) -> Tokenizer | None:
+    """The workdir's; else the one named; else that of init_from; else a new one."""
+    data = config.data
+    if not transforms.needs_tokenizer(data):
+        return None
+    if saved_config(workdir) is not None:
+        return load_tokenizer(workdir)
+    if config.init_from and not data.tokenizer.path:
+        return load_tokenizer(warm_start.parse(config.init_from)[0])
+    return build_tokenizer(data, config.model.vocab_size)
 
 
 def restore_or_init(
     experiment: Experiment, train: TrainBatches, checkpointer: Checkpointer
 ) -> tuple[TrainState, dict[str, Any]]:
     """The newest intact state, or a new one, and what is saved beside it."""
-    data = {"seed": experiment.config.seed, "tokens": train.batches.store.digest}
-    restored = checkpointer.restore(experiment.abstract_state())
+    config = experiment.config
+    data = {"seed": config.seed, "tokens": train.batches.transform.digest}
+    source = config.init_from
+    if imported(checkpointer):
+        source = f"{checkpointer.directory.parent}:0"
+    restored = None
+    if not imported(checkpointer):
+        restored = checkpointer.restore(experiment.abstract_state())
     if restored is None:
         meta = {"data": data | {"step": 0}, "window": {}}
-        state = experiment.placement.init(experiment.make_state)
+        if source:
+            state, found = warm_start.start(experiment, source)
+            print(found)
+        else:
+            state = experiment.placement.init(experiment.make_state)
     else:
         saved, meta = restored
         if meta["data"]["tokens"] != data["tokens"]:
             raise cli.UserError(
                 f"{checkpointer.directory}: it was trained on other data than today's "
-                f"{experiment.config.data.source!r} (the corpus, its generator or the "
-                "tokenizer changed); restore them or name another workdir"
+                f"{config.data.source!r} (the corpus, its generator, its features or "
+                "the tokenizer changed); restore them or name another workdir"
             )
         if meta["data"]["seed"] != data["seed"]:
             raise cli.UserError(
@@ -345,7 +355,13 @@ def restore_or_init(
             )
         state = experiment.placement.load(saved)
         print(f"resuming after step {meta['data']['step']}")
-    return state, meta | {"config": base.to_json(experiment.config)}
+    return state, meta | {"config": base.to_json(config)}
+
+
+def imported(checkpointer: Checkpointer) -> bool:
+    """Does it hold parameters only, which no step of ours has changed?"""
+    step = checkpointer.latest()
+    return step == 0 and bool(checkpointer.meta_of(0).get("params_only"))
 
 
 def main(argv: list[str]) -> int:
@@ -392,7 +408,8 @@ def main(argv: list[str]) -> int:
             if result is None:
                 return
             writer.write(step, result.scalars)
-            write_samples(workdir, f"step_{step:08d}", result.samples)
+            if result.samples:
+                write_samples(workdir, f"step_{step:08d}", result.samples)
             checkpointer.record(step, result.numbers())
             print(
                 f"step {step}: {summary(result)} ({result.seconds:.0f} s)", flush=True
@@ -427,6 +444,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     keep_freed_memory()
+    matrix_products_only()
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from triform.decode import DecodeConfig
-from triform.input_pipeline import DataConfig
 from triform.models import MODELS, EncoderDecoderConfig
 from triform.models.algorithms import ALGORITHMS
+from triform.models.attention import INITS
 from triform.models.transformer import FFNS
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
 from triform.runtime.partition import PLACEMENTS, MeshConfig
 from triform.scoring import EvaluationConfig
 from triform.tasks import TASKS, TokenPredictionConfig
+from triform.transforms import TRANSFORMS, PairsConfig, Transform, empty
 
 
 @dataclass
@@ -24,11 +25,13 @@ class ExperimentConfig:
 
     model: Any = field(default_factory=EncoderDecoderConfig)  # a key of models.MODELS
     task: Any = field(default_factory=TokenPredictionConfig)  # a key of tasks.TASKS
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Any = field(default_factory=PairsConfig)  # a key of transforms.TRANSFORMS
     optim: OptimConfig = field(default_factory=OptimConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # Parameters to start from: a workdir, or WORKDIR:best|latest|average:K|STEP.
+    init_from: str = ""
     placement: str = "mesh"
     mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 100_000  # updates in all
@@ -50,8 +53,13 @@ class ExperimentConfig:
             raise ValueError(
                 f"placement={self.placement!r}: expected one of {', '.join(PLACEMENTS)}"
             )
+        self._validate_trunk()
+        self._validate_fit()
+        self._validate_evaluation()
+
+    def _validate_trunk(self) -> None:
         trunk = self.model.trunk
-        for name, table in (("attention", ALGORITHMS), ("ffn", FFNS)):
+        for name, table in (("attention", ALGORITHMS), ("ffn", FFNS), ("init", INITS)):
             value = getattr(trunk, name)
             if callable(value):
                 raise ValueError(
@@ -62,22 +70,51 @@ class ExperimentConfig:
                 raise ValueError(
                     f"model.trunk.{name}={value!r}: expected one of {', '.join(table)}"
                 )
-        if self.data.max_len > trunk.max_len:
-            raise ValueError(
-                f"data.max_len={self.data.max_len}: must not exceed "
-                f"model.trunk.max_len={trunk.max_len}; lower the one or raise the other"
-            )
-        if self.decode.max_len > trunk.max_len:
-            raise ValueError(
-                f"decode.max_len={self.decode.max_len}: must not exceed model.trunk."
-                f"max_len={trunk.max_len}; lower the one or raise the other"
-            )
+
+    def _validate_fit(self) -> None:
+        """Do data, model and task speak of the same things?"""
+        longest = self.model.longest()
+        for name, length in (
+            ("data.max_len", max(self.data.lengths())),
+            ("decode.max_len", self.decode.max_len),
+        ):
+            if length > longest:
+                raise ValueError(
+                    f"{name}={length}: must not exceed {longest}, the longest row of "
+                    "the model (model.trunk.max_len); lower the one or raise the other"
+                )
+        limits = self.model.limits()
+        has = empty(self.data, 1, self.data.lengths()[0], limits).keys()
+        task = TASKS[type(self.task)]
+        for part, wanted in (("model", self.model.reads), ("task", task.predicts)):
+            if missing := [key for key in wanted if key not in has]:
+                kind = type(getattr(self, part)).__name__
+                raise ValueError(
+                    f"data={type(self.data).__name__}: its batches hold "
+                    f"{', '.join(has)}, but {part}={kind} needs {missing[0]!r}; choose "
+                    "data and model that fit"
+                )
+        for key in task.predicts:
+            if key not in limits:
+                raise ValueError(
+                    f"task={type(self.task).__name__}: it predicts {key!r}, for which "
+                    f"model={type(self.model).__name__} has no head; set the model's "
+                    "heads or choose another task"
+                )
         for length in self.data.lengths():
             if length % self.mesh.sequence:
                 raise ValueError(
                     f"mesh.sequence={self.mesh.sequence}: must divide every row "
                     f"length; {length} (data.buckets, data.max_len) is not divisible"
                 )
+
+    def _validate_evaluation(self) -> None:
+        silent = TRANSFORMS[type(self.data)].text is Transform.text
+        if self.evaluation.metrics and silent:
+            raise ValueError(
+                f"evaluation.metrics={self.evaluation.metrics}: they compare generated "
+                f"text, and data={type(self.data).__name__} has no references; set ()"
+            )
         if self.evaluation.every % self.checkpoint.every:
             raise ValueError(
                 f"evaluation.every={self.evaluation.every}: must be a multiple of "
@@ -91,13 +128,21 @@ class ExperimentConfig:
                 f"checkpoint.keep_newest={self.checkpoint.keep_newest} nor the "
                 f"checkpoints of {self.steps} steps, one every {self.checkpoint.every}"
             )
-        known = (*TASKS[type(self.task)].metrics, *self.evaluation.metrics)
+        known = (
+            *TASKS[type(self.task)].metrics,
+            *TRANSFORMS[type(self.data)].metrics,
+            *self.evaluation.metrics,
+        )
         if self.checkpoint.metric not in [f"eval/{name}" for name in known]:
             raise ValueError(
                 f"checkpoint.metric={self.checkpoint.metric!r}: expected eval/ and one "
-                f"of {', '.join(known)} (evaluation.metrics and the task's own)"
+                f"of {', '.join(known)} (the task's, the data's and evaluation.metrics)"
             )
-        if self.data.tokenizer.lowercase and not self.evaluation.lowercase:
+        if (
+            self.evaluation.metrics
+            and self.data.tokenizer.lowercase
+            and not self.evaluation.lowercase
+        ):
             raise ValueError(
                 "data.tokenizer.lowercase=True: all output is lower-case and must be "
                 "compared so; set evaluation.lowercase=True"
@@ -105,7 +150,7 @@ class ExperimentConfig:
 
 
 # Fields that hold one of several config types, and where those are listed.
-_CHOICES = {"model": MODELS, "task": TASKS}
+_CHOICES = {"model": MODELS, "task": TASKS, "data": TRANSFORMS}
 
 
 def to_json(config: ExperimentConfig) -> str:
@@ -142,9 +187,15 @@ def _build(cls: type, tree: dict[str, Any], where: str) -> Any:
         )
     values = {}
     for name, value in tree.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _build(hints[name], value, f"{where}.{name}")
-        values[name] = tuple(value) if isinstance(value, list) else value
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = _build(hint, value, f"{where}.{name}")
+        if isinstance(value, list):
+            of = next(iter(typing.get_args(hint)), None)
+            if dataclasses.is_dataclass(of):
+                value = [_build(of, x, f"{where}.{name}") for x in value]
+            value = tuple(value)
+        values[name] = value
     return cls(**values)
 
 

@@ -9,12 +9,12 @@ held-out phrases), test/exact_match 0.987 (1,115).
 
 from triform.configs.base import ExperimentConfig
 from triform.decode import DecodeConfig
-from triform.input_pipeline import DataConfig
 from triform.models import EncoderDecoderConfig
 from triform.models.config import TransformerConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
 from triform.scoring import EvaluationConfig
+from triform.transforms import PairsConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     )
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=1500),
-        data=DataConfig(
+        data=PairsConfig(
             source="cldr", max_len=40, batch_size=64, buckets=(6, 8, 10, 12, 15, 19, 25)
         ),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=400, schedule="rsqrt"),

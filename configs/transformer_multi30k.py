@@ -19,13 +19,13 @@ The other direction: --config.data.inputs=de --config.data.targets=en
 
 from triform.configs.base import ExperimentConfig
 from triform.decode import DecodeConfig
-from triform.input_pipeline import DataConfig
 from triform.models import EncoderDecoderConfig
 from triform.models.config import TransformerConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
 from triform.scoring import EvaluationConfig
 from triform.tokenizer import TokenizerConfig
+from triform.transforms import PairsConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     )
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=10_000),
-        data=DataConfig(
+        data=PairsConfig(
             source="multi30k_translate",
             max_len=64,
             batch_size=128,  # 8,192 places a side and batch

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from triform.datasets import cldr
 from triform.datasets.base import DataError, local_copy
 
-__all__ = ["EMBEDDED", "DataError", "fingerprint", "load", "local_copy"]
+__all__ = [
+    "EMBEDDED",
+    "DataError",
+    "fingerprint",
+    "label_names",
+    "load",
+    "local_copy",
+]
 
 # Need no download: name -> module with SPLITS, examples(split) and version().
 EMBEDDED = {"cldr": cldr}
@@ -53,6 +60,16 @@ def fingerprint(
         return f"{EMBEDDED[name].version()}-{_embedded_split(name, split)}"
     source = _tfds_source()
     return source.fingerprint(name, split, data_dir, manual_dir, tuple(EMBEDDED))
+
+
+def label_names(
+    name: str, feature: str, *, data_dir: str = "", manual_dir: str = ""
+) -> tuple[str, ...]:
+    """Names of the classes that a feature numbers, in order; () if it numbers none."""
+    if name in EMBEDDED:
+        return ()
+    source = _tfds_source()
+    return source.label_names(name, feature, data_dir, manual_dir, tuple(EMBEDDED))
 
 
 def _embedded_split(name: str, split: str) -> str:

@@ -4,22 +4,12 @@ Elliott et al. 2016, "Multi30K: Multilingual English-German Image Descriptions".
 text derives from Flickr30K: non-commercial research and educational use.
 """
 
-import gzip
-import hashlib
-import os
-import pathlib
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import tensorflow_datasets as tfds
 
-from triform.datasets.base import DataError, local_copy
-
-if not hasattr(tfds, "core"):  # It logs its own import errors and goes on, empty.
-    raise ImportError(
-        "tensorflow_datasets: import left an empty module: a dependency is missing or "
-        'broken; run `python -c "import tensorflow_datasets.core"` to see which'
-    )
+from triform.datasets.base import DataError
+from triform.datasets.local_builder import LocalBuilder, Paths
 
 COMMIT = "a3d2e0d26b56f3846f66a952536ffed4e401d05a"
 URL = f"https://raw.githubusercontent.com/multi30k/dataset/{COMMIT}/data/task1/raw/"
@@ -56,103 +46,39 @@ CHECKSUMS = {
 }
 
 
-class Multi30kTranslate(tfds.core.GeneratorBasedBuilder):
-    """Raw sentence pairs in file order; example i of a split is line i of its files.
+class Multi30kTranslate(LocalBuilder, skip_registration=True):
+    """Raw sentence pairs in file order; example i of a split is line i of its files."""
 
-    The files come from `manual_dir`, else from the local copy `multi30k_ende`, else
-    from `URL`, verified. Files which are not the published ones are prepared in a
-    folder of their own, named by their digest, inside `data_dir`.
-    """
+    name = "multi30k_translate"
+    folder = "multi30k_ende"
+    origin = URL
+    features: Mapping = dict.fromkeys(LANGUAGES, tfds.features.Text())
 
-    VERSION = tfds.core.Version("1.0.0")
+    def published(self) -> Mapping[str, str]:
+        """File name -> sha256."""
+        return {name: sha256 for name, (_, sha256) in CHECKSUMS.items()}
 
-    def __init__(
-        self, *, manual_dir: str = "", data_dir: str | None = None, **options
-    ) -> None:
-        self.local_dir = manual_dir or local_copy("multi30k_ende")
-        published = {name: sha256 for name, (_, sha256) in CHECKSUMS.items()}
-        found = _digests(self.local_dir) if self.local_dir else published
-        self.content = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
-        if found != published:
-            root = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
-            data_dir = os.path.join(root, f"manual-{self.content[:16]}")
-        super().__init__(data_dir=data_dir, **options)
+    def downloads(self) -> Mapping[str, tuple[str, int, str]]:
+        """The same files."""
+        return {name: (URL + name, *facts) for name, facts in CHECKSUMS.items()}
 
-    @property
-    def url_infos(self) -> dict:
-        """Sizes and checksums by address: TFDS refuses a download which differs."""
-        return {
-            URL + name: tfds.download.checksums.UrlInfo(
-                size=size, checksum=sha256, filename=name
-            )
-            for name, (size, sha256) in CHECKSUMS.items()
-        }
+    def examples(self, paths: Paths) -> Mapping[str, Iterator[dict]]:
+        """Pairs of lines."""
+        return {split: self._pairs(stem, paths) for split, stem in STEMS.items()}
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Image captions in English with German translations.",
-            features=tfds.features.Translation(languages=LANGUAGES),
-            supervised_keys=LANGUAGES,
-            homepage="https://github.com/multi30k/dataset",
-            # File order, so that output can be compared line by line.
-            disable_shuffling=True,
+    def _pairs(self, stem: str, paths: Paths) -> Iterator[dict]:
+        names = [f"{stem}.{language}.gz" for language in LANGUAGES]
+        # Only '\n' ends a line: splitlines() would also split at U+2028 and its like.
+        first, second = (
+            self.read_text(name, paths[name]).removesuffix("\n").split("\n")
+            for name in names
         )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        if self.local_dir:
-            folder = pathlib.Path(self.local_dir)
-            paths = {name: folder / name for name in CHECKSUMS}
-        else:
-            # Not extracted: TFDS caches extractions by path, unverified.
-            paths = dl_manager.download({name: URL + name for name in CHECKSUMS})
-        splits = {}
-        for split, stem in STEMS.items():
-            names = [f"{stem}.{language}.gz" for language in LANGUAGES]
-            splits[split] = self._generate_examples(*((n, paths[n]) for n in names))
-        return splits
-
-    def _generate_examples(self, *files: tuple[str, os.PathLike]) -> Iterator:
-        (first, second), sides = files, [_lines(*file) for file in files]
-        counts = [len(side) for side in sides]
-        if counts[0] != counts[1]:
+        if len(first) != len(second):
             raise DataError(
-                f"multi30k_translate: {first[0]} has {counts[0]:,} lines but "
-                f"{second[0]} has {counts[1]:,}: they must be line-aligned; "
+                f"multi30k_translate: {names[0]} has {len(first):,} lines but "
+                f"{names[1]} has {len(second):,}: they must be line-aligned; "
                 "fetch both files again"
             )
-        for index, pair in enumerate(zip(*sides, strict=True)):
-            yield index, dict(zip(LANGUAGES, pair, strict=True))
-
-
-def _digests(folder: str) -> dict[str, str]:
-    """File name -> sha256 of the six files, which must all be there."""
-    missing = [n for n in CHECKSUMS if not os.path.isfile(os.path.join(folder, n))]
-    if missing:
-        raise DataError(
-            f"multi30k_translate: {folder} lacks {', '.join(missing)}: it needs "
-            f"{', '.join(CHECKSUMS)}; fetch them from {URL} or leave manual_dir empty"
-        )
-    return {
-        name: hashlib.sha256((pathlib.Path(folder) / name).read_bytes()).hexdigest()
-        for name in CHECKSUMS
-    }
-
-
-def _lines(name: str, path: os.PathLike) -> list[str]:
-    try:
-        text = gzip.decompress(pathlib.Path(path).read_bytes()).decode("utf-8")
-    # gzip tells damage by three exceptions; zlib.error is not an OSError.
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(
-            f"multi30k_translate: {name} is not gzip-compressed UTF-8 text "
-            f"({error}); fetch it again from {URL}{name}"
-        ) from error
-    # Only '\n' ends a line: splitlines() would also split at U+2028 and its like.
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
-    if lines == [""]:
-        raise DataError(
-            f"multi30k_translate: {name} is empty: expected one sentence per line; "
-            f"fetch it again from {URL}{name}"
-        )
-    return lines
+        for pair in zip(first, second, strict=True):
+            stripped = (line.strip() for line in pair)
+            yield dict(zip(LANGUAGES, stripped, strict=True))

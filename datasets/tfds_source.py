@@ -10,9 +10,27 @@ from collections.abc import Callable, Iterator, Sequence
 import tensorflow_datasets as tfds
 
 from triform.datasets.base import DataError
+from triform.datasets.corpora import (
+    ClassicBooks,
+    Clinc150,
+    FlipSs3,
+    Mnist,
+    MrSentiment,
+    TinyShakespeare,
+    WikiText2,
+)
 from triform.datasets.multi30k import Multi30kTranslate
 
-BUILDERS = {"multi30k_translate": Multi30kTranslate}
+BUILDERS = {
+    "multi30k_translate": Multi30kTranslate,
+    "tinyshakespeare": TinyShakespeare,
+    "wikitext2": WikiText2,
+    "classic_books": ClassicBooks,
+    "clinc150": Clinc150,
+    "mr_sentiment": MrSentiment,
+    "flip_ss3": FlipSs3,
+    "mnist": Mnist,
+}
 
 # Records per bulk read: one call per record costs four times as much.
 BULK = 1024
@@ -58,6 +76,17 @@ def load(
             f"{builder.info.file_format.value}, but random access needs array_record; "
             "set another data_dir or delete that folder"
         ) from error
+
+
+def label_names(
+    name: str, feature: str, data_dir: str, manual_dir: str, others: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """See `triform.datasets.label_names`."""
+    features = _open(name, data_dir, manual_dir, others).info.features
+    if feature not in features:
+        return ()
+    found = features[feature]
+    return tuple(getattr(found, "names", None) or ())
 
 
 def fingerprint(

@@ -8,6 +8,7 @@ from flax import struct
 from triform.models.algorithms import ALGORITHMS
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
+from triform.models.positions import Relative, rotate
 
 Array = jax.Array
 
@@ -30,9 +31,37 @@ class KVCache:
         )
 
 
-def kernel_init(config: TransformerConfig) -> nn.initializers.Initializer:
-    """Xavier uniform times sqrt(init_scale); every kernel of the trunk uses it."""
-    return nn.initializers.variance_scaling(config.init_scale, "fan_avg", "uniform")
+def _xavier(config: TransformerConfig, part: str) -> nn.initializers.Initializer:
+    return nn.initializers.xavier_uniform()
+
+
+def _normal(config: TransformerConfig, part: str) -> nn.initializers.Initializer:
+    # BERT (Devlin et al. 2019): a truncated normal of 0.02.
+    return nn.initializers.truncated_normal(0.02)
+
+
+def _depth(config: TransformerConfig, part: str) -> nn.initializers.Initializer:
+    # GPT-2 (Radford et al. 2019, 2.3): what is added to the residual stream shrinks
+    # with the number of times that something is added.
+    residual = part in ("out", "down")
+    return nn.initializers.normal(
+        0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
+    )
+
+
+def _t5(config: TransformerConfig, part: str) -> nn.initializers.Initializer:
+    # Mesh TensorFlow: by inputs; the query takes the factor that attention leaves out.
+    scale = 1 / config.head_width() if part == "query" else 1.0
+    return nn.initializers.variance_scaling(scale, "fan_in", "normal")
+
+
+# name: fn(config, part) -> initialiser; part is the name of the kernel's module
+INITS = {"xavier": _xavier, "normal": _normal, "depth": _depth, "t5": _t5}
+
+
+def kernel_init(config: TransformerConfig, part: str) -> nn.initializers.Initializer:
+    """The initialiser of the kernel of query, key, value, out, up, gate or down."""
+    return INITS[config.init](config, part)
 
 
 class Attention(nn.Module):
@@ -50,10 +79,14 @@ class Attention(nn.Module):
         source: Array | None,
         mask: Mask,
         *,
+        relative: Relative | None = None,
         cache: KVCache | None = None,
         index: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Queries from x [B, L, D], keys and values from source [B, S, D].
+
+        `relative` holds what self-attention is told of positions: of x, and so of the
+        new keys, and a bias over all keys that are looked at.
 
         With `cache` and `index` the new keys and values go into the cache's slots from
         `index` on and the queries see the whole cache; with `cache` and no source the
@@ -66,15 +99,21 @@ class Attention(nn.Module):
         def project(heads: int, name: str) -> nn.DenseGeneral:
             return nn.DenseGeneral(
                 (heads, cfg.head_width()),
-                use_bias=cfg.use_bias,
+                use_bias=cfg.bias != "none",
                 dtype=dtype,
-                kernel_init=kernel_init(cfg),
+                kernel_init=kernel_init(cfg, name),
                 name=name,
             )
 
+        relative = relative or Relative()
+        turn = relative.rotation
         query = project(cfg.num_heads, "query")(x)
+        if turn is not None:
+            query = rotate(query, turn)
         if source is not None:
             key = project(cfg.kv_heads(), "key")(source)
+            if turn is not None:
+                key = rotate(key, turn)
             value = project(cfg.kv_heads(), "value")(source)
             if cache is not None:
                 cache = cache.write(key, value, index)
@@ -92,15 +131,16 @@ class Attention(nn.Module):
             value.astype(dtype),
             mask,
             scale=cfg.scale(),
+            bias=relative.bias,
             rng=self.make_rng("dropout") if train else None,
             dropout=cfg.attention_dropout,
         )
         out = nn.DenseGeneral(
             cfg.d_model,
             axis=(-2, -1),
-            use_bias=cfg.use_bias,
+            use_bias=cfg.bias == "all",
             dtype=dtype,
-            kernel_init=kernel_init(cfg),
+            kernel_init=kernel_init(cfg, "out"),
             name="out",
         )(out)
         return out, cache

@@ -1,10 +1,15 @@
 """TransformerConfig: the trunk and nothing else."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 NORMS = ("layer", "rms")
 NORM_POSITIONS = ("pre", "post")
-POSITIONS = ("sinusoidal", "learned", "none")
+POSITIONS = ("sinusoidal", "learned", "rotary", "relative", "none")
+BIASES = ("all", "qkv", "none")
+# Scaling of rotary positions: name and how many numbers follow it.
+ROPE_SCALINGS = {"linear": 1, "llama3": 4, "yarn": 5}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -30,12 +35,16 @@ class TransformerConfig:
     attention_scale: float = 0.0
     windows: tuple[int, ...] = ()  # cycled over layers; 0: unlimited, w: |i - j| < w
     positions: str = "sinusoidal"
+    rope_base: float = 10_000.0  # slowest wavelength of rotary positions / 2 pi
+    # How rotary positions reach beyond the length they were trained on: a name and its
+    # numbers, see models.positions.rotary_frequencies; (): not at all.
+    rope_scaling: tuple[str | float, ...] = ()
     norm: str = "layer"
     norm_position: str = "post"
     norm_eps: float = 1e-6
     ffn: str = "relu"  # a name in models.transformer.FFNS
-    use_bias: bool = True
-    init_scale: float = 1.0  # variance scale of the Xavier initialiser of every kernel
+    bias: str = "all"  # of kernels and norms; "qkv": queries, keys and values only
+    init: str = "xavier"  # a name in models.attention.INITS, of every kernel
     dropout: float = 0.1  # embeddings and sublayer outputs (Vaswani et al. 2017, 5.4)
     attention_dropout: float = 0.0  # attention weights
     # Numerics: activations; parameters, norms' statistics and softmax stay float32
@@ -90,6 +99,7 @@ class TransformerConfig:
         )
         for name, choices in (
             ("positions", POSITIONS),
+            ("bias", BIASES),
             ("norm", NORMS),
             ("norm_position", NORM_POSITIONS),
             ("dtype", DTYPES),
@@ -104,7 +114,52 @@ class TransformerConfig:
             "d_model",
             "must be even with positions='sinusoidal' (sine and cosine halves)",
         )
+        require(
+            self.positions != "rotary" or self.head_width() % 2 == 0,
+            "head_dim",
+            f"the width of a head, {self.head_width()}, must be even with "
+            "positions='rotary', which turns pairs of channels",
+        )
+        require(self.rope_base > 1, "rope_base", "must be above 1")
+        require(
+            not self.rope_scaling
+            or len(self.rope_scaling) - 1 == ROPE_SCALINGS.get(self.rope_scaling[0]),
+            "rope_scaling",
+            "expected () or a name and its numbers: "
+            + ", ".join(f"{k} and {n}" for k, n in ROPE_SCALINGS.items()),
+        )
         require(self.norm_eps > 0, "norm_eps", "must be positive")
-        require(self.init_scale > 0, "init_scale", "must be positive")
         for name in ("dropout", "attention_dropout"):
             require(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)")
+
+
+class ModelConfig:
+    """Base of every family's config: a trunk, and what others ask of the model."""
+
+    trunk: TransformerConfig
+    reads: tuple[str, ...] = ("inputs",)  # keys that a batch must have
+
+    def limits(self) -> Mapping[str, int]:
+        """How many ids each key of a batch may hold, those of predictions included."""
+        raise NotImplementedError
+
+    def longest(self) -> int:
+        """Tokens that a row may have."""
+        return self.trunk.max_len
+
+    def adapt(self, name: str, saved: Any, shape: tuple[int, ...]) -> Any | None:
+        """A parameter of another shape, from a model of this family, made to fit.
+
+        None if that has no meaning: then it is initialised.
+        """
+        return None
+
+    def require(self, ok: bool, name: str, rule: str) -> None:
+        """ValueError with the value and the rule, unless ok."""
+        if not ok:
+            raise ValueError(f"model.{name}={getattr(self, name)!r}: {rule}")
+
+    def require_vocabulary(self) -> None:
+        """ValueError if the specials do not fit into vocab_size."""
+        rule = "must be at least 4 (pad, eos, unk and a token)"
+        self.require(self.vocab_size >= 4, "vocab_size", rule)

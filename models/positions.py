@@ -1,24 +1,30 @@
-"""Absolute position encodings: sinusoidal and learned."""
+"""Position encodings: sinusoidal and learned tables, rotary, T5's relative bias."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 
 from triform.models.config import TransformerConfig
 
 Array = jax.Array
 
+# Raffel et al. 2020, 2.1; the same in every published T5.
+RELATIVE_BUCKETS = 32
+RELATIVE_MAX_DISTANCE = 128
+
 
 def sinusoidal_table(length: int, width: int) -> np.ndarray:
     """float32 [length, width]: sines in the first half, cosines in the second.
 
-    Vaswani et al. 2017, 3.5, with the channels in the order of tensor2tensor (halves
-    rather than interleaved: a fixed permutation that the next matrix absorbs).
+    Vaswani et al. 2017, 3.5, with the channels in halves rather than interleaved: a
+    fixed permutation that the next matrix absorbs.
     """
     half = width // 2
-    # tensor2tensor's spacing: wavelengths from 2 pi to 10000 * 2 pi, both included.
-    rates = 10_000.0 ** -(np.arange(half) / max(half - 1, 1))
+    rates = 10_000.0 ** -(np.arange(half) / half)
     angles = np.arange(length)[:, None] * rates
     return np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
 
@@ -30,9 +36,9 @@ class PositionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, positions: Array) -> Array:
-        """x [B, L, D] plus the encoding of positions int32 [B, L]."""
+        """x [B, L, D] plus the encoding of positions int32 [B or 1, L]."""
         cfg = self.config
-        if x.shape[1] > cfg.max_len and cfg.positions != "none":
+        if x.shape[1] > cfg.max_len and cfg.positions in ("sinusoidal", "learned"):
             raise ValueError(
                 f"a sequence of {x.shape[1]} tokens exceeds model.trunk.max_len="
                 f"{cfg.max_len}; raise it or shorten the data"
@@ -52,3 +58,106 @@ class PositionEmbedding(nn.Module):
             )
             return x + table(positions)
         return x
+
+
+@struct.dataclass
+class Relative:
+    """What self-attention is told of positions; one for all blocks of a stack."""
+
+    bias: Array | None = None  # [B or 1, H, L, S], added to the scores
+    # Cosines and sines, each float32 [B or 1, L, 1, E / 2], of queries and new keys.
+    rotation: tuple[Array, Array] | None = None
+
+
+def rotary_frequencies(config: TransformerConfig) -> tuple[np.ndarray, float]:
+    """(float64 [E / 2] radians a position, factor on cosines and sines).
+
+    Su et al. 2021, 3.2.2. `rope_scaling` is one of
+      ("linear", factor)  positions divided (Chen et al. 2023)
+      ("llama3", factor, low, high, length)  frequencies that turn fewer than `low`
+        times over the original `length` are divided, those above `high` kept, in
+        between interpolated (Llama 3.1)
+      ("yarn", factor, beta_fast, beta_slow, length, attention)  Peng et al. 2023, 3.2;
+        `attention` is the factor returned, 0: 0.1 ln(factor) + 1.
+    """
+    half = config.head_width() // 2
+    rates = config.rope_base ** -(np.arange(half) / half)
+    if not config.rope_scaling:
+        return rates, 1.0
+    name, factor, *rest = config.rope_scaling
+    if name == "linear":
+        return rates / factor, 1.0
+    if name == "llama3":
+        low, high, length = rest
+        turns = length * rates / (2 * math.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return (1 - kept) * rates / factor + kept * rates, 1.0
+    fast, slow, length, attention = rest
+
+    def channel(turns: float) -> float:
+        """The channel whose frequency turns so often over the original length."""
+        period = length / (turns * 2 * math.pi)
+        return half * math.log(period) / math.log(config.rope_base)
+
+    first = max(math.floor(channel(fast)), 0)
+    last = min(math.ceil(channel(slow)), 2 * half - 1)
+    ramp = (np.arange(half) - first) / max(last - first, 0.001)
+    kept = 1 - np.clip(ramp, 0, 1)
+    mixed = (1 - kept) * rates / factor + kept * rates
+    return mixed, attention or 0.1 * math.log(factor) + 1
+
+
+def rotation(config: TransformerConfig, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines float32 [B, L, 1, E / 2] of positions int32 [B, L]."""
+    rates, factor = rotary_frequencies(config)
+    angles = positions[..., None, None].astype(jnp.float32) * rates.astype(np.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: Array, turn: tuple[Array, Array]) -> Array:
+    """Turns the channel pairs (i, i + E / 2) of x [B, L, H, E]; the dtype stays.
+
+    The pairs are halves, as in GPT-NeoX and Llama's published weights.
+    """
+    cos, sin = turn
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    return out.astype(x.dtype)
+
+
+def relative_bucket(distance: Array, bidirectional: bool) -> Array:
+    """T5's bucket, int32 of the same shape, of key position minus query position.
+
+    Half of the buckets hold one distance each, the others grow logarithmically up to
+    RELATIVE_MAX_DISTANCE; bidirectional ones split into before and after.
+    """
+    buckets, start = RELATIVE_BUCKETS, 0
+    if bidirectional:
+        buckets //= 2
+        start = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    # Boundaries by table: float32 logarithms would round some of them the wrong way.
+    steps = np.arange(exact, RELATIVE_MAX_DISTANCE + 1)
+    spread = math.log(RELATIVE_MAX_DISTANCE / exact)
+    grown = np.log(steps.astype(np.float32) / exact) / spread * (buckets - exact)
+    far = np.minimum(exact + grown.astype(np.int32), buckets - 1)
+    table = np.concatenate([np.arange(exact), far]).astype(np.int32)
+    return start + jnp.take(table, jnp.minimum(distance, RELATIVE_MAX_DISTANCE))
+
+
+class RelativeBias(nn.Module):
+    """A learned bias a head and bucket of distances (Raffel et al. 2020, 2.1)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, q: Array, kv: Array, bidirectional: bool) -> Array:
+        """float32 [B, H, L, S] of positions q [B, L] and kv [B, S]."""
+        heads = self.config.num_heads
+        init = nn.initializers.normal(self.config.d_model**-0.5)
+        table = self.param("embedding", init, (RELATIVE_BUCKETS, heads))
+        which = relative_bucket(kv[:, None, :] - q[:, :, None], bidirectional)
+        return jnp.moveaxis(jnp.take(table, which, axis=0), -1, 1)

@@ -11,12 +11,14 @@ from flax import struct
 from triform.models.attention import Attention, KVCache, kernel_init
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
+from triform.models.positions import Relative, RelativeBias, rotation
 
 Array = jax.Array
 
 # name: (activation, gated). Gated units: Shazeer 2020, "GLU Variants".
 FFNS = {
     "relu": (nn.relu, False),
+    "silu": (nn.silu, False),
     "gelu": (functools.partial(nn.gelu, approximate=False), False),
     "gelu_tanh": (functools.partial(nn.gelu, approximate=True), False),
     "geglu": (functools.partial(nn.gelu, approximate=True), True),
@@ -106,7 +108,7 @@ def make_norm(config: TransformerConfig, name: str) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
     return nn.LayerNorm(
-        epsilon=config.norm_eps, use_bias=config.use_bias, dtype=dtype, name=name
+        epsilon=config.norm_eps, use_bias=config.bias == "all", dtype=dtype, name=name
     )
 
 
@@ -126,18 +128,22 @@ class FeedForward(nn.Module):
         """[B, L, D] -> [B, L, D]."""
         cfg = self.config
         activation, gated = FFNS[cfg.ffn]
-        dense = functools.partial(
-            nn.Dense,
-            use_bias=cfg.use_bias,
-            dtype=jnp.dtype(cfg.dtype),
-            kernel_init=kernel_init(cfg),
-        )
-        hidden = dense(cfg.d_ff, name="up")(x)
+
+        def dense(width: int, name: str) -> nn.Dense:
+            return nn.Dense(
+                width,
+                use_bias=cfg.bias == "all",
+                dtype=jnp.dtype(cfg.dtype),
+                kernel_init=kernel_init(cfg, name),
+                name=name,
+            )
+
+        hidden = dense(cfg.d_ff, "up")(x)
         if gated:
-            hidden = activation(dense(cfg.d_ff, name="gate")(x)) * hidden
+            hidden = activation(dense(cfg.d_ff, "gate")(x)) * hidden
         else:
             hidden = activation(hidden)
-        return dense(cfg.d_model, name="down")(hidden)
+        return dense(cfg.d_model, "down")(hidden)
 
 
 class Block(nn.Module):
@@ -157,6 +163,7 @@ class Block(nn.Module):
         mask: Mask,
         memory: Array | None,
         memory_mask: Mask | None,
+        relative: Relative,
         cache: dict[str, KVCache | None] | None,
         index: Array | None,
     ) -> tuple[Array, dict[str, KVCache | None] | None]:
@@ -175,8 +182,10 @@ class Block(nn.Module):
         def self_attention(y: Array) -> Array:
             attention = Attention(cfg, name="self_attention")
             if cache is None:
-                return attention(y, y, mask)[0]
-            y, cache["self"] = attention(y, y, mask, cache=cache["self"], index=index)
+                return attention(y, y, mask, relative=relative)[0]
+            y, cache["self"] = attention(
+                y, y, mask, relative=relative, cache=cache["self"], index=index
+            )
             return y
 
         def cross_attention(y: Array) -> Array:
@@ -205,14 +214,14 @@ class Cycle(nn.Module):
     block: type[nn.Module]
 
     @nn.compact
-    def __call__(self, x, caches, mask, memory, memory_mask, index):
+    def __call__(self, x, caches, mask, memory, memory_mask, relative, index):
         """(x, caches of this cycle, ...) -> (x, caches)."""
         out = []
         for i in range(cycle(self.config)):
             window = self.config.windows[i] if self.config.windows else 0
             block = self.block(self.config, self.cross, window, name=f"layer_{i}")
             cache = None if caches is None else caches[i]
-            x, cache = block(x, mask, memory, memory_mask, cache, index)
+            x, cache = block(x, mask, memory, memory_mask, relative, cache, index)
             out.append(cache)
         return x, None if caches is None else out
 
@@ -221,7 +230,7 @@ class Stack(nn.Module):
     """num_layers blocks: the trunk. Same interface looped, scanned, remat, cached.
 
     Parameters: layer_0 .. layer_{N-1} looped; layers/layer_0 .. with a leading axis of
-    N / cycle scanned; norm (pre-norm only).
+    N / cycle scanned; relative_bias (relative positions); norm (pre-norm only).
     """
 
     config: TransformerConfig
@@ -252,6 +261,7 @@ class Stack(nn.Module):
                 cache.positions, mask.q_positions, (0, index)
             )
             mask = mask.replace(kv_positions=slots, q_segments=None, kv_segments=None)
+        relative = self.relative(mask)
         x = dropout(self, x)
         block = self.block
         if cfg.remat:
@@ -261,18 +271,20 @@ class Stack(nn.Module):
                 Cycle,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, *(nn.broadcast,) * 4),
+                in_axes=(0, *(nn.broadcast,) * 5),
                 length=cfg.num_layers // cycle(cfg),
             )
             layers = scanned(cfg, self.cross, block, name="layers")
-            x, caches = layers(x, caches, mask, memory, memory_mask, index)
+            x, caches = layers(x, caches, mask, memory, memory_mask, relative, index)
         else:
             out = []
             for i in range(cfg.num_layers):
                 window = cfg.windows[i % len(cfg.windows)] if cfg.windows else 0
                 layer = block(cfg, self.cross, window, name=f"layer_{i}")
                 layer_cache = None if caches is None else caches[i]
-                x, layer_cache = layer(x, mask, memory, memory_mask, layer_cache, index)
+                x, layer_cache = layer(
+                    x, mask, memory, memory_mask, relative, layer_cache, index
+                )
                 out.append(layer_cache)
             caches = out
         if cfg.norm_position == "pre":
@@ -281,3 +293,52 @@ class Stack(nn.Module):
             return x, None
         index = index + mask.q_positions.shape[1]
         return x, cache.replace(blocks=caches, positions=slots, index=index)
+
+    @nn.nowrap
+    def relative(self, mask: Mask) -> Relative:
+        """What all blocks are told of positions, computed once."""
+        cfg = self.config
+        if cfg.positions == "rotary":
+            return Relative(rotation=rotation(cfg, mask.q_positions))
+        if cfg.positions == "relative":
+            bias = RelativeBias(cfg, name="relative_bias")
+            where = mask.q_positions, mask.kv_positions
+            return Relative(bias=bias(*where, bidirectional=not mask.causal))
+        return Relative()
+
+
+def stacked_layers(params: Any, windows: int, xp: Any = jnp) -> Any:
+    """A looped stack's parameters as a scanned one's, any tree that holds stacks.
+
+    `windows` is the cycle; layer i becomes element i // cycle of layers/layer_(i mod
+    cycle). `xp` is the module that stacks: numpy or jax.numpy.
+    """
+    if not isinstance(params, dict) or "layers" in params:
+        return params
+    layers = [k for k in params if k.startswith("layer_")]
+    rest = {
+        k: stacked_layers(v, windows, xp) for k, v in params.items() if k not in layers
+    }
+    if not layers:
+        return rest
+    ordered = [params[f"layer_{i}"] for i in range(len(layers))]
+    groups = {
+        f"layer_{i}": jax.tree.map(lambda *x: xp.stack(x), *ordered[i::windows])
+        for i in range(windows)
+    }
+    return rest | {"layers": groups}
+
+
+def looped_layers(params: Any) -> Any:
+    """The inverse of `stacked_layers`."""
+    if not isinstance(params, dict):
+        return params
+    if "layers" not in params:
+        return {k: looped_layers(v) for k, v in params.items()}
+    out = {k: looped_layers(v) for k, v in params.items() if k != "layers"}
+    groups = params["layers"]
+    repeats = len(jax.tree.leaves(groups)[0])
+    for i in range(repeats * len(groups)):
+        group = groups[f"layer_{i % len(groups)}"]
+        out[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i // len(groups)], group)
+    return out

@@ -32,6 +32,7 @@ from triform.runtime.checksum import checksums
 
 _log = logging.getLogger(__name__)
 _FULL = ("No space left", "Disk quota exceeded")
+GROUP = 1 << 26  # bytes that are read at a time, or one array
 # What may fail while the stored bytes are fine.
 _NOT_CORRUPT = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE")
 
@@ -135,6 +136,15 @@ class Checkpointer:
     def best(self) -> int | None:
         """The finished step with the best metric (ties: the newest), or None."""
         return next(iter(self._ranked(self.steps())), None)
+
+    def meta_of(self, step: int) -> Mapping[str, Any]:
+        """The caller's dict of a finished step; CheckpointError if it is corrupt."""
+        try:
+            return self._read_meta(step)["user"]
+        except _Corrupt as problem:
+            raise CheckpointError(
+                f"step {step} in {self.directory} is corrupt ({problem})"
+            ) from problem
 
     def metrics_of(self, step: int) -> Mapping[str, float]:
         """What was recorded for a step; empty if nothing was."""
@@ -377,11 +387,15 @@ class Checkpointer:
     def _read_arrays(self, step: int, saved: dict, wanted: dict) -> list[jax.Array]:
         stored = {path: _storage(leaf) for path, leaf in wanted.items()}
         items = {p: x for p, x in stored.items() if x.size}  # orbax refuses empty ones
-        how = {p: ocp.ArrayRestoreArgs(sharding=x.sharding) for p, x in items.items()}
-        request = ocp.args.PyTreeRestore(items, restore_args=how, partial_restore=True)
+        arrays = {}
         try:
-            items = ocp.args.Composite(state=request)
-            arrays = self._manager.restore(step, args=items)["state"]
+            for part in _groups(items):
+                how = [ocp.ArrayRestoreArgs(sharding=x.sharding) for x in part.values()]
+                how = dict(zip(part, how, strict=True))
+                what = {"item": part, "restore_args": how, "partial_restore": True}
+                request = ocp.args.Composite(state=ocp.args.PyTreeRestore(**what))
+                arrays |= self._manager.restore(step, args=request)["state"]
+                jax.block_until_ready(arrays)
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # the machine's fault, not the checkpoint's
         except Exception as error:
@@ -398,6 +412,21 @@ class Checkpointer:
             if impl := saved[path].get("key"):
                 arrays[path] = jax.random.wrap_key_data(arrays[path], impl=impl)
         return [arrays[path] for path in wanted]
+
+
+def _groups(arrays: dict[str, Any]) -> list[dict[str, Any]]:
+    """Parts of about GROUP bytes: what is read is in memory twice until it is placed.
+
+    Large ones come first, while little else is there.
+    """
+    groups, size = [{}], 0
+    for path, x in sorted(arrays.items(), key=lambda item: -item[1].size):
+        size += x.size * x.dtype.itemsize
+        if size > GROUP and groups[-1]:
+            groups.append({})
+            size = x.size * x.dtype.itemsize
+        groups[-1][path] = x
+    return groups
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

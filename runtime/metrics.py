@@ -72,6 +72,26 @@ class CalibrationError(Mean):
         )
 
 
+@struct.dataclass
+class Correlation(Mean):
+    """Pearson's correlation; `total` [5] holds weighted sums of x, y, xx, yy and xy."""
+
+    @classmethod
+    def of(cls, x: Array, y: Array, weights: Array) -> "Correlation":
+        """From arrays of one shape."""
+        sums = [(v * weights).sum() for v in (x, y, x * x, y * y, x * y)]
+        return cls(jnp.stack(sums), weights.sum())
+
+    def value(self) -> float:
+        """In [-1, 1]; NaN where one side does not vary."""
+        weight = float(self.weight)
+        if not weight:
+            return math.nan
+        x, y, xx, yy, xy = (float(t) / weight for t in np.asarray(self.total))
+        spread = max(xx - x * x, 0.0) * max(yy - y * y, 0.0)
+        return (xy - x * y) / math.sqrt(spread) if spread else math.nan
+
+
 Metrics = Mapping[str, Mean]
 
 

@@ -128,7 +128,7 @@ def decay_mask(params: Any) -> Any:
     By path, never by rank: q/k/v biases are matrices and scanned trunks add an axis.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_name(path).rsplit("/", 1)[-1] not in ("bias", "scale"),
+        lambda path, _: not path_name(path).endswith(("bias", "scale")),
         params,
     )
 
@@ -199,11 +199,12 @@ def muon_dimensions(params: Any) -> Any:
     def dimensions(path: tuple, x: jax.Array) -> Any:
         parts = path_name(path).split("/")
         name, kind = parts[-2] if len(parts) > 1 else "", parts[-1]
-        if kind != "kernel" or name == "head":
+        if kind != "kernel" or name.endswith("head"):
             return None
-        ndim = 3 if name in ("query", "key", "value", "out") else 2
-        lead = x.ndim - ndim  # 1 in a scanned trunk
-        inputs = 2 if name == "out" else 1
+        # Axes of inputs and outputs; what is in front is a scanned trunk's.
+        attention = name in ("query", "key", "value")
+        inputs = {"out": 2, "patches": 3}.get(name, 1)
+        lead = x.ndim - inputs - (2 if attention else 1)
         axes = tuple(range(lead, x.ndim))
         return optax.contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
 

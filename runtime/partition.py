@@ -37,9 +37,13 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(up|gate)/kernel$", P("fsdp", "tensor")),
     (r"down/kernel$", P("tensor", "fsdp")),
     (r"(up|gate)/bias$", P("tensor")),
+    (r"(pooler|dense)/kernel$", P("fsdp", "tensor")),
+    (r"patches/kernel$", P(None, None, None, "fsdp")),
+    (r"relative_bias/embedding$", P(None, "tensor")),
     (r"positions/table/embedding$", P(None, "fsdp")),
     (r"embedding$", P("tensor", "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)token$", P(None, None, "fsdp")),
     (r"(bias|scale)$", P(None)),
 )
 
@@ -164,7 +168,9 @@ class MeshPlacement:
         batch = pad_rows(batch, self.rows * parts)
 
         def place(x: np.ndarray) -> jax.Array:
-            spec = P(("data", "fsdp"), *(("sequence",) if x.ndim == 2 else ()))
+            # Places are split, where there are as many as the axis can take.
+            places = x.ndim == 2 and x.shape[1] % self.sizes["sequence"] == 0
+            spec = P(("data", "fsdp"), *(("sequence",) if places else ()))
             sharding = NamedSharding(self.mesh, spec)
             return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = "--xla_force_host_platform_device_count"
@@ -84,3 +85,38 @@ def pair_batch():
         }
 
     return make
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """(name=examples, ..., classes={'name:feature': names}) -> list of (name, split)
+    as they are read.
+
+    Those are then all the sources there are, every split of them the same unless the
+    examples are a dict by split. Their arrays are cached in a folder of the test.
+    """
+
+    def provide(classes=(), **corpora) -> list[tuple[str, str]]:
+        loads, classes = [], dict(classes)
+
+        def load(name, split, *, data_dir="", manual_dir=""):
+            loads.append((name, split))
+            return find(name, split)
+
+        def find(name, split):
+            found = corpora[name]
+            return found[split] if isinstance(found, dict) else found
+
+        def fingerprint(name, split, *, data_dir="", manual_dir=""):
+            return f"{name}-{split}-{zlib.crc32(repr(find(name, split)).encode())}"
+
+        def label_names(name, feature, *, data_dir="", manual_dir=""):
+            return classes.get(f"{name}:{feature}", ())
+
+        monkeypatch.setattr(datasets, "label_names", label_names, raising=False)
+        monkeypatch.setattr(datasets, "load", load)
+        monkeypatch.setattr(datasets, "fingerprint", fingerprint)
+        return loads
+
+    monkeypatch.setenv("TRIFORM_CACHE", str(tmp_path / "cache"))
+    return provide

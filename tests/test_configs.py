@@ -1,6 +1,7 @@
 """Configs: every file is sound, survives JSON, and every mistake has its message."""
 
 import ast
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -13,6 +14,17 @@ import pytest
 
 from triform.configs import base
 from triform.configs.base import ExperimentConfig, differences, from_json, to_json
+from triform.models import EncoderConfig, LanguageModelConfig, VisionConfig
+from triform.tasks import ClassificationConfig
+from triform.transforms import (
+    Corpus,
+    ImagesConfig,
+    MaskedConfig,
+    MixtureConfig,
+    PairsConfig,
+    SpansConfig,
+    WindowsConfig,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted(
@@ -140,8 +152,8 @@ def test_every_value_is_in_the_json():
     ("path", "message"),
     [
         (["nosuch"], "config: unknown key 'nosuch'; it was written by another version"),
-        (["data", "nosuch"], "config.data: unknown key 'nosuch'"),
-        (["data", "tokenizer", "nosuch"], "config.data.tokenizer: unknown key"),
+        (["data", "nosuch"], "data: unknown key 'nosuch'"),
+        (["data", "tokenizer", "nosuch"], "data.tokenizer: unknown key"),
         (["model", "trunk", "nosuch"], "model.trunk: unknown key 'nosuch'"),
         (["model", "type"], "model.type='other': expected one of EncoderDecoderConfig"),
         (["task", "type"], "task.type='other': expected one of TokenPredictionConfig"),
@@ -159,6 +171,15 @@ def test_foreign_json_is_refused(path, message):
 
 # --- Mistakes ---
 
+# The family that a mistake is made in; put before the other changes.
+ENCODER = {"model": EncoderConfig()}
+VISION = {"model": VisionConfig()}
+BOTH_WAYS = (Corpus("cldr", "en", "de"), Corpus("cldr", "de", "en"))
+MIXTURE = {"data": MixtureConfig(corpora=BOTH_WAYS)}
+IMAGES, MASKED, SPANS, WINDOWS = (
+    {"data": kind()}
+    for kind in (ImagesConfig, MaskedConfig, SpansConfig, WindowsConfig)
+)
 # (changes, what the message must hold besides the first key and its value)
 MISTAKES = (
     *(
@@ -179,25 +200,71 @@ MISTAKES = (
         {"model.trunk.windows": (1, 2, 3, 4), "model.trunk.scan_layers": True},
         "must divide num_layers=6 when scan_layers is on; change one of them or set",
     ),
-    ({"model.trunk.positions": "rotory"}, "expected one of sinusoidal, learned, none"),
+    ({"model.trunk.positions": "rotory"}, "expected one of sinusoidal, learned, rot"),
+    ({"model.trunk.bias": "some"}, "expected one of all, qkv, none"),
+    ({"model.trunk.init": "xaviar"}, "expected one of xavier, normal, depth, t5"),
+    (
+        {"model.trunk.head_dim": 3, "model.trunk.positions": "rotary"},
+        "must be even with positions='rotary'",
+    ),
+    ({"model.trunk.rope_base": 1.0}, "must be above 1"),
+    ({"model.trunk.rope_scaling": ("linear",)}, "linear and 1, llama3 and 4"),
+    ({"model.trunk.rope_scaling": ("ntk", 2.0)}, "expected () or a name and its"),
     ({"model.trunk.norm": "batch"}, "expected one of layer, rms"),
     ({"model.trunk.norm_position": "mid"}, "expected one of pre, post"),
     ({"model.trunk.dtype": "float16"}, "expected one of float32, bfloat16"),
     ({"model.trunk.attention": "flsh"}, "expected one of dot"),
-    ({"model.trunk.ffn": "relo"}, "expected one of relu, gelu"),
+    ({"model.trunk.ffn": "relo"}, "expected one of relu, silu, gelu"),
     (
         {"model.trunk.d_model": 9, "model.trunk.num_heads": 3},
         "must be even with positions='sinusoidal'",
     ),
     ({"model.trunk.norm_eps": 0.0}, "must be positive"),
-    ({"model.trunk.init_scale": 0.0}, "must be positive"),
     ({"model.trunk.dropout": 1.0}, "must lie in [0, 1)"),
     ({"model.trunk.attention_dropout": -0.1}, "must lie in [0, 1)"),
     ({"model.vocab_size": 3}, "must be at least 4"),
+    ({"model.embedding_scale": "sqrt"}, "expected one of input, head, none"),
+    *(
+        ({f"model.{name}": -1, **ENCODER}, "must be at least 0")
+        for name in ("num_types", "position_offset", "num_tags", "num_labels")
+    ),
+    ({"model.num_tags": 3, **ENCODER}, "set masked_head=False or num_tags=0"),
+    (
+        {"model.num_labels": 0, "model.masked_head": False, **ENCODER},
+        "nothing is predicted; set it, num_tags or masked_head",
+    ),
+    *(
+        ({f"model.{name}": 0, **VISION}, "must be at least 1")
+        for name in ("image_size", "patch_size", "channels", "num_labels")
+    ),
+    ({"model.pool": "max", **VISION}, "expected one of token, mean"),
+    ({"model.patch_size": 15, **VISION}, "must divide image_size=224"),
+    ({"model.trunk.max_len": 196, **VISION}, "and the class token; set it to 197"),
+    ({"data": MaskedConfig()}, "but model=EncoderDecoderConfig needs 'encoder_inputs'"),
+    (
+        {"data": PairsConfig(), "task": ClassificationConfig()},
+        "but task=ClassificationConfig needs 'label'",
+    ),
+    (
+        {
+            "task": ClassificationConfig(),
+            "model": LanguageModelConfig(),
+            "data": MaskedConfig(),
+        },
+        "it predicts 'label', for which model=LanguageModelConfig has no head",
+    ),
+    (
+        {
+            "evaluation.metrics": ("bleu",),
+            "data": WindowsConfig(),
+            "model": LanguageModelConfig(),
+        },
+        "data=WindowsConfig has no references; set ()",
+    ),
     ({"task.label_smoothing": 1.0}, "must lie in [0, 1); 0 switches it off"),
     ({"task.z_loss": -1e-4}, "must not be negative; 0 switches it off"),
     ({"data.max_len": 1}, "must be at least 2"),
-    ({"data.max_len": 1024}, "must not exceed model.trunk.max_len=512; lower the one"),
+    ({"data.max_len": 1024}, "must not exceed 512, the longest row of the model"),
     ({"data.batch_size": 0}, "must be at least 1"),
     ({"data.prefetch": 0}, "must be at least 1"),
     ({"data.buckets": (30, 20)}, "must ascend from at least 2 to below max_len=64"),
@@ -211,6 +278,36 @@ MISTAKES = (
         {"data.tokenizer.lowercase": True},
         "must be compared so; set evaluation.lowercase=True",
     ),
+    ({"data.tokenizer.corpora": ("cldr",)}, "must be a tuple of 'source:feature'"),
+    ({"data.source": "cldr", **MIXTURE}, "must be empty; a mixture's are in data.corp"),
+    ({"data.corpora": (), **MIXTURE}, "must name at least one corpus"),
+    ({"data.weights": (1.0,), **MIXTURE}, "must be empty or 2 positive numbers"),
+    ({"data.limit": -1, **MIXTURE}, "must be at least 0; 0: no limit"),
+    (
+        {"data.limit": 9, "data.weights": (1.0, 2.0), **MIXTURE},
+        "bounds sizes, which data.weights replace",
+    ),
+    ({"data.temperature": 0.0, **MIXTURE}, "must be positive"),
+    ({"data.buckets": (8,), **WINDOWS}, "must be (): all rows are full"),
+    ({"data.documents": "packed", **WINDOWS}, "expected one of joined, separate"),
+    ({"data.eval_stride": 65, **WINDOWS}, "must lie between 1 and max_len=64, or be"),
+    ({"data.max_len": 4, **MASKED}, "rows must have at least 5 places"),
+    ({"data.mask_rate": 1.0, **MASKED}, "must lie between 0 and 1"),
+    ({"data.short_rate": -0.1, **MASKED}, "must lie in [0, 1]"),
+    ({"data.buckets": (8,), **SPANS}, "must be (): all rows are full"),
+    ({"data.max_len": 3, **SPANS}, "must be at least 4"),
+    ({"data.noise_rate": 0.0, **SPANS}, "must lie between 0 and 1"),
+    ({"data.span_length": 0.5, **SPANS}, "must be at least 1"),
+    ({"data.size": 0, **IMAGES}, "must be at least 1"),
+    ({"data.channels": 2, **IMAGES}, "must be 1 or 3"),
+    ({"data.mean": (0.5, 0.5), **IMAGES}, "must be one number or 3, one a channel"),
+    ({"data.std": (), **IMAGES}, "must be one number or 3, one a channel"),
+    ({"data.std": (0.0,), **IMAGES}, "must be positive"),
+    ({"data.crop": "center", **IMAGES}, "expected one of none, pad, resized"),
+    ({"data.pad": -1, **IMAGES}, "must be at least 0"),
+    ({"data.rand_augment": -1, **IMAGES}, "must be at least 0; 0 is off"),
+    ({"data.rand_magnitude": 10.5, **IMAGES}, "must lie in [0, 10]"),
+    ({"data.mixup": -0.1, **IMAGES}, "must be at least 0; 0 is off"),
     ({"checkpoint.metric": "eval/blue"}, "expected eval/ and one of loss, accuracy"),
     ({"model.trunk.ffn": len}, "add the function to its table and give its name"),
     ({"mesh.data": -1}, "mesh.data=-1: must be at least 0"),
@@ -237,7 +334,7 @@ MISTAKES = (
     ({"decode.top_p": 0.0}, "must lie in (0, 1]; 1 is off"),
     ({"decode.top_p": 1.1}, "must lie in (0, 1]; 1 is off"),
     ({"decode.max_len": -1}, "must not be negative; 0: data.max_len"),
-    ({"decode.max_len": 513}, "must not exceed model.trunk.max_len=512; lower the one"),
+    ({"decode.max_len": 513}, "must not exceed 512, the longest row of the model"),
     ({"evaluation.metrics": ("bleu", "blue")}, "'blue' is unknown, expected some of"),
     ({"evaluation.every": 0}, "must be at least 1"),
     ({"evaluation.every": 1500}, "must be a multiple of checkpoint.every=1000"),
@@ -265,8 +362,8 @@ MISTAKES = (
 def mistaken(changes):
     """The error of a config with those changes."""
     config = ExperimentConfig()
-    for key, value in changes.items():
-        put(config, key, value)
+    for key, value in sorted(changes.items(), key=lambda item: item[0].count(".")):
+        put(config, key, copy.deepcopy(value))
     with pytest.raises(ValueError, match=".") as error:
         config.validate()
     return error.value
@@ -277,7 +374,11 @@ def test_a_mistake_is_told_in_one_line(changes, rule):
     message = str(mistaken(changes))
     assert rule in message
     assert "\n" not in message
-    named = [key for key in changes if message.startswith(f"{key}={changes[key]!r}")]
+    shown = {
+        key: type(x).__name__ if dataclasses.is_dataclass(x) else repr(x)
+        for key, x in changes.items()
+    }
+    named = [key for key, x in shown.items() if message.startswith(f"{key}={x}")]
     assert named or message.startswith("optim.weight_decay=-0.1"), message
 
 
@@ -287,7 +388,7 @@ def test_defaults_are_sound():
 
 def checks() -> set[tuple[str, int, int]]:
     """(file, first line, last line) of every check in a `validate` of the tree."""
-    classes = {ExperimentConfig, *base.MODELS, *base.TASKS}
+    classes = {ExperimentConfig, *base.MODELS, *base.TASKS, *base.TRANSFORMS}
     for cls in list(classes):
         config = cls()
         for _, owner, _ in leaves(config):
@@ -304,9 +405,8 @@ def checks() -> set[tuple[str, int, int]]:
             inside = {n for helper in helpers for n in ast.walk(helper)}
             for n in ast.walk(node):
                 call = getattr(n, "value", None) if isinstance(n, ast.Expr) else None
-                required = (
-                    isinstance(call, ast.Call)
-                    and getattr(call.func, "id", "") == "require"
+                required = isinstance(call, ast.Call) and "require" in (
+                    getattr(call.func, f, "") for f in ("id", "attr")
                 )
                 if n not in inside and (isinstance(n, ast.Raise) or required):
                     found.add((file, n.lineno, n.end_lineno))

@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 CONFIG_CLASSES = (  # where the dataclasses of the config tree are
     "decode",
-    "input_pipeline",
     "models",
     "models.algorithms",
+    "models.attention",
     "models.config",
     "models.transformer",
     "runtime.checkpoint",
@@ -22,6 +22,8 @@ CONFIG_CLASSES = (  # where the dataclasses of the config tree are
     "scoring",
     "tasks",
     "tokenizer",
+    "transforms",
+    "transforms.*",
 )
 # Module (first match wins): what of ours it may import. Entry points may import all.
 ALLOWED = (
@@ -30,7 +32,11 @@ ALLOWED = (
     ("models.algorithms", ("models.algorithms.*",)),
     ("models.algorithms.*", ("models.mask", "models.algorithms.*")),
     ("models.positions", ("models.config",)),
-    ("models.attention", ("models.algorithms", "models.config", "models.mask")),
+    ("models.embedding", ("models.config",)),
+    (
+        "models.attention",
+        ("models.algorithms", "models.config", "models.mask", "models.positions"),
+    ),
     (
         "models.transformer",
         ("models.attention", "models.positions", "models.config", "models.mask"),
@@ -41,6 +47,7 @@ ALLOWED = (
         "models.*",
         (
             "models.encoder_decoder",
+            "models.embedding",
             "models.transformer",
             "models.positions",
             "models.attention",
@@ -54,18 +61,45 @@ ALLOWED = (
     ("datasets.*", ("datasets.*",)),
     ("tokenizer", ()),
     ("scoring", ()),
-    ("input_pipeline", ("datasets", "tokenizer")),
+    ("token_store", ("datasets", "tokenizer")),
+    ("transforms.base", ("token_store", "tokenizer")),
+    ("transforms", ("tokenizer", "transforms.*")),
+    # A kind of data; one may build on another.
+    ("transforms.*", ("datasets", "token_store", "tokenizer", "transforms.*")),
+    ("input_pipeline", ("datasets", "transforms.base")),
     ("tasks", ("runtime.metrics",)),
     ("decode", ("models.attention", "models.mask")),
+    ("interop", ()),
+    ("interop.__main__", ("*",)),
+    (
+        "interop.*",
+        (
+            "interop.*",
+            "models",
+            "models.*",
+            "runtime.*",
+            "transforms",
+            "transforms.*",
+            "configs.base",
+            "cli",
+            "decode",
+            "experiment",
+            "scoring",
+            "tasks",
+            "tokenizer",
+        ),
+    ),
     ("configs", ()),
     ("configs.base", CONFIG_CLASSES),
-    ("configs.*", ("configs.base", *CONFIG_CLASSES)),
+    # An experiment; one may build on another.
+    ("configs.*", ("configs", "configs.*", *CONFIG_CLASSES)),
     ("cli", ("*",)),
     ("train", ("*",)),
     ("evaluate", ("*",)),
     ("generate", ("*",)),
     ("sweep", ("*",)),
     ("experiment", ("*",)),
+    ("warm_start", ("*",)),
     ("progress", ("*",)),
 )
 # Imports inside functions, each with a reason beside it in the source.

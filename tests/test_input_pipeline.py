@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 import re
 import threading
 from collections import Counter
@@ -10,43 +9,22 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from triform import datasets, input_pipeline
+from triform import transforms
 from triform.datasets import DataError
-from triform.input_pipeline import (
-    Batches,
-    DataConfig,
-    Prefetch,
-    TrainBatches,
-    build_tokenizer,
-    check_ids,
-    load_tokenizer,
-    report,
-    token_store,
-)
-from triform.tokenizer import EOS, PAD, ByteTokenizer, TokenizerConfig
+from triform.input_pipeline import Batches, Prefetch, TrainBatches, check_batch, report
+from triform.tokenizer import EOS, PAD, ByteTokenizer
+from triform.transforms import PairsConfig
 
 BYTES = ByteTokenizer()
 
 
 @pytest.fixture
-def corpus(monkeypatch, tmp_path):
-    """(examples, DataConfig fields) -> config of a source that holds them."""
+def corpus(sources):
+    """(examples, PairsConfig fields) -> config of a source that holds them."""
 
     def make(examples, **fields):
-        loads = []
-
-        def load(name, split, *, data_dir="", manual_dir=""):
-            loads.append(split)
-            return examples
-
-        def fingerprint(name, split, *, data_dir="", manual_dir=""):
-            return f"{name}-{split}"
-
-        monkeypatch.setattr(datasets, "load", load)
-        monkeypatch.setattr(datasets, "fingerprint", fingerprint)
-        make.loads = loads
-        fields = {"source": "memory", "cache_dir": str(tmp_path / "cache"), **fields}
-        return DataConfig(**fields)
+        sources(memory=examples)
+        return PairsConfig(**{"source": "memory", **fields})
 
     return make
 
@@ -63,7 +41,8 @@ def sentences(count, longest=14, seed=0):
 
 def batches(config, split="train", vocab=259):
     config.validate()
-    return Batches(config, token_store(config, split, BYTES), split, vocab)
+    limits = dict.fromkeys(("encoder_inputs", "inputs", "targets"), vocab)
+    return Batches(transforms.open(config, split, BYTES, limits))
 
 
 def numbers(batch, field="encoder_inputs"):
@@ -178,13 +157,15 @@ def test_training_leaves_long_pairs_out_and_says_so(corpus):
     assert "1 longer than data.max_len=12 or empty" in report(train)
 
 
-def test_the_reported_fill_is_the_share_of_real_places(corpus):
+def test_the_reported_fill_is_the_share_of_places_that_items_need(corpus):
     config = corpus(sentences(50), max_len=16, batch_size=4, buckets=(8,))
     train = TrainBatches(batches(config), seed=0)
     epoch = [train[step] for step in range(train.per_epoch)]
-    real = sum(b["encoder_segments"].sum() + b["weights"].sum() for b in epoch)
-    places = sum(2 * b["inputs"].size for b in epoch)
-    assert train.fill() == pytest.approx(real / places)
+    needed = sum(
+        np.maximum(b["encoder_segments"].sum(1), b["weights"].sum(1)).sum()
+        for b in epoch
+    )
+    assert train.fill() == pytest.approx(needed / sum(b["inputs"].size for b in epoch))
 
 
 # --- Law 10: what is refused ---
@@ -206,8 +187,8 @@ def test_an_id_outside_the_vocabulary_names_its_example(corpus):
 def test_a_negative_id_is_outside_too():
     batch = {"targets": np.array([[3, 4], [3, -1]]), "weights": np.array([[-1, 9]])}
     with pytest.raises(DataError, match="row 1: id -1 in 'targets' is outside"):
-        check_ids(batch, 5, lambda row: f"row {row}")
-    check_ids({"targets": np.array([[0, 4]])}, 5, str)
+        check_batch(batch, {"targets": 5}, lambda row: f"row {row}")
+    check_batch({"targets": np.array([[0, 4]])}, {"targets": 5}, str)
 
 
 @pytest.mark.parametrize("side", ["en", "de"])
@@ -215,151 +196,18 @@ def test_an_empty_side_names_its_example(corpus, side):
     examples = sentences(7)
     examples[4][side] = ""
     config = corpus(examples, max_len=16, batch_size=4)
-    with pytest.raises(DataError, match="memory train, example 4: one side is empty"):
+    with pytest.raises(DataError, match="memory train, example 4: a text is empty"):
         batches(config)
     train = TrainBatches(batches(dataclasses.replace(config, drop_empty=True)), seed=0)
     seen = [n for step in range(train.per_epoch) for n in numbers(train[step])]
     assert sorted(seen) == [0, 1, 2, 3, 5, 6]
 
 
-def test_a_missing_feature_is_named(corpus, tmp_path):
-    config = corpus(sentences(3), targets="fr")
-    message = (
-        "data.inputs/targets: 'memory' has no feature 'fr'; expected one of de, en"
-    )
-    with pytest.raises(DataError, match=message):
-        token_store(config, "train", BYTES)
-    with pytest.raises(DataError, match=message):
-        build_tokenizer(config, 300)
-    assert not list((tmp_path / "cache" / "tokens").iterdir())
-
-
 def test_nothing_that_fits_is_an_error(corpus):
     config = corpus(sentences(5), max_len=3, batch_size=4)
-    message = "memory train: none of its 5 examples fits into data.max_len=3; raise it"
+    message = "memory train: none of its 5 items fits into data.max_len=3; raise it"
     with pytest.raises(DataError, match=message):
         TrainBatches(batches(config), seed=0)
-
-
-# --- Tokenizer and cache ---
-
-
-def test_a_given_or_saved_tokenizer_is_not_trained_again(corpus, tmp_path):
-    config = corpus(sentences(20), tokenizer=TokenizerConfig("bpe"))
-    first = build_tokenizer(config, 300)
-    assert corpus.loads == ["train"]
-    path = first.save(str(tmp_path))
-    given = dataclasses.replace(config, tokenizer=TokenizerConfig(path=path))
-    assert build_tokenizer(given, 300).to_bytes() == first.to_bytes()
-    assert load_tokenizer(str(tmp_path)).to_bytes() == first.to_bytes()
-    assert corpus.loads == ["train"]
-
-
-def test_a_tokenizer_that_is_not_there_or_broken_is_an_error(corpus, tmp_path):
-    config = corpus(sentences(5), tokenizer=TokenizerConfig(path="no/such.json"))
-    with pytest.raises(DataError, match="no such file; leave it empty to train"):
-        build_tokenizer(config, 300)
-    with pytest.raises(DataError, match="its tokenizer is gone"):
-        load_tokenizer(str(tmp_path))
-    for name in ("tokenizer.json", "tokenizer.model"):
-        (tmp_path / name).write_text("{")
-        with pytest.raises(DataError, match="not a tokenizer file"):
-            load_tokenizer(str(tmp_path))
-        (tmp_path / name).unlink()
-
-
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_too_small_a_vocabulary_is_an_error(corpus, tmp_path, kind):
-    config = corpus(sentences(5), tokenizer=TokenizerConfig(kind))
-    message = f"model.vocab_size=100: the tokenizer {kind} has 259 ids; raise it"
-    with pytest.raises(DataError, match=message):
-        build_tokenizer(config, 100)
-
-
-def test_tokens_are_computed_once(corpus):
-    config = corpus(sentences(20))
-    first = token_store(config, "train", BYTES)
-    assert corpus.loads == ["train"]
-    second = token_store(config, "train", BYTES)
-    assert corpus.loads == ["train"]
-    assert second.digest == first.digest
-    for i, example in enumerate(sentences(20)):
-        assert BYTES.decode(second.row("inputs", i)) == example["en"]
-        assert BYTES.decode(second.row("targets", i)) == example["de"]
-
-
-def test_a_torn_cache_entry_is_refused(corpus):
-    config = corpus(sentences(20))
-    entry = token_store(config, "train", BYTES).digest
-    path = os.path.join(input_pipeline.cache_root(config), "tokens", entry)
-    os.truncate(os.path.join(path, "inputs.tokens"), 10)
-    with pytest.raises(DataError, match="5 tokens where .* were written; delete"):
-        token_store(config, "train", BYTES)
-
-
-def test_what_changes_tokens_changes_the_cache_entry(corpus):
-    config = corpus(sentences(20))
-    flipped = dataclasses.replace(config, inputs="de", targets="en")
-    other = dataclasses.replace(config, source="elsewhere")
-    entries = [
-        token_store(config, "train", BYTES),
-        token_store(config, "validation", BYTES),
-        token_store(config, "train", ByteTokenizer(lowercase=True)),
-        token_store(flipped, "train", BYTES),
-        token_store(other, "train", BYTES),
-    ]
-    assert len({entry.digest for entry in entries}) == len(entries)
-    np.testing.assert_array_equal(
-        entries[3].tokens["inputs"], entries[0].tokens["targets"]
-    )
-    # What does not change tokens shares the entry.
-    wider = dataclasses.replace(config, max_len=99, batch_size=1, drop_empty=True)
-    assert token_store(wider, "train", BYTES).digest == entries[0].digest
-
-
-def test_several_at_once_share_one_entry(corpus, monkeypatch):
-    config = corpus(sentences(20))
-    together, rename = threading.Barrier(4), os.rename
-
-    def rename_together(*args):  # all have found the cache empty and written theirs
-        together.wait(timeout=30)
-        rename(*args)
-
-    monkeypatch.setattr(input_pipeline.os, "rename", rename_together)
-    stores = []
-
-    def run():
-        stores.append(token_store(config, "train", BYTES))
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert len(stores) == 4
-    (digest,) = {store.digest for store in stores}
-    assert os.listdir(os.path.join(input_pipeline.cache_root(config), "tokens")) == [
-        digest
-    ]
-    assert {len(store) for store in stores} == {20}
-
-
-def test_a_failed_computation_leaves_no_entry(corpus):
-    examples = sentences(5)
-    config = corpus([*examples, {"en": "no German"}])
-    with pytest.raises(DataError, match="has no feature 'de'"):
-        token_store(config, "train", BYTES)
-    config = corpus(examples)
-    assert len(token_store(config, "train", BYTES)) == 5
-
-
-def test_where_the_cache_is(monkeypatch):
-    monkeypatch.delenv("TRIFORM_CACHE", raising=False)
-    home = os.path.join(os.path.expanduser("~"), ".cache", "triform")
-    assert input_pipeline.cache_root(DataConfig()) == home
-    monkeypatch.setenv("TRIFORM_CACHE", "from-environment")
-    assert input_pipeline.cache_root(DataConfig()) == "from-environment"
-    assert input_pipeline.cache_root(DataConfig(cache_dir="given")) == "given"
 
 
 # --- Prefetch ---
@@ -426,7 +274,7 @@ def test_prefetch_keeps_saying_that_it_is_over(fails):
 
 
 def test_every_row_length_has_rows():
-    config = DataConfig(max_len=64, batch_size=1, buckets=(20, 36))
+    config = PairsConfig(max_len=64, batch_size=1, buckets=(20, 36))
     assert config.lengths() == (20, 36, 64)
     assert [config.rows(n) for n in config.lengths()] == [3, 1, 1]
 

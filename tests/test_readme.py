@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triform import datasets, input_pipeline, models, tasks
+from triform import datasets, input_pipeline, models, tasks, token_store, transforms
 from triform.configs import transformer_cldr
 from triform.experiment import Experiment
 from triform.models import EncoderDecoder, EncoderDecoderConfig
@@ -103,10 +103,9 @@ def test_the_dataset_example(monkeypatch, tmp_path):
     config = smoke().data
     config.source, config.inputs, config.targets = "reverse", "text", "reversed"
     config.cache_dir = str(tmp_path / "cache")
-    tok = input_pipeline.build_tokenizer(config, 300)
-    store = input_pipeline.token_store(config, "train", tok)
-    batches = input_pipeline.Batches(config, store, "train", 300)
-    batch = input_pipeline.TrainBatches(batches, 0)[0]
+    tok = token_store.build_tokenizer(config, 300)
+    opened = transforms.open(config, "train", tok, {"inputs": 300})
+    batch = input_pipeline.TrainBatches(input_pipeline.Batches(opened), 0)[0]
     text = tok.decode(batch["encoder_inputs"][0])
     assert tok.decode(batch["targets"][0]) == text[::-1]
 
@@ -135,5 +134,5 @@ def test_the_model_example(monkeypatch):
     params = experiment.make_state().params
     assert set(params["encoder"]) == {"layer_0", "layer_1", "layer_2"}
     assert set(params["decoder"]) == {"layer_0", "layer_1"}
-    logits = experiment.model.apply({"params": params}, BATCH)
+    logits = experiment.model.apply({"params": params}, BATCH)["targets"]
     assert np.isfinite(logits).all()

@@ -16,7 +16,8 @@ from triform.tokenizer import EOS, KINDS, PAD, SPECIALS, UNK, TokenizerConfig
 WORDS = ("The", "the", "quick", "brown", "Fox", "jumps", "over", "12", "lazy", "dogs")
 WORDS += ("naïve", "café", "über", "straße", "3.5")
 LOSSLESS = ("bpe", "bytes")
-SIZES = {"bpe": 320, "wordpiece": 120, "unigram": 80, "bytes": 259}
+SIZES = {"bpe": 320, "wordpiece": 120, "unigram": 80, "bytes": 259, "chars": 60}
+EXTRA = ("[CLS]", "[SEP]", "[MASK]", "<extra_id_0>", "<extra_id_1>")
 TRICKY = (
     "",
     " ",
@@ -62,7 +63,7 @@ def test_ids_lie_in_the_vocabulary_and_are_never_special(trained, kind):
         assert ids.max() < tok.vocab_size
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "chars"])
 def test_special_ids_of_a_tokenizer_json(trained, kind):
     core = trained[kind].core
     assert [core.token_to_id(s) for s in SPECIALS] == [PAD, EOS, UNK] == [0, 1, 2]
@@ -74,7 +75,7 @@ def test_special_ids_of_sentencepiece(trained):
     assert [core.id_to_piece(i) for i in range(3)] == list(SPECIALS)
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "chars"])
 def test_what_was_never_seen_is_unknown(trained, kind):
     assert UNK in encode(trained[kind], "\u65e5\u672c")
 
@@ -134,9 +135,11 @@ def test_saved_is_loaded(tmp_path, kind, lowercase):
     assert tokenizer.find(str(tmp_path)) is None
     path = tok.save(str(tmp_path))
     assert tokenizer.find(str(tmp_path)) == path
-    assert os.listdir(tmp_path) == [tok.filename]  # no temporary file is left
+    # No temporary file is left.
+    assert sorted(os.listdir(tmp_path)) == sorted([tokenizer.SIDECAR, tok.filename])
     again = tokenizer.load(path)
-    assert again.to_bytes() == tok.to_bytes()
+    assert again.digest() == tok.digest()
+    assert again.specials == tok.specials
     assert again.vocab_size == tok.vocab_size
     texts = [*corpus()[:5], *TRICKY]
     for a, b in zip(tok.encode_batch(texts), again.encode_batch(texts), strict=True):
@@ -171,13 +174,137 @@ def test_a_vocabulary_is_filled_from_a_rich_corpus():
         assert tokenizer.train(TokenizerConfig(kind), texts, size).vocab_size == size
 
 
-def test_other_special_ids_are_refused(tmp_path):
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}))
+# --- Special ids ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_further_specials_come_next_and_are_never_text(tmp_path, kind):
+    tok = tokenizer.train(
+        TokenizerConfig(kind), corpus(), SIZES[kind] + len(EXTRA), EXTRA
+    )
+    assert (tok.pad, tok.eos, tok.unk, tok.start) == (PAD, EOS, UNK, PAD)
+    assert (tok.cls, tok.sep, tok.mask, tok.bos) == (3, 4, 5, None)
+    assert tok.sentinels().tolist() == [6, 7]
+    ids = encode(tok, "the [MASK] <extra_id_0> dogs")
+    assert not set(ids.tolist()) & {*range(8)} - {UNK}
+    first, second = tok.encode_batch(["quick", "dogs"])
+    row = [tok.cls, *first, tok.mask, 6, *second, tok.sep, PAD]
+    expected = tok.decode([*first, *second])
+    assert tok.decode(row) == expected
+    shown = tok.show([*row, EOS])
+    assert shown.replace(" ", "") == ("[CLS]quick[MASK]<extra_id_0>dogs[SEP]<pad></s>")
+    again = tokenizer.load(tok.save(str(tmp_path)))
+    assert again.specials == tok.specials
+    assert again.digest() == tok.digest()
+    assert encode(again, "the quick").tolist() == encode(tok, "the quick").tolist()
+
+
+def published(tmp_path, pieces, sidecar=None):
+    """A word-level tokenizer.json with these pieces, as one from elsewhere."""
+    vocabulary = {p: i for i, p in enumerate(pieces)}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token=pieces[0])
+    core = tokenizers.Tokenizer(model)
+    core.add_special_tokens([p for p in pieces if p[0] in "<["])
     path = str(tmp_path / "tokenizer.json")
     core.save(path)
-    message = f"tokenizer {path}: the ids of pad, eos and unk are (None, None, 0), must"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        tokenizer.load(path)
+    if sidecar:
+        (tmp_path / tokenizer.SIDECAR).write_text(sidecar)
+    return tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "sidecar", "expected"),
+    [
+        # GPT-2: the end also pads.
+        (["a", "b", "<|endoftext|>"], "", {"pad": 2, "eos": 2, "start": 2}),
+        # BERT: nothing but [SEP] ends a text.
+        (
+            ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"],
+            "",
+            {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "eos": 3, "mask": 4, "start": 0},
+        ),
+        # RoBERTa, BART: <s> and </s> are at the ends of an encoder's row too.
+        (
+            ["<s>", "<pad>", "</s>", "<unk>", "a", "<mask>"],
+            '{"start": 2}',
+            {
+                **{"bos": 0, "pad": 1, "eos": 2, "unk": 3, "mask": 5},
+                **{"cls": 0, "sep": 2, "start": 2},
+            },
+        ),
+        # LLaMA: no pad, and no cls though there is <s>.
+        (
+            ["<unk>", "<s>", "</s>", "a"],
+            "",
+            {"unk": 0, "bos": 1, "eos": 2, "pad": 2, "start": 2},
+        ),
+        # Names of one's own.
+        (["x", "y", "z"], '{"eos": 1, "pad": 0}', {"eos": 1, "pad": 0, "start": 0}),
+        # T5: sentinels descend.
+        (
+            ["<pad>", "</s>", "<unk>", "a", "<extra_id_1>", "<extra_id_0>"],
+            "",
+            {"pad": 0, "eos": 1, "unk": 2, "start": 0, "sentinels": (5, 4)},
+        ),
+    ],
+)
+def test_published_special_ids_are_recognised(tmp_path, pieces, sidecar, expected):
+    tok = published(tmp_path, pieces, sidecar)
+    assert tok.specials == tokenizer.Specials(**expected)
+    assert tok.vocab_size == len(pieces)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    assert tokenizer.load(tok.save(str(copy))).specials == tok.specials
+
+
+def test_sentinels_may_follow_the_last_piece(tmp_path):
+    """T5's published model file does not list them."""
+    path = train("unigram").save(str(tmp_path))
+    size = tokenizer.load(path).vocab_size
+    ids = list(range(size + 2, size - 1, -1))
+    (tmp_path / tokenizer.SIDECAR).write_text(f'{{"sentinels": {ids}}}')
+    tok = tokenizer.load(path)
+    assert tok.vocab_size == size + 3
+    assert tok.sentinels().tolist() == ids
+    assert tok.show([ids[0], *encode(tok, "dogs"), ids[2]]) == (
+        "<extra_id_0> dogs <extra_id_2>"
+    )
+    assert tok.decode([ids[0], *encode(tok, "dogs")]) == "dogs"
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"no token ends a text .* write {\"eos\": ID}"
+    ):
+        published(tmp_path, ["<unk>", "a"])
+    with pytest.raises(ValueError, match="not a tokenizer file .*'nosuch'"):
+        published(tmp_path, ["<unk>", "a"], '{"eos": 0, "nosuch": 1}')
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_pieces_continue_a_word(trained, kind):
+    """Rejoining what continues gives the words, in each kind's idea of them."""
+    tok = trained[kind]
+    text = "The quick brown dogs."
+    words = []
+    for i in encode(tok, text).tolist():
+        if words and tok.continues[i]:
+            words[-1].append(i)
+        else:
+            words.append([i])
+    expected = text.split()
+    if kind == "wordpiece":
+        expected = [*expected[:-1], "dogs", "."]
+    assert [tok.decode(word).strip() for word in words] == expected
+    assert not tok.continues[list(tok.names)].any()
+
+
+def test_characters_are_one_id_each():
+    text = "aé\u0301\n\tb \U0001f600"
+    tok = tokenizer.train(TokenizerConfig("chars"), [text], 99)
+    assert encode(tok, text).tolist() == [3 + sorted(text).index(c) for c in text]
+    assert tok.vocab_size == 3 + len(text)
+    assert tok.decode(encode(tok, text)) == text
 
 
 @pytest.mark.parametrize(
@@ -186,6 +313,10 @@ def test_other_special_ids_are_refused(tmp_path):
         (
             {"kind": "bpee"},
             "data.tokenizer.kind='bpee': expected one of bpe, wordpiece",
+        ),
+        (
+            {"corpora": ("cldr",)},
+            "data.tokenizer.corpora=('cldr',): must be a tuple of 'source:feature'",
         ),
     ],
 )

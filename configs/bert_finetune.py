@@ -1,0 +1,72 @@
+"""A pre-trained encoder on sentences: 150 intents, or the polarity of film reviews.
+
+    python train.py --config=configs/bert_finetune.py:clinc150 --workdir=DIR \
+        --config.init_from=PRETRAINED
+
+PRETRAINED is a workdir of configs/bert_books.py:cpu. Without init_from the same model
+starts from scratch; --config.data.tokenizer.path=PRETRAINED/tokenizer.json gives it the
+same tokens.
+
+RESULT
+"""
+
+from triform.configs import bert_books
+from triform.configs.base import ExperimentConfig
+from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.optim import OptimConfig
+from triform.scoring import EvaluationConfig
+from triform.tasks import ClassificationConfig
+from triform.tokenizer import TokenizerConfig
+from triform.transforms import LabelledConfig
+
+
+def get_config(variant: str = "clinc150") -> ExperimentConfig:
+    """Variants: 'clinc150', 'mr_sentiment', 'smoke'."""
+    model = bert_books.get_config("smoke" if variant == "smoke" else "cpu").model
+    model.masked_head, model.num_labels = False, 150
+    model.trunk.dropout = 0.1
+    config = ExperimentConfig(
+        model=model,
+        task=ClassificationConfig(),
+        data=LabelledConfig(
+            source="clinc150",
+            first="text",
+            label="intent",
+            max_len=32,
+            batch_size=64,
+            tokenizer=TokenizerConfig(kind="wordpiece", lowercase=True),
+        ),
+        optim=OptimConfig(
+            name="adamw",
+            learning_rate=5e-4,
+            schedule="linear",
+            warmup_steps=100,
+            b2=0.98,
+            eps=1e-6,
+            weight_decay=0.01,
+            clip_norm=1.0,
+        ),
+        evaluation=EvaluationConfig(every=250, metrics=()),
+        checkpoint=CheckpointConfig(
+            every=250, keep_newest=1, metric="eval/accuracy", mode="max"
+        ),
+        steps=1000,
+    )
+    if variant == "mr_sentiment":
+        config.model.num_labels = 2
+        config.data.source, config.data.label = "mr_sentiment", "label"
+        config.data.max_len = 64
+        config.data.buckets = (32,)
+        config.optim.learning_rate, config.steps = 3e-4, 500
+        config.evaluation.every = config.checkpoint.every = 125
+    elif variant == "smoke":
+        config.data.train_split = config.data.eval_split = "validation[:100]"
+        config.data.test_split = "validation[:100]"
+        config.data.batch_size = 32
+        config.steps, config.log_every = 4, 2
+        config.evaluation.every = config.checkpoint.every = 2
+    elif variant != "clinc150":
+        raise ValueError(
+            f"variant {variant!r}: expected 'clinc150', 'mr_sentiment' or 'smoke'"
+        )
+    return config

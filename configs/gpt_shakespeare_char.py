@@ -1,0 +1,80 @@
+"""GPT on Tiny Shakespeare, character by character: the recipes of nanoGPT.
+
+    python train.py --config=configs/gpt_shakespeare_char.py:cpu --workdir=DIR
+    python generate.py --workdir=DIR --input="ROMEO:" --temperature=0.8
+
+RESULT
+"""
+
+from triform.configs.base import ExperimentConfig
+from triform.decode import DecodeConfig
+from triform.models import LanguageModelConfig
+from triform.models.config import TransformerConfig
+from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.optim import OptimConfig
+from triform.scoring import EvaluationConfig
+from triform.tasks import TokenPredictionConfig
+from triform.tokenizer import TokenizerConfig
+from triform.transforms import WindowsConfig
+
+
+def get_config(variant: str = "") -> ExperimentConfig:
+    """Variants: '' (for an accelerator), 'cpu' (minutes on 2 cores), 'smoke'."""
+    trunk = TransformerConfig(
+        num_layers=6,
+        d_model=384,
+        num_heads=6,
+        d_ff=4 * 384,
+        max_len=256,
+        positions="learned",
+        norm_position="pre",
+        norm_eps=1e-5,
+        ffn="gelu",
+        bias="none",
+        init="depth",
+        dropout=0.2,
+        attention_dropout=0.2,
+    )
+    config = ExperimentConfig(
+        model=LanguageModelConfig(trunk, vocab_size=68),  # 65 characters, 3 specials
+        task=TokenPredictionConfig(label_smoothing=0.0),
+        data=WindowsConfig(
+            source="tinyshakespeare",
+            test_split="validation",
+            max_len=256,
+            batch_size=64,
+            tokenizer=TokenizerConfig(kind="chars"),
+        ),
+        optim=OptimConfig(
+            name="adamw",
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            floor=0.1,
+            b2=0.99,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        decode=DecodeConfig(method="sample"),
+        evaluation=EvaluationConfig(every=250, metrics=()),
+        checkpoint=CheckpointConfig(every=250),
+        steps=5000,
+    )
+    if variant == "cpu":
+        trunk.num_layers, trunk.d_model, trunk.num_heads = 4, 128, 4
+        trunk.d_ff, trunk.max_len, config.data.max_len = 4 * 128, 64, 64
+        trunk.dropout = trunk.attention_dropout = 0.0
+        config.data.batch_size = 12
+        config.evaluation.every = config.checkpoint.every = 500
+        config.steps = 2000
+    elif variant == "smoke":
+        trunk.num_layers, trunk.d_model, trunk.num_heads = 2, 16, 2
+        trunk.d_ff, trunk.max_len, config.data.max_len = 32, 32, 32
+        config.data.train_split = config.data.eval_split = "validation"
+        config.data.batch_size = 256
+        config.steps, config.log_every = 4, 2
+        config.evaluation.every = config.checkpoint.every = 2
+    elif variant:
+        raise ValueError(f"variant {variant!r}: expected '', 'cpu' or 'smoke'")
+    return config

@@ -1,0 +1,87 @@
+"""GPT with subwords on WikiText-2.
+
+    python train.py --config=configs/gpt_wikitext2.py:cpu --workdir=DIR
+
+The perplexity is a word's: exp(all nats of the validation text / its 217,646 words, one
+<eos> a line among them), so that models with other tokens compare. The nats include the
+end of every article. Each token is predicted once, from at least 192 tokens before it
+(eval_stride) but at the start of the text. Nothing else was trained on.
+
+RESULT
+"""
+
+from triform.configs.base import ExperimentConfig
+from triform.decode import DecodeConfig
+from triform.models import LanguageModelConfig
+from triform.models.config import TransformerConfig
+from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.optim import OptimConfig
+from triform.scoring import EvaluationConfig
+from triform.tasks import TokenPredictionConfig
+from triform.transforms import WindowsConfig
+
+
+def get_config(variant: str = "") -> ExperimentConfig:
+    """Variants: '' (for an accelerator), 'cpu' (half an hour on 2 cores), 'smoke'."""
+    trunk = TransformerConfig(
+        num_layers=8,
+        d_model=512,
+        num_heads=8,
+        d_ff=2048,
+        max_len=256,
+        positions="rotary",
+        norm="rms",
+        norm_position="pre",
+        ffn="swiglu",
+        bias="none",
+        init="depth",
+        dropout=0.3,
+    )
+    config = ExperimentConfig(
+        model=LanguageModelConfig(trunk, vocab_size=8000),
+        task=TokenPredictionConfig(label_smoothing=0.0),
+        data=WindowsConfig(
+            source="wikitext2",
+            test_split="validation",
+            max_len=256,
+            batch_size=32,
+            eval_stride=64,
+        ),
+        optim=OptimConfig(
+            name="adamw",
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_steps=200,
+            floor=0.1,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        decode=DecodeConfig(method="sample", top_p=0.9),
+        evaluation=EvaluationConfig(every=1000, metrics=()),
+        checkpoint=CheckpointConfig(
+            every=500, keep_newest=2, metric="eval/word_perplexity"
+        ),
+        steps=10_000,
+    )
+    if variant == "cpu":
+        trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 4, 192, 6, 512
+        trunk.max_len = config.data.max_len = 128
+        trunk.dropout = 0.1
+        config.model.vocab_size = 4000
+        config.data.batch_size, config.data.eval_stride = 16, 64
+        config.optim.learning_rate = 2e-3
+        config.evaluation.every, config.steps = 2000, 6000
+    elif variant == "smoke":
+        trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 16, 2, 32
+        trunk.max_len = config.data.max_len = 32
+        config.model.vocab_size = 400
+        config.data.train_split = config.data.eval_split = "validation[:2]"
+        config.data.test_split = "validation[:2]"
+        config.data.batch_size, config.data.eval_stride = 128, 0
+        config.steps, config.log_every = 4, 2
+        config.evaluation.every = config.checkpoint.every = 2
+    elif variant:
+        raise ValueError(f"variant {variant!r}: expected '', 'cpu' or 'smoke'")
+    return config

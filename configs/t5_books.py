@@ -1,0 +1,71 @@
+"""T5 pre-trained on public-domain books: span corruption.
+
+    python train.py --config=configs/t5_books.py:cpu --workdir=DIR
+
+Next: configs/t5_multitask.py. The tokenizer is also trained on what comes there.
+
+RESULT
+"""
+
+from triform.configs.base import ExperimentConfig
+from triform.decode import DecodeConfig
+from triform.models import EncoderDecoderConfig
+from triform.models.config import TransformerConfig
+from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.optim import OptimConfig
+from triform.scoring import EvaluationConfig
+from triform.tasks import TokenPredictionConfig
+from triform.tokenizer import TokenizerConfig
+from triform.transforms import SpansConfig
+
+
+def get_config(variant: str = "cpu") -> ExperimentConfig:
+    """Variants: 'cpu' (20 minutes on 2 cores), 'smoke'."""
+    trunk = TransformerConfig(
+        num_layers=3,
+        d_model=192,
+        num_heads=6,
+        d_ff=512,
+        max_len=64,
+        attention_scale=1.0,
+        positions="relative",
+        norm="rms",
+        norm_position="pre",
+        ffn="geglu",
+        bias="none",
+        init="t5",
+        dropout=0.0,
+    )
+    config = ExperimentConfig(
+        model=EncoderDecoderConfig(trunk, vocab_size=8000, embedding_scale="head"),
+        task=TokenPredictionConfig(label_smoothing=0.0, z_loss=1e-4),
+        data=SpansConfig(
+            source="classic_books",
+            test_split="validation",
+            max_len=64,
+            batch_size=64,
+            tokenizer=TokenizerConfig(
+                corpora=(
+                    *("multi30k_translate:en", "multi30k_translate:de"),
+                    *("clinc150:text", "mr_sentiment:text"),
+                )
+            ),
+        ),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=300, clip_norm=1.0),
+        decode=DecodeConfig(method="greedy"),
+        evaluation=EvaluationConfig(every=1000, metrics=()),
+        checkpoint=CheckpointConfig(every=250),
+        steps=2000,
+    )
+    if variant == "smoke":
+        trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 1, 16, 2, 32
+        trunk.max_len = config.data.max_len = 32
+        config.model.vocab_size = 600
+        config.data.train_split = config.data.eval_split = "validation[:1]"
+        config.data.test_split = "validation[:1]"
+        config.data.batch_size, config.data.tokenizer.corpora = 256, ()
+        config.steps, config.log_every = 4, 2
+        config.evaluation.every = config.checkpoint.every = 2
+    elif variant != "cpu":
+        raise ValueError(f"variant {variant!r}: expected 'cpu' or 'smoke'")
+    return config

@@ -1,0 +1,59 @@
+"""Text to text: sentiment, intent and translation by one model, told by a prefix.
+
+    python train.py --config=configs/t5_multitask.py --workdir=DIR \
+        --config.init_from=PRETRAINED
+
+PRETRAINED is a workdir of configs/t5_books.py:cpu.
+
+RESULT
+"""
+
+from triform.configs import t5_books
+from triform.configs.base import ExperimentConfig
+from triform.decode import DecodeConfig
+from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.optim import OptimConfig
+from triform.scoring import EvaluationConfig
+from triform.tasks import TokenPredictionConfig
+from triform.transforms import Corpus, MixtureConfig
+
+
+def get_config(variant: str = "") -> ExperimentConfig:
+    """Variants: '' (half an hour on 2 cores), 'smoke'."""
+    pretraining = t5_books.get_config("smoke" if variant == "smoke" else "cpu")
+    model = pretraining.model
+    model.trunk.dropout = 0.1
+    config = ExperimentConfig(
+        model=model,
+        task=TokenPredictionConfig(label_smoothing=0.1),
+        data=MixtureConfig(
+            corpora=(
+                Corpus("mr_sentiment", "text", "label", "sentiment: "),
+                Corpus("clinc150", "text", "intent", "intent: "),
+                Corpus(
+                    "multi30k_translate", "en", "de", "translate English to German: "
+                ),
+            ),
+            temperature=2.0,  # sqrt: the small sets are not drowned
+            max_len=64,
+            batch_size=64,
+            tokenizer=pretraining.data.tokenizer,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=300, clip_norm=1.0),
+        decode=DecodeConfig(method="greedy", max_len=40),
+        evaluation=EvaluationConfig(
+            every=1000, metrics=("exact_match", "bleu"), examples=100
+        ),
+        checkpoint=CheckpointConfig(every=500, keep_newest=2),
+        steps=4000,
+    )
+    if variant == "smoke":
+        config.data.train_split = config.data.eval_split = "validation[:16]"
+        config.data.test_split = "validation[:16]"
+        config.data.batch_size, config.data.max_len = 8, 32
+        config.decode.max_len = 8
+        config.steps, config.log_every = 4, 2
+        config.evaluation.every = config.checkpoint.every = 2
+    elif variant:
+        raise ValueError(f"variant {variant!r}: expected '' or 'smoke'")
+    return config

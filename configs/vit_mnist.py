@@ -1,0 +1,70 @@
+"""ViT on MNIST, from scratch.
+
+    python train.py --config=configs/vit_mnist.py --workdir=DIR
+
+RESULT
+"""
+
+from triform.configs.base import ExperimentConfig
+from triform.models import VisionConfig
+from triform.models.config import TransformerConfig
+from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.optim import OptimConfig
+from triform.scoring import EvaluationConfig
+from triform.tasks import ClassificationConfig
+from triform.transforms import ImagesConfig
+
+
+def get_config(variant: str = "") -> ExperimentConfig:
+    """Variants: '' (minutes on 2 cores), 'smoke'."""
+    trunk = TransformerConfig(
+        num_layers=4,
+        d_model=64,
+        num_heads=4,
+        d_ff=192,
+        max_len=50,
+        positions="learned",
+        norm_position="pre",
+        ffn="gelu",
+        init="normal",
+        dropout=0.0,
+    )
+    config = ExperimentConfig(
+        model=VisionConfig(
+            trunk, image_size=28, patch_size=4, channels=1, num_labels=10
+        ),
+        task=ClassificationConfig(label_smoothing=0.1),
+        data=ImagesConfig(
+            source="mnist",
+            train_split="train[:55000]",
+            eval_split="train[55000:]",
+            size=28,
+            channels=1,
+            batch_size=128,
+            crop="pad",
+            pad=2,
+        ),
+        optim=OptimConfig(
+            name="adamw",
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=300,
+            b2=0.99,
+            eps=1e-8,
+            weight_decay=0.05,
+            clip_norm=1.0,
+        ),
+        evaluation=EvaluationConfig(every=1000, metrics=()),
+        checkpoint=CheckpointConfig(every=500, metric="eval/accuracy", mode="max"),
+        steps=6000,
+    )
+    if variant == "smoke":
+        trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 16, 2, 32
+        config.data.train_split = config.data.eval_split = "test[:100]"
+        config.data.test_split = "test[:100]"
+        config.data.batch_size = 32
+        config.steps, config.log_every = 4, 2
+        config.evaluation.every = config.checkpoint.every = 2
+    elif variant:
+        raise ValueError(f"variant {variant!r}: expected '' or 'smoke'")
+    return config

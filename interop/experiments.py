@@ -1,0 +1,83 @@
+"""The experiment of an imported model: the data and the task its heads are for."""
+
+from typing import Any
+
+from triform.configs.base import ExperimentConfig
+from triform.decode import DecodeConfig
+from triform.models import (
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LanguageModelConfig,
+    VisionConfig,
+)
+from triform.scoring import EvaluationConfig
+from triform.tasks import (
+    ClassificationConfig,
+    PretrainingConfig,
+    RegressionConfig,
+    TokenPredictionConfig,
+)
+from triform.transforms import (
+    ImagesConfig,
+    LabelledConfig,
+    MaskedConfig,
+    PairsConfig,
+    TaggedConfig,
+    WindowsConfig,
+)
+
+LENGTH = 512  # tokens in a row at most, unless the model has fewer
+
+
+def _encoder(config: EncoderConfig) -> tuple[Any, Any]:
+    length = min(config.longest(), LENGTH)
+    if config.masked_head:
+        both = config.num_labels > 0
+        task = PretrainingConfig() if both else TokenPredictionConfig(0.0)
+        return MaskedConfig(max_len=length, next_sentence=both), task
+    if config.num_tags:
+        return TaggedConfig(max_len=length), TokenPredictionConfig(0.0)
+    single = config.num_labels == 1
+    task = RegressionConfig() if single else ClassificationConfig()
+    return LabelledConfig(max_len=length), task
+
+
+def _language_model(config: LanguageModelConfig) -> tuple[Any, Any]:
+    length = min(config.longest(), LENGTH)
+    return WindowsConfig(max_len=length), TokenPredictionConfig(0.0)
+
+
+def _encoder_decoder(config: EncoderDecoderConfig) -> tuple[Any, Any]:
+    length = min(config.longest(), LENGTH)
+    # Short sources are not padded to the longest.
+    buckets = tuple(n for n in (32, 64, 128, 256) if n < length)
+    return PairsConfig(max_len=length, buckets=buckets), TokenPredictionConfig(0.0)
+
+
+def _vision(config: VisionConfig) -> tuple[Any, Any]:
+    data = ImagesConfig(size=config.image_size, channels=config.channels)
+    return data, ClassificationConfig()
+
+
+# config type: fn(config) -> (data, task)
+NATURAL = {
+    EncoderConfig: _encoder,
+    LanguageModelConfig: _language_model,
+    EncoderDecoderConfig: _encoder_decoder,
+    VisionConfig: _vision,
+}
+
+
+def experiment_config(config: Any) -> ExperimentConfig:
+    """An experiment around a model config; sources are to be named before training."""
+    data, task = NATURAL[type(config)](config)
+    evaluation = EvaluationConfig()
+    if not isinstance(data, PairsConfig):
+        evaluation.metrics = ()  # there is no text to compare
+    return ExperimentConfig(
+        model=config,
+        task=task,
+        data=data,
+        decode=DecodeConfig(method="greedy"),
+        evaluation=evaluation,
+    )

@@ -1,0 +1,47 @@
+"""Token tables and the logits over them: what every family with tokens shares."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from triform.models.config import TransformerConfig
+
+Array = jax.Array
+
+
+def embedding(trunk: TransformerConfig, size: int, stddev: float = 0.02) -> nn.Embed:
+    """A table [size, D] with normal entries."""
+    init = nn.initializers.normal(stddev)
+    dtype = jnp.dtype(trunk.dtype)
+    return nn.Embed(size, trunk.d_model, dtype=dtype, embedding_init=init)
+
+
+def head(trunk: TransformerConfig, size: int, bias: bool = False) -> nn.Dense:
+    """[..., D] -> float32 logits [..., size].
+
+    They are accumulated in float32: in bfloat16 the best ones would tie.
+    """
+    accumulate = functools.partial(
+        jax.lax.dot_general, preferred_element_type=jnp.float32
+    )
+    init = nn.initializers.normal(0.02)
+    dtype = jnp.dtype(trunk.dtype)
+    return nn.Dense(
+        size, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=accumulate
+    )
+
+
+def tied_logits(x: Array, table: nn.Embed) -> Array:
+    """float32 [B, L, V]: x [B, L, D] times the transposed table."""
+    weights = table.embedding.astype(x.dtype)
+    return jnp.einsum("bld,vd->blv", x, weights, preferred_element_type=jnp.float32)
+
+
+def places(tokens: Array) -> Array:
+    """int32 [1, L]: the positions of rows that are one sequence each.
+
+    One row for all: whatever follows from positions is then computed once.
+    """
+    return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

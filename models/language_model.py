@@ -1,0 +1,102 @@
+"""Decoder-only: GPT-2 (Radford et al. 2019), LLaMA (Touvron et al. 2023)."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from triform.models.config import ModelConfig, TransformerConfig
+from triform.models.embedding import embedding, head, places, tied_logits
+from triform.models.mask import Mask
+from triform.models.positions import PositionEmbedding
+from triform.models.transformer import Cache, Stack
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LanguageModelConfig(ModelConfig):
+    """A causal stack, its embedding and its head."""
+
+    trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    vocab_size: int = 32_000  # also what a tokenizer is trained to
+    tie_head: bool = True  # the head is the token table, transposed
+
+    def limits(self) -> dict[str, int]:
+        """How many ids each key of a batch may hold."""
+        return dict.fromkeys(("inputs", "targets"), self.vocab_size)
+
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        self.require_vocabulary()
+        self.trunk.validate()
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, logits of the next tokens out."""
+
+    config: LanguageModelConfig
+
+    def setup(self) -> None:
+        """Submodule names are public: checkpoints and partition rules match on them."""
+        cfg = self.config
+        self.embedding = embedding(cfg.trunk, cfg.vocab_size)
+        self.positions = PositionEmbedding(cfg.trunk)
+        self.decoder = Stack(cfg.trunk)
+        if not cfg.tie_head:
+            self.head = head(cfg.trunk, cfg.vocab_size)
+
+    def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """{'targets': logits float32 [B, L, V] of the token after each input}.
+
+        Reads inputs [B, L] and, where rows are packed or padded, segments and
+        positions.
+        """
+        tokens = batch["inputs"]
+        positions = batch.get("positions", places(tokens))
+        mask = Mask.self_attention(positions, batch.get("segments"), causal=True)
+        return {"targets": self._logits(self._run(tokens, mask)[0])}
+
+    def start(
+        self, batch: Mapping[str, Array], length: int
+    ) -> tuple[Cache, Array, Array]:
+        """Reads the prompts; returns (cache with room for `length` tokens, the last
+        token of each prompt and its position, int32 [B]): what `extend` takes first.
+
+        Prompts are inputs [B, L], at least one token each, padded anywhere: segments
+        [B, L] are 0 there.
+        """
+        tokens = batch["inputs"]
+        real = batch.get("segments", jnp.ones_like(tokens)) > 0
+        positions = jnp.where(real, jnp.cumsum(real, 1) - 1, -1).astype(jnp.int32)
+        last = positions.argmax(1)[:, None]
+        first = jnp.take_along_axis(tokens, last, 1)[:, 0]
+        at = jnp.take_along_axis(positions, last, 1)[:, 0]
+        cache = Cache.empty(self.config.trunk, len(tokens), tokens.shape[1] + length)
+        # The last token is fed when its logits are wanted.
+        before = jnp.where(positions == at[:, None], -1, positions)
+        mask = Mask.self_attention(before, causal=True)
+        return self._run(tokens, mask, cache)[1], first, at
+
+    def extend(self, tokens: Array, positions: Array, cache: Cache):
+        """Feeds the next tokens int32 [B, l]; returns (logits [B, l, V], cache).
+
+        At most as many tokens in all as `start` was given `length`: beyond it the last
+        slots are overwritten.
+        """
+        mask = Mask.self_attention(positions, causal=True)
+        x, cache = self._run(tokens, mask, cache)
+        return self._logits(x), cache
+
+    def _run(
+        self, tokens: Array, mask: Mask, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None]:
+        x = self.positions(self.embedding(tokens), mask.q_positions)
+        return self.decoder(x, mask, cache=cache)
+
+    def _logits(self, x: Array) -> Array:
+        if self.config.tie_head:
+            return tied_logits(x, self.embedding)
+        return self.head(x)
