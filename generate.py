@@ -90,9 +90,10 @@ def prompts(ids: list[np.ndarray], rows: int, tok: Tokenizer) -> dict[str, np.nd
 
 
 class Continuation:
-    """Continues prompts piece by piece; in memory, as far as the model's context.
+    """Continues prompts piece by piece, as far as wanted.
 
-    Where a context is full the last half of it becomes the prompt of the next one.
+    A window reads at most half of the model's context and writes the other half; its
+    end is what the next one reads. So a text does not depend on its neighbours' lengths.
     """
 
     def __init__(self, experiment: Experiment, tok: Tokenizer):
@@ -117,35 +118,32 @@ class Continuation:
     ) -> Iterator[tuple[list[list[int]], np.ndarray]]:
         """(ids written so far a line, log-probabilities), a stretch at a time."""
         tok, longest = self.tokenizer, self.config.model.longest()
-        lead = [tok.eos if tok.bos is None else tok.bos]
-        texts = [list(x) for x in tok.encode_batch(lines)]
+        read = max(1, longest // 2)
         # A text begins as documents do; a prompt without a mark of its own goes on.
-        texts = [lead + x if tok.bos is not None or not x else x for x in texts]
+        lead = [tok.eos if tok.bos is None else tok.bos]
+        texts = [x.tolist() for x in tok.encode_batch(lines)]
+        texts = [x if x and tok.bos is None else lead + x for x in texts]
         given = [len(x) for x in texts]
         scores, ended = np.zeros(len(lines)), np.zeros(len(lines), bool)
-        while not ended.all() and max(map(len, texts)) - min(given) < limit:
-            # At least half of a context is left to write into.
-            seen = [np.array(x[-max(1, longest // 2) :], np.int32) for x in texts]
-            batch = prompts(seen, rows, tok)
-            written = max(len(t) - g for t, g in zip(texts, given, strict=True))
-            length = min(longest - max(map(len, seen)), limit - written)
-            # Always the same room, so that little is compiled.
-            text = self._start(params, batch, np.uint32(seed), min(longest, limit))
-            before, base = [list(x) for x in texts], scores.copy()
+        written = 0
+        while written < limit and not ended.all():
+            batch = prompts([np.array(x[-read:]) for x in texts], rows, tok)
+            length = min(longest - read, limit - written)
+            room = min(longest - read, limit)
+            text = self._start(params, batch, np.uint32(seed), room)
+            before, base, over = [*texts], scores, ended
             for until in range(STRETCH, length + STRETCH, STRETCH):
                 text = self._advance(params, text, min(until, length))
                 tokens = np.asarray(text.tokens)[:, : int(text.count)]
-                scores = base + np.asarray(text.score)[: len(lines)] * ~ended
-                stop = ended.copy()
-                for r in np.flatnonzero(~ended):
+                scores = base + np.where(over, 0, np.asarray(text.score)[: len(lines)])
+                for r in np.flatnonzero(~over):
                     ids = tokens[r].tolist()
-                    if tok.eos in ids:
-                        ids, stop[r] = ids[: ids.index(tok.eos)], True
-                    texts[r] = before[r] + ids
+                    texts[r] = before[r] + ids[: (*ids, tok.eos).index(tok.eos)]
+                ended = over | (tokens[: len(lines)] == tok.eos).any(1)
                 yield [t[g:] for t, g in zip(texts, given, strict=True)], scores
-                if stop.all():
+                if ended.all():
                     break
-            ended, seed = stop, seed + 1
+            written, seed = written + length, seed + 1
 
 
 def main(argv: list[str]) -> None:

@@ -59,16 +59,20 @@ class Report:
 
 
 def parse(init_from: str) -> tuple[str, str]:
-    """(workdir, which checkpoint) of WORKDIR or WORKDIR:best|latest|average:K|STEP."""
+    """(workdir, which checkpoint) of WORKDIR or WORKDIR:best|latest|average:K|STEP.
+
+    UserError if there is no such workdir.
+    """
     found = re.fullmatch(r"(.+?)(?::(best|latest|average:\d+|\d+))?", init_from)
-    return os.path.abspath(found[1]), found[2] or "best"
+    workdir = os.path.abspath(found[1])
+    if not os.path.isdir(workdir):
+        raise UserError(f"init_from={init_from!r}: no such folder; name a workdir")
+    return workdir, found[2] or "best"
 
 
 def saved_params(init_from: str) -> tuple[Tree, str]:
     """Looped parameters on the host, and a description; UserError if there are none."""
     workdir, which = parse(init_from)
-    if not os.path.isdir(workdir):
-        raise UserError(f"init_from={init_from!r}: no such folder; name a workdir")
     config = for_these_devices(open_workdir(workdir))
     experiment = Experiment(config)
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:

@@ -62,7 +62,7 @@ def get_config(variant: str = "base") -> ExperimentConfig:
     )
     if variant == "large":
         trunk.num_layers, trunk.d_model, trunk.num_heads = 24, 1024, 16
-        trunk.d_ff = 4096
+        trunk.d_ff, trunk.remat, trunk.scan_layers = 4096, True, True
     elif variant == "roberta":
         config.model.num_types = config.model.num_labels = 0
         config.task = TokenPredictionConfig(label_smoothing=0.0)

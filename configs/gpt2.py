@@ -47,6 +47,8 @@ def get_config(variant: str = "small") -> ExperimentConfig:
         dropout=0.1,
         attention_dropout=0.1,
         dtype="bfloat16",
+        remat=layers > 12,
+        scan_layers=layers > 12,
     )
     config = ExperimentConfig(
         model=LanguageModelConfig(trunk, vocab_size=50_257),

@@ -4,8 +4,8 @@
 
 The perplexity is a word's: exp(all nats of the validation text / its 217,646 words, one
 <eos> a line among them), so that models with other tokens compare. The nats include the
-end of every article. Each token is predicted once, from at least 192 tokens before it
-(eval_stride) but at the start of the text. Nothing else was trained on.
+end of every article. Each token is predicted once; all but the first of the text see at
+least max_len - eval_stride tokens before them. Nothing else was trained on.
 
 RESULT
 """
@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
         config.model.vocab_size = 4000
         config.data.batch_size, config.data.eval_stride = 16, 64
         config.optim.learning_rate = 2e-3
-        config.evaluation.every, config.steps = 2000, 6000
+        config.evaluation.every, config.steps = 2000, 4000
     elif variant == "smoke":
         trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 16, 2, 32
         trunk.max_len = config.data.max_len = 32

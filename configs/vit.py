@@ -44,6 +44,8 @@ def get_config(variant: str = "b16") -> ExperimentConfig:
         ffn="gelu",
         dropout=0.1,
         dtype="bfloat16",
+        remat=layers > 12,
+        scan_layers=layers > 12,
     )
     config = ExperimentConfig(
         model=VisionConfig(trunk, image_size=image, patch_size=patch),

@@ -6,10 +6,8 @@ text derives from Flickr30K: non-commercial research and educational use.
 
 from collections.abc import Iterator, Mapping
 
-import tensorflow_datasets as tfds
-
 from triform.datasets.base import DataError
-from triform.datasets.local_builder import LocalBuilder, Paths
+from triform.datasets.local_builder import TEXT, Download, LocalBuilder, Paths
 
 COMMIT = "a3d2e0d26b56f3846f66a952536ffed4e401d05a"
 URL = f"https://raw.githubusercontent.com/multi30k/dataset/{COMMIT}/data/task1/raw/"
@@ -52,13 +50,15 @@ class Multi30kTranslate(LocalBuilder, skip_registration=True):
     name = "multi30k_translate"
     folder = "multi30k_ende"
     origin = URL
-    features: Mapping = dict.fromkeys(LANGUAGES, tfds.features.Text())
+    features: Mapping = dict.fromkeys(LANGUAGES, TEXT)
 
-    def published(self) -> Mapping[str, str]:
-        """File name -> sha256."""
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Name -> sha256."""
         return {name: sha256 for name, (_, sha256) in CHECKSUMS.items()}
 
-    def downloads(self) -> Mapping[str, tuple[str, int, str]]:
+    @property
+    def downloads(self) -> Mapping[str, Download]:
         """The same files."""
         return {name: (URL + name, *facts) for name, facts in CHECKSUMS.items()}
 

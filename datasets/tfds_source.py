@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 import tensorflow_datasets as tfds
 
 from triform.datasets.base import DataError
-from triform.datasets.corpora import (
-    ClassicBooks,
-    Clinc150,
-    FlipSs3,
-    Mnist,
-    MrSentiment,
-    TinyShakespeare,
-    WikiText2,
-)
+from triform.datasets.classic_books import ClassicBooks
+from triform.datasets.clinc150 import Clinc150
+from triform.datasets.flip_ss3 import FlipSs3
+from triform.datasets.mnist import Mnist
+from triform.datasets.mr_sentiment import MrSentiment
 from triform.datasets.multi30k import Multi30kTranslate
+from triform.datasets.tinyshakespeare import TinyShakespeare
+from triform.datasets.wikitext2 import WikiText2
 
 BUILDERS = {
     "multi30k_translate": Multi30kTranslate,

@@ -99,8 +99,8 @@ class Vision(nn.Module):
         cfg, image = self.config, batch["image"]
         if image.shape[1:] != (cfg.image_size, cfg.image_size, cfg.channels):
             raise ValueError(
-                f"model.image_size={cfg.image_size}, channels={cfg.channels}: the data's "
-                f"images are {image.shape[1:]}; set them alike"
+                f"model.image_size={cfg.image_size}, channels={cfg.channels}: images "
+                f"of the data are {image.shape[1:]}; set them alike"
             )
         x = self.patches(image)
         x = x.reshape(len(image), -1, cfg.trunk.d_model)

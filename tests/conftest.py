@@ -1,5 +1,6 @@
 """What must be set before JAX starts, and what several test files share."""
 
+import dataclasses
 import os
 import pathlib
 import zlib
@@ -45,17 +46,15 @@ def shared_data():
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """(trunk fields) -> the config of an encoder-decoder that compiles in a second."""
+    """(fields) -> the config of an encoder-decoder that compiles in a second."""
 
-    def make(
-        vocab_size: int = 11,
-        share_embeddings: bool = True,
-        tie_head: bool = True,
-        **trunk,
-    ) -> EncoderDecoderConfig:
+    def make(vocab_size: int = 11, **fields) -> EncoderDecoderConfig:
+        ours = {f.name for f in dataclasses.fields(EncoderDecoderConfig)}
+        model = {k: v for k, v in fields.items() if k in ours}
+        trunk = {k: v for k, v in fields.items() if k not in ours}
         sizes = {"num_layers": 1, "d_model": 8, "num_heads": 2, "d_ff": 12}
         trunk = TransformerConfig(**{**sizes, "max_len": 16, "dropout": 0.0, **trunk})
-        config = EncoderDecoderConfig(trunk, vocab_size, share_embeddings, tie_head)
+        config = EncoderDecoderConfig(trunk, vocab_size, **model)
         config.validate()
         return config
 

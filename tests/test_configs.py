@@ -10,10 +10,12 @@ import pathlib
 import re
 import traceback
 
+import jax
 import pytest
 
 from triform.configs import base
 from triform.configs.base import ExperimentConfig, differences, from_json, to_json
+from triform.experiment import Experiment
 from triform.models import EncoderConfig, LanguageModelConfig, VisionConfig
 from triform.tasks import ClassificationConfig
 from triform.transforms import (
@@ -113,6 +115,32 @@ def test_every_value_can_be_set_from_the_command_line(name, variant):
         value = getattr(owner, field.name)
         assert value is not None, key
         setattr(owner, field.name, value)  # raises if it is frozen
+
+
+# Law 9, of what is dry-run only.
+COUNTS = {
+    ("gpt2", "small"): 124_439_808,
+    ("gpt2", "medium"): 354_823_168,
+    ("gpt2", "large"): 774_030_080,
+    ("gpt2", "xl"): 1_557_611_200,
+    ("llama", "1b"): 1_235_814_400,
+    ("llama", "8b"): 8_030_261_248,
+    ("t5", "small"): 60_506_624,
+    ("t5", "base"): 222_903_552,
+    ("t5", "large"): 737_668_096,
+    ("t5", "v1_1_small"): 76_961_152,
+    ("vit", "b16"): 86_567_656,
+    ("vit", "l16"): 304_326_632,
+    ("vit", "h14"): 632_045_800,
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_variant_builds_abstractly(name, variant):
+    experiment = Experiment(module(name).get_config(variant))
+    params = jax.eval_shape(experiment.init_params)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert count == COUNTS.get((name, variant), count)
 
 
 # --- JSON ---

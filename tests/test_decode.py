@@ -295,13 +295,10 @@ def translate(tiny_config, pair_batch):
             def extend(*args):
                 return model.apply(variables, *args, method="extend")
 
-            rows = batch["encoder_inputs"].shape[0]
             return decode.generate(
                 DecodeConfig(**options),
                 extend,
-                model.apply(variables, batch, LENGTH, method="start"),
-                jnp.zeros(rows, jnp.int32),
-                jnp.zeros(rows, jnp.int32),
+                *model.apply(variables, batch, LENGTH, method="start"),
                 eos=EOS,
                 length=LENGTH,
                 rng=jax.random.key(0),
@@ -317,7 +314,7 @@ def translate(tiny_config, pair_batch):
             k: np.repeat(batch[k][row][None], len(inputs), 0)
             for k in ("encoder_inputs", "encoder_segments")
         }
-        return log_softmax(apply(variables, part | {"inputs": inputs}))
+        return log_softmax(apply(variables, part | {"inputs": inputs})["targets"])
 
     return run, log_probabilities
 

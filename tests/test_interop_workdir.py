@@ -263,9 +263,14 @@ MARIAN = {"norm_eps": 1e-5, "positions": "sinusoidal"}
 def test_what_was_trained_here_is_exported(tmp_path):
     model = EncoderDecoderConfig(TransformerConfig(**SIZES, **MARIAN), 300)
     workdir = trained_workdir(tmp_path / "run", model)
-    for which, step in (("best", 1000), ("latest", 2000), ("1000", 1000)):
+    for which, found in (
+        ("best", "step 1000 "),
+        ("latest", "step 2000 "),
+        ("1000", "step 1000 "),
+        ("average:2", "mean of steps [1000, 2000]"),
+    ):
         target = str(tmp_path / which)
-        assert f"step {step}" in export_model(workdir, target, which)[0]
+        assert found in export_model(workdir, target, which)[0]
     found = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "best")
     config = found.config
     assert (config.pad_token_id, config.eos_token_id) == (0, 1)
@@ -398,9 +403,10 @@ jax.numpy.zeros(8).block_until_ready()
 command._give_back_memory()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-code = command.main(sys.argv[1:])
+command.main(["import", "hf", "run"])
 print("peak", peak() - before)
-sys.exit(code)
+command.main(["export", "run", "out"])
+print("peak", peak() - before)
 """
 
 
@@ -417,14 +423,11 @@ def test_memory_is_little_more_than_the_parameters(tmp_path):
     found = transfer.tensors(families.FAMILIES["gpt2"], config, zeros)
     size = sum(write(str(source), found)) / 2**20
     assert size > 150
-    for argv in (["import", "hf", "run"], ["export", "run", "out"]):
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, *argv],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=True,
-        )
-        extra = float(re.search(r"peak ([\d.]+)", done.stdout)[1])
-        # Compiled programs and libraries take the same whatever the model's size.
-        assert extra < 1.2 * size + 80, (argv, extra, size)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, cwd=tmp_path
+    )
+    peaks = [float(x) for x in re.findall(r"peak ([\d.]+)", done.stdout)]
+    assert len(peaks) == 2, done.stderr
+    # Compiled programs and libraries take the same whatever the model's size.
+    assert max(peaks) < 1.2 * size + 80, (peaks, size)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > size * 2**20

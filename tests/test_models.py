@@ -10,33 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from laws import CLOSE, assert_trees_close, flat, init, program, value_and_grad
 
 from triform import models
 from triform.models import EncoderDecoderConfig
 from triform.models.algorithms import ALGORITHMS
 from triform.models.config import TransformerConfig
 from triform.models.positions import sinusoidal_table
-from triform.models.transformer import FFNS, FeedForward
-from triform.runtime.optim import path_name
-
-# Float32 sums of the same few terms in another order.
-CLOSE = {"rtol": 1e-5, "atol": 2e-6}
-
-
-def flat(tree) -> dict:
-    return {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+from triform.models.transformer import (
+    FFNS,
+    FeedForward,
+    cycle,
+    looped_layers,
+    stacked_layers,
+)
 
 
-def init(config, batch):
-    """Parameters of which none is trivial, by NumPy: that need not be compiled."""
-    model, rng = models.build(config), np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-
-    def draw(path, x):
-        noise = 0.3 * rng.standard_normal(x.shape).astype(np.float32)
-        return noise + 1 if path_name(path).endswith("scale") else noise
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+def applied(config):
+    """(variables, batch, ...) -> the logits of targets."""
+    model = models.build(config)
+    return jax.jit(lambda *args, **options: model.apply(*args, **options)["targets"])
 
 
 # --- Law 1: no dead field ---
@@ -63,31 +56,23 @@ CHANGES = {
     "norm_position": "pre",
     "norm_eps": 1e-3,
     "ffn": "swiglu",
-    "use_bias": False,
-    "init_scale": 0.5,
+    "bias": "none",
+    "init": "normal",
+    "rope_base": 500.0,
+    "rope_scaling": ("linear", 2.0),
     "dropout": 0.2,
     "attention_dropout": 0.2,
     "dtype": "bfloat16",
     "remat": True,
     "scan_layers": True,
 }
-MODEL_CHANGES = {"vocab_size": 13, "share_embeddings": False, "tie_head": False}
-
-
-def program(config, batch) -> str:
-    """What is compiled to initialise, run forward and differentiate, with dropout."""
-    model = models.build(config)
-
-    def run(batch, rng):
-        params = model.init(rng, batch)["params"]
-
-        def loss(params):
-            rngs = {"dropout": rng}
-            return (model.apply({"params": params}, batch, rngs=rngs) ** 2).sum()
-
-        return params, jax.grad(loss)(params)
-
-    return jax.jit(run).lower(batch, jax.random.key(0)).as_text()
+MODEL_CHANGES = {
+    "vocab_size": 13,
+    "share_embeddings": False,
+    "tie_head": False,
+    "head_bias": True,
+    "embedding_scale": "none",
+}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +88,9 @@ def programs(tiny_config, pair_batch):
     "name", [field.name for field in dataclasses.fields(TransformerConfig)]
 )
 def test_every_trunk_field_changes_the_program(programs, name):
-    assert programs(**{name: CHANGES[name]}) != programs()
+    # Some are read with certain positions only.
+    same = {"positions": "rotary"} if name.startswith("rope") else {}
+    assert programs(**same, **{name: CHANGES[name]}) != programs(**same)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +115,7 @@ DECODED = {
     },
     "no positions, grouped, gated": {
         **{"positions": "none", "num_kv_heads": 1, "norm": "rms", "ffn": "swiglu"},
-        **{"use_bias": False, "share_embeddings": False, "tie_head": False},
+        **{"bias": "none", "share_embeddings": False, "tie_head": False},
     },
     "windows": {"num_layers": 2, "windows": (2, 0), "norm_position": "pre"},
     "scanned": {"num_layers": 2, "scan_layers": True, "num_kv_heads": 1},
@@ -171,7 +158,7 @@ def test_cached_decoding_equals_the_full_pass(tiny_config, pair_batch, name):
             logits, cache = call(*slot, cache, method="extend")
             return cache, logits[:, 0]
 
-        start = call(batch, SLOTS.shape[1], method="start")
+        start, *begin = call(batch, SLOTS.shape[1], method="start")
         _, single = jax.lax.scan(step, start, (fed.T, SLOTS.T))
         cache, chunked, at = start, [], 0
         for size in CHUNKS:
@@ -179,9 +166,13 @@ def test_cached_decoding_equals_the_full_pass(tiny_config, pair_batch, name):
             logits, cache = call(fed[:, part], SLOTS[:, part], cache, method="extend")
             chunked.append(logits)
             at += size
-        return call(batch), single.swapaxes(0, 1), jnp.concatenate(chunked, 1)
+        full = call(batch)["targets"]
+        chunked = jnp.concatenate(chunked, 1)
+        return full, single.swapaxes(0, 1), chunked, begin
 
-    full, single, chunked = run(params)
+    full, single, chunked, (first, place) = run(params)
+    np.testing.assert_array_equal(first, batch["inputs"][:, 0])
+    np.testing.assert_array_equal(place, 0)
     expected = np.take_along_axis(np.asarray(full), SLOTS.clip(0)[..., None], 1)
     np.testing.assert_allclose(single[real], expected[real], **CLOSE)
     np.testing.assert_allclose(chunked[real], expected[real], **CLOSE)
@@ -195,7 +186,7 @@ def test_cached_decoding_equals_the_full_pass(tiny_config, pair_batch, name):
 @pytest.mark.parametrize("name", ["learned pre-norm remat", "windows"])
 def test_packed_equals_separate(tiny_config, pair_batch, name):
     config = tiny_config(**DECODED[name])
-    apply = jax.jit(models.build(config).apply)
+    apply = applied(config)
     sources, targets = (3, 2, 4), (2, 4, 3)
     batch = pair_batch(sources, targets, 5)
     variables = {"params": init(config, batch)}
@@ -222,48 +213,6 @@ def test_packed_equals_separate(tiny_config, pair_batch, name):
     assert np.isfinite(logits).all()
 
 
-def stacked(params, config):
-    """Parameters of a looped model in the places of a scanned one."""
-    cycle = max(1, len(config.trunk.windows))
-    out = dict(params)
-    for side in ("encoder", "decoder"):
-        trunk = dict(params[side])
-        layers = [trunk.pop(f"layer_{i}") for i in range(config.trunk.num_layers)]
-        groups = {
-            f"layer_{i}": jax.tree.map(lambda *x: np.stack(x), *layers[i::cycle])
-            for i in range(cycle)
-        }
-        out[side] = {**trunk, "layers": groups}
-    return out
-
-
-def value_and_grad(config, params, batch, rng=None):
-    model = models.build(config)
-
-    @jax.jit
-    def run(params):
-        def loss(params):
-            rngs = {} if rng is None else {"dropout": rng}
-            logits = model.apply({"params": params}, batch, rngs=rngs)
-            chosen = jnp.take_along_axis(
-                jax.nn.log_softmax(logits), batch["targets"][..., None], -1
-            )[..., 0]
-            return -(chosen * batch["weights"]).sum(), logits
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    (_, logits), grads = run(params)
-    return logits, grads
-
-
-def assert_trees_close(got, expected):
-    got, expected = flat(got), flat(expected)
-    assert got.keys() == expected.keys()
-    for name, x in expected.items():
-        size = max(1.0, float(np.abs(x).max()))
-        np.testing.assert_allclose(got[name], x, rtol=0, atol=1e-5 * size, err_msg=name)
-
-
 @pytest.mark.parametrize(("num_layers", "windows"), [(2, ()), (4, (2, 0))])
 def test_scan_equals_loop(tiny_config, pair_batch, num_layers, windows):
     fields = {"num_layers": num_layers, "windows": windows, "norm_position": "pre"}
@@ -272,14 +221,14 @@ def test_scan_equals_loop(tiny_config, pair_batch, num_layers, windows):
     batch = pair_batch([4, 2], [3, 4], 4)
     params = init(config, batch)
     shapes = jax.eval_shape(models.build(scan_config).init, jax.random.key(0), batch)
-    restacked = stacked(params, config)
+    restacked = stacked_layers(params, cycle(config.trunk), np)
     assert jax.tree.map(jnp.shape, restacked) == jax.tree.map(
         lambda x: x.shape, shapes["params"]
     )
     logits, grads = value_and_grad(config, params, batch)
     scan_logits, scan_grads = value_and_grad(scan_config, restacked, batch)
-    np.testing.assert_allclose(scan_logits, logits, **CLOSE)
-    assert_trees_close(scan_grads, stacked(grads, config))
+    assert_trees_close(scan_logits, logits)
+    assert_trees_close(looped_layers(scan_grads), grads)
 
 
 def test_a_scanned_trunk_draws_every_layer_anew(tiny_config, pair_batch):
@@ -316,16 +265,16 @@ def test_remat_equals_none_with_the_same_dropout(tiny_config, pair_batch, scan):
     params, rng = init(config, batch), jax.random.key(3)
     logits, grads = value_and_grad(config, params, batch, rng)
     again = value_and_grad(tiny_config(**fields, remat=True), params, batch, rng)
-    np.testing.assert_allclose(again[0], logits, **CLOSE)
+    assert_trees_close(again[0], logits)
     assert_trees_close(again[1], grads)
 
 
 def test_dropout_is_on_exactly_with_its_rng(tiny_config, pair_batch):
     config, batch = tiny_config(dropout=0.5), pair_batch([4], [4], 4)
     variables = {"params": init(config, batch)}
-    apply = jax.jit(models.build(config).apply)
+    apply = applied(config)
     rngs = [{"dropout": jax.random.key(i)} for i in range(2)]
-    plain = jax.jit(models.build(tiny_config()).apply)
+    plain = applied(tiny_config())
     off = plain(variables, batch, rngs=rngs[0])
     np.testing.assert_allclose(apply(variables, batch), off, **CLOSE)
     first, second = (apply(variables, batch, rngs=r) for r in rngs)
@@ -341,7 +290,7 @@ def test_a_future_token_cannot_change_the_past(tiny_config, pair_batch, name):
     batch = {k: np.repeat(x[:1], length + 1, 0) for k, x in batch.items()}
     for t in range(length):  # row t differs from the last row from place t on
         batch["inputs"][t, t:] = (batch["inputs"][t, t:] + 1) % 11
-    apply = jax.jit(models.build(config).apply)
+    apply = applied(config)
     logits = apply({"params": init(config, batch)}, batch)
     for t in range(length):
         np.testing.assert_allclose(logits[t, :t], logits[-1, :t], rtol=0, atol=1e-6)
@@ -360,7 +309,7 @@ def test_padding_of_the_source_cannot_change_anything(tiny_config, pair_batch):
     other, other_grads = value_and_grad(
         config, params, batch | {"encoder_inputs": garbage}
     )
-    np.testing.assert_array_equal(other, logits)
+    assert_trees_close(other, logits, close=0)
     assert all(np.isfinite(x).all() for x in flat(other_grads).values())
     used = np.unique(batch["encoder_inputs"][real])
     for g in (grads, other_grads):
@@ -374,7 +323,7 @@ def test_padding_of_the_source_cannot_change_anything(tiny_config, pair_batch):
         "encoder_positions": np.repeat(np.arange(4)[::-1][None], 3, 0),
     }
     moved, _ = value_and_grad(config, params, batch | flipped)
-    np.testing.assert_allclose(moved, logits, **CLOSE)
+    assert_trees_close(moved, logits)
 
 
 # --- Formulas ---
@@ -390,6 +339,7 @@ def gelu_tanh(x):  # Hendrycks & Gimpel 2016
 
 ACTIVATIONS = {
     "relu": lambda x: max(x, 0.0),
+    "silu": lambda x: x / (1 + math.exp(-x)),
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
     "geglu": gelu_tanh,
@@ -422,8 +372,7 @@ def test_sinusoids_have_the_papers_wavelengths():
     table = sinusoidal_table(50, 8)
     for position in (0, 1, 7, 49):
         for i in range(4):
-            # From 2 pi to 10000 * 2 pi, both included, as in tensor2tensor.
-            angle = position / 10_000 ** (i / 3)
+            angle = position / 10_000 ** (2 * i / 8)  # 3.5
             assert table[position, i] == pytest.approx(math.sin(angle), abs=1e-6)
             assert table[position, 4 + i] == pytest.approx(math.cos(angle), abs=1e-6)
 
@@ -465,11 +414,11 @@ def test_bfloat16_keeps_parameters_and_logits_float32(
 ):
     config = tiny_config(dtype="bfloat16", tie_head=tie_head)
     model, batch = models.build(config), pair_batch([3], [3], 3)
-    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), batch)
-    assert logits.dtype == jnp.float32
+    out, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), batch)
+    assert out["targets"].dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     cache = jax.eval_shape(
-        lambda v: model.apply(v, batch, 4, method="start"), variables
+        lambda v: model.apply(v, batch, 4, method="start")[0], variables
     )
     assert {x.dtype for x in jax.tree.leaves(cache.blocks)} == {jnp.dtype("bfloat16")}
 

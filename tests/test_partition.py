@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from laws import TOLERANCE, assert_same_update, flat, update
 
 from triform.configs.base import ExperimentConfig
-from triform.experiment import Experiment, TrainState
-from triform.input_pipeline import DataConfig
+from triform.experiment import Experiment
 from triform.runtime import metrics, partition
-from triform.runtime.optim import OptimConfig, path_name
+from triform.runtime.optim import OptimConfig
 from triform.runtime.partition import (
     AXES,
     MeshConfig,
@@ -21,15 +21,11 @@ from triform.runtime.partition import (
     parameter_table,
     spec_for,
 )
+from triform.transforms import PairsConfig
 
 LENGTH, ROWS = 8, 6  # rows of no mesh: all but the last pad them
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 1, 4, 2), (4, 1, 1, 2))
 PARTS = {(2, 2, 2, 1): 2, "pmap": 2}  # these accumulate as well
-
-# What differs is the order of float32 sums over some 100 tokens: errors of 1e-6 of the
-# largest gradient. Adam's first update is rate * g / (|g| + eps): with eps = rate it
-# passes an error of g on at most unchanged.
-TOLERANCE = 2e-6
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +35,7 @@ def make_experiment(tiny_config):
         experiment = Experiment(
             ExperimentConfig(
                 model=tiny_config(vocab_size=16, **sizes),
-                data=DataConfig(max_len=LENGTH, batch_size=ROWS),
+                data=PairsConfig(max_len=LENGTH, batch_size=ROWS),
                 optim=OptimConfig(
                     "adamw",
                     1e-2,
@@ -76,52 +72,10 @@ def start(make_experiment):
     return jax.tree.map(np.asarray, state.replace(rng=None))
 
 
-def update(experiment, start, batch):
-    """(state after a step, {metric: value}) on the host, however they are placed."""
-    placement = experiment.placement
-    # Steps donate their state: each gets its own.
-    state = jax.tree.map(np.copy, start).replace(rng=jax.random.key(0))
-    if not isinstance(placement, PmapPlacement):
-        state = jax.device_put(state, placement.shardings(state))
-    state = placement.load(state)
-    put = experiment.put(batch)
-    step = placement.compile_train(experiment.train_step, state, put)
-    state, measured = step(state, put)
-    state = placement.unload(state)
-    found = metrics.values(metrics.to_host(measured), "train")
-    return TrainState(
-        int(state.step),
-        jax.tree.map(np.asarray, state.params),
-        jax.tree.map(np.asarray, state.opt_state),
-        np.asarray(jax.random.key_data(state.rng)),
-    ), found
-
-
 @pytest.fixture(scope="module")
 def expected(make_experiment, start, batch):
     """What one device makes of the whole batch at once."""
     return update(make_experiment(devices=1), start, batch)
-
-
-def flat(tree):
-    return {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def assert_equal(got, expected):
-    (state, found), (want, measured) = got, expected
-    assert state.step == want.step == 1
-    np.testing.assert_array_equal(state.rng, want.rng)
-    assert found == pytest.approx(measured, rel=1e-5)
-    for tree, wanted in (
-        (state.params, want.params),
-        (state.opt_state, want.opt_state),  # moments: of the gradients
-    ):
-        tree, wanted = flat(tree), flat(wanted)
-        assert tree.keys() == wanted.keys()
-        for name, x in wanted.items():
-            np.testing.assert_allclose(
-                tree[name], x, rtol=1e-5, atol=TOLERANCE, err_msg=name
-            )
 
 
 def test_devices_under_pmap_draw_different_dropout(make_experiment, start, batch):
@@ -141,13 +95,13 @@ def test_every_placement_updates_alike(make_experiment, start, batch, expected, 
     else:
         experiment = make_experiment(mesh=mesh, accumulate=accumulate)
         assert tuple(experiment.placement.sizes.values()) == mesh
-    assert_equal(update(experiment, start, batch), expected)
+    assert_same_update(update(experiment, start, batch), expected)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_is_exact(make_experiment, start, batch, expected, parts):
     experiment = make_experiment(devices=1, accumulate=parts)
-    assert_equal(update(experiment, start, batch), expected)
+    assert_same_update(update(experiment, start, batch), expected)
 
 
 def test_the_gradient_is_that_of_the_weighted_mean(

@@ -19,7 +19,7 @@ class Logits:
     """A model whose parameters are its logits."""
 
     def apply(self, variables, batch, rngs):
-        return variables["params"]
+        return {"targets": variables["params"]}
 
 
 def example(seed=0):

@@ -4,6 +4,7 @@ Every run is a real process; each takes seconds, most of them for start and comp
 """
 
 import fcntl
+import importlib
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from triform.configs import transformer_cldr
+from triform.datasets.tfds_source import BUILDERS
 from triform.experiment import Experiment, checkpoint_dir, saved_config
 from triform.runtime.checkpoint import Checkpointer
 
@@ -319,18 +321,16 @@ def test_non_finite_loss_stops_with_step_and_examples(tmp_path, cache):
     assert meta["data"]["step"] == 2
 
 
-# Where the data of a config come from; none: embedded.
-CORPORA = {"transformer_multi30k": "multi30k_ende"}
-
-
 CONFIGS = {p.stem for p in (ROOT / "configs").glob("*.py")} - {"base", "__init__"}
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_smoke(name, tmp_path, cache, shared_data, monkeypatch):
     """The smoke variant of every config trains, evaluates, saves and scores."""
-    if name in CORPORA:
-        shared_data(CORPORA[name])
+    data = importlib.import_module(f"triform.configs.{name}").get_config("smoke").data
+    read = data.features() if hasattr(data, "features") else (data,)
+    for source in {part.source for part in read} & BUILDERS.keys():
+        shared_data(BUILDERS[source].folder)
     monkeypatch.setenv("TFDS_DATA_DIR", str(cache / "tfds"))
     config = f"--config=configs/{name}.py:smoke"
     done = run("train.py", tmp_path, cache, config)

@@ -173,7 +173,8 @@ def test_nothing_in_common_is_refused(workdir):
         ("/a/b:c", ("/a/b:c", "best")),
     ],
 )
-def test_which_checkpoint_is_named_after_a_colon(text, parsed):
+def test_which_checkpoint_is_named_after_a_colon(text, parsed, monkeypatch):
+    monkeypatch.setattr("os.path.isdir", lambda path: True)
     assert warm_start.parse(text) == parsed
 
 

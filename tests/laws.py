@@ -1,0 +1,126 @@
+"""Helpers of the tests that state laws about models: parameters, gradients, trees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from triform import models
+from triform.experiment import TrainState
+from triform.runtime import metrics
+from triform.runtime.optim import path_name
+from triform.runtime.partition import PmapPlacement
+
+# Float32 sums of the same few terms in another order.
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}
+
+
+def flat(tree) -> dict:
+    """{path: leaf}."""
+    return {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def init(config, batch):
+    """Parameters of which none is trivial, by NumPy: that need not be compiled."""
+    model, rng = models.build(config), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+
+    def draw(path, x):
+        noise = 0.3 * rng.standard_normal(x.shape).astype(np.float32)
+        return noise + 1 if path_name(path).endswith("scale") else noise
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def program(config, batch) -> str:
+    """What is compiled to initialise, run forward and differentiate, with dropout."""
+    model = models.build(config)
+
+    def run(batch, rng):
+        params = model.init(rng, batch)["params"]
+
+        def loss(params):
+            logits = model.apply({"params": params}, batch, rngs={"dropout": rng})
+            return sum((x**2).sum() for x in logits.values())
+
+        return params, jax.grad(loss)(params)
+
+    return jax.jit(run).lower(batch, jax.random.key(0)).as_text()
+
+
+def value_and_grad(config, params, batch, rng=None):
+    """(logits by name, gradients of a fixed function of them), compiled."""
+    model = models.build(config)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            rngs = {} if rng is None else {"dropout": rng}
+            logits = model.apply({"params": params}, batch, rngs=rngs)
+            # Every logit matters, each in its own way.
+            total = sum(
+                (
+                    jax.nn.log_softmax(x) * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+                ).sum()
+                for x in logits.values()
+            )
+            return total, logits
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, logits), grads = run(params)
+    return logits, grads
+
+
+def assert_trees_close(got, expected, close=1e-5):
+    """Leaf by leaf, relative to the leaf's largest value."""
+    got, expected = flat(got), flat(expected)
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        atol = close * max(1.0, float(np.abs(x).max()))
+        np.testing.assert_allclose(got[name], x, rtol=0, atol=atol, err_msg=name)
+
+
+# What differs is the order of float32 sums over some 100 tokens: errors of 1e-6 of the
+# largest gradient. Adam's first update is rate * g / (|g| + eps): with eps = rate it
+# passes an error of g on at most unchanged.
+TOLERANCE = 2e-6
+
+
+def update(experiment, start, batch):
+    """(state after a step, {metric: value}) on the host, however they are placed."""
+    placement = experiment.placement
+    # Steps donate their state: each gets its own.
+    state = jax.tree.map(np.copy, start).replace(rng=jax.random.key(0))
+    if not isinstance(placement, PmapPlacement):
+        state = jax.device_put(state, placement.shardings(state))
+    state = placement.load(state)
+    put = experiment.put(batch)
+    step = placement.compile_train(experiment.train_step, state, put)
+    state, measured = step(state, put)
+    state = placement.unload(state)
+    found = metrics.values(metrics.to_host(measured), "train")
+    return TrainState(
+        int(state.step),
+        jax.tree.map(np.asarray, state.params),
+        jax.tree.map(np.asarray, state.opt_state),
+        np.asarray(jax.random.key_data(state.rng)),
+    ), found
+
+
+def assert_same_update(got, expected):
+    """Of two results of `update`."""
+    (state, found), (want, measured) = got, expected
+    assert state.step == want.step == 1
+    np.testing.assert_array_equal(state.rng, want.rng)
+    assert found == pytest.approx(measured, rel=1e-5)
+    for tree, wanted in (
+        (state.params, want.params),
+        (state.opt_state, want.opt_state),  # moments: of the gradients
+    ):
+        tree, wanted = flat(tree), flat(wanted)
+        assert tree.keys() == wanted.keys()
+        for name, x in wanted.items():
+            np.testing.assert_allclose(
+                tree[name], x, rtol=1e-5, atol=TOLERANCE, err_msg=name
+            )

@@ -1,0 +1,527 @@
+"""Laws of the corpora: official counts, file order, and what is told of bad files."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import lzma
+import pathlib
+import threading
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from triform import datasets
+from triform.datasets import clinc150, mnist, mr_sentiment, wikitext2
+from triform.datasets.local_builder import LocalBuilder
+
+# Corpus -> features, and examples of every split.
+FACTS = {
+    "tinyshakespeare": (("text",), {"train": 1, "validation": 1}),
+    "wikitext2": (("text",), {"train": 600, "validation": 60}),
+    "classic_books": (("title", "author", "text"), {"train": 39, "validation": 3}),
+    "clinc150": (
+        ("text", "intent"),
+        {"train": 15_000, "validation": 3_000, "test": 4_500},
+    ),
+    "mr_sentiment": (
+        ("text", "label"),
+        {"train": 8_467, "validation": 1_118, "test": 1_077},
+    ),
+    "mnist": (("image", "label"), {"train": 60_000, "test": 10_000}),
+    "flip_ss3": (
+        ("sequence", "ss3", "mask"),
+        {"train": 9_712, "validation": 1_080, "test": 364},
+    ),
+}
+# Corpus -> small files of ours, and examples of every split.
+FLIP = "id\tsplit\tsequence\tss3\tmask\n"
+DIGITS = np.arange(6 * 784).reshape(6, 28, 28).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> str:
+    """The data_dir of all corpora: each is prepared once."""
+    return str(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def corpus(prepared, shared_data):
+    """(corpus, split) -> its examples, from the published files."""
+
+    def load(name: str, split: str):
+        shared_data(name)
+        return datasets.load(name, split, data_dir=prepared)
+
+    return load
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """No local copy in reach, and a data_dir of our own."""
+    monkeypatch.setenv("TRIFORM_DATA", str(tmp_path / "none"))
+    return str(tmp_path / "prepared")
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """(builder, name=content) -> the folder its downloads now come from, verified."""
+    folder = tmp_path / "remote"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def publish(builder: type[LocalBuilder], contents: dict[str, bytes]) -> None:
+        found = {}
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+            url = f"http://127.0.0.1:{server.server_port}/{name}"
+            known = builder.downloads[name][2]
+            found[name] = (url, len(content), known and _sha256(content))
+        monkeypatch.setattr(builder, "downloads", found)
+
+    yield publish
+    server.shutdown()
+    server.server_close()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _lines(folder: str, name: str) -> list[str]:
+    content = (pathlib.Path(folder) / name).read_bytes()
+    unpack = gzip.decompress if name.endswith(".gz") else lzma.decompress
+    return unpack(content).decode().removesuffix("\n").split("\n")
+
+
+def _idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    return gzip.compress(header + array.tobytes())
+
+
+# The published files ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_splits_have_the_official_sizes(corpus, prepared, name):
+    features, sizes = FACTS[name]
+    for split, size in sizes.items():
+        found = corpus(name, split)
+        assert len(found) == size
+        assert set(found[0]) == set(features)
+    choices = f"expected one of {', '.join(sizes)},"
+    with pytest.raises(datasets.DataError, match=choices):
+        corpus(name, "dev")
+    # The published files share the folder a download would use.
+    assert (pathlib.Path(prepared) / name).is_dir()
+
+
+def test_tinyshakespeare_is_cut_as_nanogpt_does(corpus, shared_data):
+    splits = ("train", "validation")
+    parts = [corpus("tinyshakespeare", split)[0]["text"] for split in splits]
+    assert [len(part) for part in parts] == [1_003_854, 111_540]
+    file = pathlib.Path(shared_data("tinyshakespeare")) / "input.txt"
+    assert "".join(parts) == file.read_bytes().decode()
+
+
+@pytest.mark.parametrize(
+    ("split", "file", "tokens"),
+    [
+        ("train", "train.txt.gz", 2_088_628),
+        ("validation", "valid.txt.gz", 217_646),
+    ],
+)
+def test_wikitext2_has_the_official_tokens(corpus, shared_data, split, file, tokens):
+    texts = [example["text"] for example in corpus("wikitext2", split)]
+    assert sum(len(text.split()) + text.count("\n") for text in texts) == tokens
+    lines = _lines(shared_data("wikitext2"), file)
+    assert "".join(texts) == "".join(f"{line}\n" for line in lines)
+    assert all(wikitext2.TITLE.fullmatch(text.split("\n")[0]) for text in texts[1:])
+
+
+def test_classic_books_are_in_file_order(corpus, shared_data):
+    lines = _lines(shared_data("classic_books"), "books.jsonl.xz")
+    books = [json.loads(line) for line in lines]
+    for split, part in (("train", "train"), ("validation", "valid")):
+        expected = [
+            {
+                "title": book["title"],
+                "author": book["author"],
+                "text": "\n".join(book["paragraphs"]),
+            }
+            for book in books
+            if book["split"] == part
+        ]
+        assert list(corpus("classic_books", split)) == expected
+
+
+def test_clinc150_is_in_file_order(corpus, shared_data, prepared):
+    lines = _lines(shared_data("clinc150"), "data_full.json.gz")
+    parts = json.loads("\n".join(lines))
+    for split, part in clinc150.PARTS.items():
+        found = list(corpus("clinc150", split))
+        names = datasets.label_names("clinc150", "intent", data_dir=prepared)
+        assert [[e["text"], names[e["intent"]]] for e in found] == parts[part]
+        # As many of each intent: 100, 20 and 30.
+        assert set(Counter(e["intent"] for e in found).values()) == {len(found) // 150}
+    assert len(names) == 150
+    assert list(names) == sorted(names)
+
+
+def test_mr_sentiment_loses_nothing_and_splits_no_text(corpus, shared_data, prepared):
+    sizes = FACTS["mr_sentiment"][1]
+    splits = {split: list(corpus("mr_sentiment", split)) for split in sizes}
+    names = datasets.label_names("mr_sentiment", "label", data_dir=prepared)
+    assert names == ("negative", "positive")
+    home = {e["text"]: split for split, part in splits.items() for e in part}
+    for label, file in enumerate(mr_sentiment.MrSentiment.files):
+        lines = [line.strip() for line in _lines(shared_data("mr_sentiment"), file)]
+        assert len(lines) == 5_331
+        for split, part in splits.items():
+            found = [e["text"] for e in part if e["label"] == label]
+            assert found == [line for line in lines if home[line] == split]
+
+
+def test_mnist_is_in_the_official_order(corpus, shared_data):
+    path = pathlib.Path(shared_data("mnist")) / mnist.NAME
+    with np.load(path) as arrays:
+        for split in mnist.STEMS:
+            images, labels = zip(
+                *((e["image"], e["label"]) for e in corpus("mnist", split)), strict=True
+            )
+            images = np.stack(images)
+            assert images.dtype == np.uint8
+            assert images.shape[1:] == (28, 28, 1)
+            np.testing.assert_array_equal(images[..., 0], arrays[f"{split}_images"])
+            np.testing.assert_array_equal(labels, arrays[f"{split}_labels"])
+
+
+def test_flip_ss3_has_a_state_for_every_residue(corpus, shared_data):
+    rows = [line.split("\t") for line in _lines(shared_data("flip_ss3"), "ss3.tsv.xz")]
+    chains = {split: list(corpus("flip_ss3", split)) for split in FACTS["flip_ss3"][1]}
+    for split, part in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        expected = [tuple(row[2:]) for row in rows[1:] if row[1] == part]
+        found = [(e["sequence"], e["ss3"], e["mask"]) for e in chains[split]]
+        assert found == expected
+    assert sum(len(e["ss3"]) for part in chains.values() for e in part) == 2_845_094
+
+
+def test_label_names_of_what_has_none(corpus, prepared):
+    corpus("tinyshakespeare", "train")
+    assert datasets.label_names("tinyshakespeare", "text", data_dir=prepared) == ()
+    assert datasets.label_names("tinyshakespeare", "other", data_dir=prepared) == ()
+    assert datasets.label_names("cldr", "en") == ()
+
+
+# Other files ------------------------------------------------------------------------
+
+
+def _npz(**changes: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    arrays = {
+        "train_images": DIGITS[:4],
+        "train_labels": np.array([3, 1, 0, 9], np.uint8),
+        "test_images": DIGITS[4:],
+        "test_labels": np.array([7, 7], np.uint8),
+    }
+    np.savez(file, **arrays | changes)
+    return file.getvalue()
+
+
+def _book(split: str) -> str:
+    book = {
+        "author": "A",
+        "title": "T",
+        "split": split,
+        "paragraphs": ["ä", "b\u2028c"],
+    }
+    return json.dumps(book, ensure_ascii=False) + "\n"
+
+
+def _clinc(intent: str = "alarm") -> bytes:
+    return json.dumps({x: [["a", intent]] for x in clinc150.PARTS.values()}).encode()
+
+
+# Corpus -> small files in place of its own.
+SMALL = {
+    "tinyshakespeare": {"input.txt": b"0123456789"},
+    "wikitext2": {
+        "train.txt.gz": gzip.compress(
+            b"none\n \n = A = \n \n = = B = = \n \n = W , L = \n \n = C = \n \nd\n"
+        ),
+        "valid.txt.gz": gzip.compress(b" \n = A = \n \n e \n \n = B = \n \n f \n"),
+    },
+    "classic_books": {
+        "books.jsonl.xz": lzma.compress((_book("train") + _book("valid")).encode())
+    },
+    "clinc150": {"data_full.json.gz": gzip.compress(_clinc())},
+    "mr_sentiment": {
+        "rt-polarity.neg.txt.gz": gzip.compress(
+            "".join(f"bad {i} \n" for i in range(60)).encode()
+        ),
+        "rt-polarity.pos.txt.gz": gzip.compress(b"good\n"),
+    },
+    "mnist": {"mnist.npz": _npz()},
+    "flip_ss3": {
+        "ss3.tsv.xz": lzma.compress(
+            f"{FLIP}a\ttrain\tMK\tHE\t10\nb\tvalid\tK\tC\t1\n"
+            "c\ttest\tK\tC\t0\n".encode()
+        )
+    },
+}
+
+
+def _give(folder: pathlib.Path, name: str, **changed: bytes) -> str:
+    folder.mkdir()
+    for file, content in (SMALL[name] | changed).items():
+        (folder / file).write_bytes(content)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_other_files_are_prepared_apart(tmp_path, alone, name):
+    manual = _give(tmp_path / "files", name)
+    found = datasets.load(name, "train", data_dir=alone, manual_dir=manual)
+    assert len(found)
+    (folder,) = pathlib.Path(alone).glob("manual-*")
+    assert (folder / name).is_dir()
+
+
+def test_wikitext2_cuts_at_titles_only(tmp_path, alone):
+    options = {"data_dir": alone, "manual_dir": _give(tmp_path / "files", "wikitext2")}
+    texts = [e["text"] for e in datasets.load("wikitext2", "train", **options)]
+    assert texts == [
+        "none\n \n = A = \n \n = = B = = \n \n",
+        " = W , L = \n \n",
+        " = C = \n \nd\n",
+    ]
+    texts = [e["text"] for e in datasets.load("wikitext2", "validation", **options)]
+    assert texts == [" \n = A = \n \n e \n \n", " = B = \n \n f \n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("tinyshakespeare", "input.txt", b"\xff", "input.txt is not UTF-8 "),
+        ("tinyshakespeare", "input.txt", b"\n", "input.txt is empty"),
+        ("wikitext2", "valid.txt.gz", b"plain", "is not gzip-compressed UTF-8 "),
+        ("classic_books", "books.jsonl.xz", b"plain", "is not xz-compressed UTF-8 "),
+        (
+            "classic_books",
+            "books.jsonl.xz",
+            lzma.compress(b'{"title": 1}\n'),
+            "is not JSON lines of author, title, split and paragraphs",
+        ),
+        (
+            "classic_books",
+            "books.jsonl.xz",
+            lzma.compress(_book("dev").encode()),
+            r"is not JSON lines .*\('dev'\)",
+        ),
+        (
+            "clinc150",
+            "data_full.json.gz",
+            gzip.compress(_clinc()[:-3]),
+            r"is not lists of \[text, intent\] by split",
+        ),
+        (
+            "clinc150",
+            "data_full.json.gz",
+            gzip.compress(_clinc("dance")),
+            "has 'dance', none of the 150 intents",
+        ),
+        ("mnist", "mnist.npz", b"plain", "mnist.npz is not "),
+        ("mnist", "mnist.npz", _npz()[:-500], "mnist.npz is not "),
+        (
+            "mnist",
+            "mnist.npz",
+            _npz(test_labels=np.array([7, 10], np.uint8)),
+            "labels 0 to 9",
+        ),
+        (
+            "mnist",
+            "mnist.npz",
+            _npz(test_labels=np.array([7], np.uint8)),
+            "mnist.npz is not images of digits",
+        ),
+        (
+            "flip_ss3",
+            "ss3.tsv.xz",
+            lzma.compress(f"{FLIP}a\ttrain\tMK\tHEC\t10\n".encode()),
+            "line 2: sequence, ss3 and mask differ in length",
+        ),
+        (
+            "flip_ss3",
+            "ss3.tsv.xz",
+            lzma.compress(f"{FLIP}a\ttrain\tMK\tHX\t10\n".encode()),
+            "line 2: ss3 must be of H, E and C",
+        ),
+        (
+            "flip_ss3",
+            "ss3.tsv.xz",
+            lzma.compress(f"{FLIP}a\ttrain\tMK\n".encode()),
+            "is not a table of id, split, sequence, ss3, mask",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value in FACTS else "",
+)
+def test_damaged_files_are_told_in_one_line(
+    tmp_path, alone, name, file, content, message
+):
+    manual = _give(tmp_path / "files", name, **{file: content})
+    with pytest.raises(datasets.DataError, match=f"^{name}: .*{message}") as caught:
+        datasets.load(name, "train", data_dir=alone, manual_dir=manual)
+    assert "\n" not in str(caught.value)
+    assert "; replace it (origin: " in str(caught.value)
+
+
+def test_a_split_without_examples_is_named(tmp_path, alone):
+    file = {"books.jsonl.xz": lzma.compress(_book("train").encode())}
+    manual = _give(tmp_path / "files", "classic_books", **file)
+    with pytest.raises(datasets.DataError, match="no example of 'validation'; repl"):
+        datasets.load("classic_books", "train", data_dir=alone, manual_dir=manual)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_missing_files_are_named(tmp_path, alone, name):
+    manual = tmp_path / "files"
+    manual.mkdir()
+    with pytest.raises(datasets.DataError, match=f"^{name}: .*files lacks ") as caught:
+        datasets.load(name, "train", data_dir=alone, manual_dir=str(manual))
+    assert all(file in str(caught.value) for file in SMALL[name])
+    assert "set data.manual_dir" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "classic_books", "flip_ss3"])
+def test_what_cannot_be_downloaded_is_told_with_the_fix(alone, name):
+    with pytest.raises(datasets.DataError, match="nothing can be down") as caught:
+        datasets.load(name, "train", data_dir=alone)
+    reason = str(caught.value)
+    assert "\n" not in reason
+    assert all(file in reason for file in SMALL[name])
+    assert "github.com" in reason
+    assert "data.manual_dir" in reason
+    assert f"$TRIFORM_DATA/{name}" in reason
+
+
+# Downloads --------------------------------------------------------------------------
+
+
+def _originals() -> dict[str, bytes]:
+    with np.load(io.BytesIO(_npz())) as arrays:
+        return {
+            f"{stem}-{kind}": _idx(arrays[f"{split}_{kind[:6]}"])
+            for split, stem in mnist.STEMS.items()
+            for kind in mnist.KINDS
+        }
+
+
+def _images(name: str, split: str, **options: str) -> list:
+    found = datasets.load(name, split, **options)
+    return [(e["image"].tolist(), e["label"]) for e in found]
+
+
+def test_mnist_downloads_the_originals(tmp_path, alone, serve):
+    serve(mnist.Mnist, _originals())
+    manual = _give(tmp_path / "files", "mnist")
+    for split, size in (("train", 4), ("test", 2)):
+        found = _images("mnist", split, data_dir=alone)
+        assert len(found) == size
+        other = _images("mnist", split, data_dir=alone, manual_dir=manual)
+        assert found == other
+
+
+def test_originals_may_be_given_by_hand(tmp_path, alone, serve):
+    files = _originals()
+    serve(mnist.Mnist, files)
+    datasets.load("mnist", "train", data_dir=alone)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    arguments = ("mnist", "train")
+    downloaded = datasets.fingerprint(*arguments, data_dir=alone)
+    given = datasets.fingerprint(*arguments, data_dir=alone, manual_dir=str(folder))
+    # They are those published, hence the same data.
+    assert given == downloaded
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(b"torn")
+    with pytest.raises(datasets.DataError, match="t10k-images.*gzip-compressed IDX"):
+        datasets.load("mnist", "train", data_dir=alone, manual_dir=str(folder))
+
+
+def test_a_download_that_differs_is_refused(tmp_path, alone, serve):
+    serve(clinc150.Clinc150, {"data_full.json": _clinc()})
+    (tmp_path / "remote" / "data_full.json").write_bytes(_clinc("balance"))
+    with pytest.raises(datasets.DataError, match=r"data_full\.json.*wrong checksum"):
+        datasets.load("clinc150", "train", data_dir=alone)
+
+
+def test_clinc150_downloads_the_plain_file(alone, serve):
+    serve(clinc150.Clinc150, {"data_full.json": _clinc("balance")})
+    (example,) = datasets.load("clinc150", "test", data_dir=alone)
+    names = datasets.label_names("clinc150", "intent", data_dir=alone)
+    assert (example["text"], names[example["intent"]]) == ("a", "balance")
+
+
+def _archive(**members: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"sentence_polarity/{name}", content)
+    return file.getvalue()
+
+
+def _snippets(monkeypatch) -> bytes:
+    """The archive, from now on the right one, of 0 to 59, negative, and 'good'."""
+    negative = "".join(f"{i} \n" for i in range(60)).encode()
+    members = {"rt-polarity.neg": negative, "rt-polarity.pos": b"good \n"}
+    sums = {name: _sha256(content) for name, content in members.items()}
+    monkeypatch.setattr(mr_sentiment, "MEMBERS", sums)
+    return _archive(**members)
+
+
+def test_mr_sentiment_downloads_the_archive(alone, serve, monkeypatch):
+    serve(mr_sentiment.MrSentiment, {mr_sentiment.ZIP: _snippets(monkeypatch)})
+    found = datasets.load("mr_sentiment", "all", data_dir=alone)
+    texts = [*map(str, range(60)), "good"]
+    assert sorted(e["text"] for e in found) == sorted(texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_archive(**{"rt-polarity.neg": b"bad\n"}), "has another rt-polarity.neg than"),
+        (_archive(other=b"bad\n"), "sentence_polarity.zip is not the archive"),
+        (b"torn", "sentence_polarity.zip is not the archive"),
+    ],
+    ids=["another", "lacking", "torn"],
+)
+def test_mr_sentiment_refuses_another_archive(
+    tmp_path, alone, serve, monkeypatch, content, message
+):
+    serve(mr_sentiment.MrSentiment, {mr_sentiment.ZIP: content})
+    with pytest.raises(datasets.DataError, match=f"^mr_sentiment: .*{message}"):
+        datasets.load("mr_sentiment", "train", data_dir=alone)
+    # It is not kept: the next attempt gets what is there by then.
+    archive = _snippets(monkeypatch)
+    (tmp_path / "remote" / mr_sentiment.ZIP).write_bytes(archive)
+    assert len(datasets.load("mr_sentiment", "all", data_dir=alone)) == 61
+
+
+def test_the_texts_of_the_archive_are_those_of_the_local_copy(shared_data):
+    folder = shared_data("mr_sentiment")
+    for name, sha256 in mr_sentiment.MEMBERS.items():
+        content = (pathlib.Path(folder) / f"{name}.txt.gz").read_bytes()
+        assert _sha256(gzip.decompress(content)) == sha256

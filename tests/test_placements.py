@@ -1,0 +1,135 @@
+"""Law 5 for every family and task: meshes, pmap and micro-batches change nothing."""
+
+import jax
+import numpy as np
+import pytest
+from laws import assert_same_update, update
+
+from triform.configs.base import ExperimentConfig
+from triform.experiment import Experiment
+from triform.models import (
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LanguageModelConfig,
+    VisionConfig,
+)
+from triform.models.config import TransformerConfig
+from triform.runtime.optim import OptimConfig
+from triform.runtime.partition import MeshConfig, MeshPlacement
+from triform.scoring import EvaluationConfig
+from triform.tasks import (
+    ClassificationConfig,
+    PretrainingConfig,
+    RegressionConfig,
+    TokenPredictionConfig,
+)
+from triform.transforms import (
+    ImagesConfig,
+    LabelledConfig,
+    MaskedConfig,
+    PairsConfig,
+    WindowsConfig,
+)
+
+ROWS, LENGTH, VOCAB = 6, 8, 16
+TEXT = {"max_len": LENGTH, "batch_size": ROWS}
+
+
+def trunk(**fields):
+    sizes = {"num_layers": 1, "d_model": 16, "num_heads": 4, "d_ff": 32, "max_len": 8}
+    return TransformerConfig(**{**sizes, "dropout": 0.0, **fields})
+
+
+LLAMA = {"positions": "rotary", "norm": "rms", "ffn": "swiglu", "bias": "none"}
+T5 = {"positions": "relative", "norm": "rms", "norm_position": "pre", "bias": "none"}
+LEARNED = {"positions": "learned", "ffn": "gelu"}
+# name: (model, task, data)
+SYSTEMS = {
+    "llama": (
+        LanguageModelConfig(trunk(**LLAMA, num_kv_heads=2), VOCAB, tie_head=False),
+        TokenPredictionConfig(label_smoothing=0.0),
+        WindowsConfig(**TEXT, documents="separate"),
+    ),
+    "t5": (
+        EncoderDecoderConfig(trunk(**T5), VOCAB, embedding_scale="head"),
+        TokenPredictionConfig(),
+        PairsConfig(**TEXT),
+    ),
+    "bert": (
+        EncoderConfig(trunk(**LEARNED), VOCAB),
+        PretrainingConfig(),
+        MaskedConfig(**TEXT),
+    ),
+    "regression": (
+        EncoderConfig(trunk(**LEARNED), VOCAB, masked_head=False, num_labels=1),
+        RegressionConfig(),
+        LabelledConfig(**TEXT),
+    ),
+    "vit, mixed labels": (
+        VisionConfig(
+            trunk(**{**LEARNED, "norm_position": "pre", "max_len": 5}), 8, 4, 1, "token"
+        ),
+        ClassificationConfig(label_smoothing=0.1),
+        ImagesConfig(size=8, channels=1, batch_size=ROWS, mixup=0.2),
+    ),
+}
+SYSTEMS["vit, mixed labels"][0].num_labels = 3
+SETTINGS = (
+    {"mesh": (2, 2, 2, 1), "accumulate": 2},
+    {"mesh": (1, 2, 2, 2)},
+    {"placement": "pmap", "accumulate": 3},
+)
+
+
+def experiment(name, devices=8, mesh=(0, 1, 1, 1), accumulate=1, placement="mesh"):
+    model, task, data = SYSTEMS[name]
+    optim = OptimConfig("adamw", 1e-2, warmup_steps=1, eps=1e-2, weight_decay=0.1)
+    optim.accumulate = accumulate
+    evaluation = EvaluationConfig(metrics=())
+    config = ExperimentConfig(model, task, data, optim, evaluation=evaluation)
+    config.placement, config.mesh = placement, MeshConfig(*mesh)
+    made = Experiment(config)
+    if devices == 1:
+        made.placement = MeshPlacement(MeshConfig(), jax.devices()[:1])
+    return made
+
+
+def batch_of(made):
+    """Rows of very unequal weight; the last one is padding."""
+    rng = np.random.default_rng(0)
+    limits, batch = made.config.model.limits(), made.empty_batch(ROWS, LENGTH)
+    for key, x in batch.items():
+        if key.endswith("weights"):
+            batch[key] = rng.choice([0.0, 0.25, 1.0], x.shape).astype(np.float32)
+        elif key in ("segments", "encoder_segments"):
+            batch[key] = (np.arange(LENGTH) < rng.integers(3, 9, (ROWS, 1))) * 1
+        elif key == "positions":
+            batch[key] = np.broadcast_to(np.arange(LENGTH), x.shape)
+        elif key == "predict":
+            batch[key] = rng.integers(0, LENGTH, x.shape)
+        elif x.dtype == np.int32:
+            batch[key] = rng.integers(0, limits.get(key, VOCAB), x.shape)
+        else:
+            batch[key] = rng.random(x.shape)
+        batch[key] = np.asarray(batch[key], x.dtype)
+        batch[key][-1] = 0
+    return batch
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_placement_updates_alike(name):
+    alone = experiment(name, devices=1)
+    start = jax.tree.map(np.asarray, jax.jit(alone.make_state)().replace(rng=None))
+    batch = batch_of(alone)
+    expected = update(alone, start, batch)
+    moved = [
+        np.abs(new - old).max()
+        for new, old in zip(
+            jax.tree.leaves(expected[0].params),
+            jax.tree.leaves(start.params),
+            strict=True,
+        )
+    ]
+    assert max(moved) > 1e-3
+    for settings in SETTINGS:
+        assert_same_update(update(experiment(name, **settings), start, batch), expected)
