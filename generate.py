@@ -93,7 +93,8 @@ class Continuation:
     """Continues prompts piece by piece, as far as wanted.
 
     A window reads at most half of the model's context and writes the other half; its
-    end is what the next one reads. So a text does not depend on its neighbours' lengths.
+    end is what the next one reads. So a text does not depend on its neighbours'
+    lengths.
     """
 
     def __init__(self, experiment: Experiment, tok: Tokenizer):
