@@ -83,8 +83,8 @@ def get_config(variant: str = "base") -> ExperimentConfig:
         trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 16, 2, 32
         trunk.max_len = config.data.max_len = 32
         config.model.vocab_size = 1000
-        config.data.train_split = config.data.eval_split = "validation[:1]"
-        config.data.test_split = "validation[:1]"
+        config.data.train_split = config.data.eval_split = "validation[:2]"
+        config.data.test_split = "validation[:2]"
         config.data.batch_size = 256
         config.steps, config.log_every = 4, 2
         config.evaluation.every = config.checkpoint.every = 2

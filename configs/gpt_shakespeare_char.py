@@ -3,7 +3,13 @@
     python train.py --config=configs/gpt_shakespeare_char.py:cpu --workdir=DIR
     python generate.py --workdir=DIR --input="ROMEO:" --temperature=0.8
 
-RESULT
+The `cpu` variant has nanoGPT's shape and schedule (4 layers, 4 heads, width 128,
+context 64, batch 12, 2,000 steps) and twice its learning rate, which by our one run each
+was better: 1.824 against 1.897 nats a character. Measured on 2 cores of an AMD EPYC, on
+the whole validation split (111,540 characters, windows of 64): 1.824. TIME
+
+The full recipe (6 layers, width 384, context 256, 5,000 steps of 64) was not run: no
+accelerator was at hand. nanoGPT reports 1.4697 for it.
 """
 
 from triform.configs.base import ExperimentConfig
@@ -65,7 +71,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
         trunk.num_layers, trunk.d_model, trunk.num_heads = 4, 128, 4
         trunk.d_ff, trunk.max_len, config.data.max_len = 4 * 128, 64, 64
         trunk.dropout = trunk.attention_dropout = 0.0
-        config.data.batch_size = 12
+        config.data.batch_size, config.optim.learning_rate = 12, 2e-3
         config.evaluation.every = config.checkpoint.every = 500
         config.steps = 2000
     elif variant == "smoke":
