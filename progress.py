@@ -25,8 +25,9 @@ class Progress:
         every: int,
         rate: Callable[[int], Any],
         window: dict[str, list],
+        unit: str = "tokens",
     ):
-        self.total, self.every, self.rate = total, every, rate
+        self.total, self.every, self.rate, self.unit = total, every, rate, unit
         self.live = sys.stdout.isatty()
         self.first = self.step = step
         self.started = time.perf_counter()
@@ -41,7 +42,7 @@ class Progress:
 
     def _reset(self) -> None:
         self.sums: metrics.Metrics | None = None
-        self.tokens, self.waited, self.away = 0, 0.0, 0.0
+        self.real, self.waited, self.away = 0, 0.0, 0.0
         self.since, self.steps = time.perf_counter(), 0
 
     @contextlib.contextmanager
@@ -62,9 +63,12 @@ class Progress:
         self.idle += time.perf_counter() - start
 
     def update(
-        self, step: int, measured: metrics.Metrics, tokens: int
+        self, step: int, measured: metrics.Metrics, real: int
     ) -> dict[str, float] | None:
-        """Takes in a step, measured on the host; returns the scalars of a report."""
+        """Takes in a step, measured on the host, of `real` units of data.
+
+        Returns the scalars of a report, if one is due.
+        """
         self.step = step
         scalars = metrics.values(measured, "train")
         for name, (total, weight) in self.window.items():
@@ -72,7 +76,7 @@ class Progress:
             measured[name] = m.replace(total=m.total + total, weight=m.weight + weight)
         self.window = {}
         self.sums = metrics.add(self.sums, measured)
-        self.tokens += tokens
+        self.real += real
         self.steps += 1
         if self.live:
             self._show(scalars, end="\r")
@@ -82,7 +86,7 @@ class Progress:
         line = metrics.values(self.sums, "train")
         line |= {
             "train/learning_rate": float(self.rate(step - 1)),
-            "train/tokens_per_second": self.tokens / seconds,
+            f"train/{self.unit}_per_second": self.real / seconds,
             "train/steps_per_second": self.steps / seconds,
             "train/data_wait": self.waited / seconds,
         }
@@ -100,7 +104,7 @@ class Progress:
             f"step {self.step}/{self.total}  loss {scalars['train/loss']:.4f}  "
             f"lr {float(self.rate(self.step - 1)):.2e}  "
             f"grad {scalars['train/grad_norm']:.3f}  "
-            f"{self.tokens / seconds:,.0f} tokens/s  "
+            f"{self.real / seconds:,.0f} {self.unit}/s  "
             f"data {self.waited / seconds:.0%}  left {left}"
         )
         if self.live:

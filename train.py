@@ -190,7 +190,8 @@ def compile_steps(
             experiment.train_step, state, batch
         )
         took = time.perf_counter() - start
-        print(f"compiled the step for rows of {length} in {took:.1f} s", flush=True)
+        rows = f" for rows of {length}" if length else ""
+        print(f"compiled the step{rows} in {took:.1f} s", flush=True)
     return compiled
 
 
@@ -208,7 +209,12 @@ def train_loop(
     config, start = experiment.config, meta["data"]["step"]
     steps = compile_steps(experiment, train, state)
     progress = Progress(
-        start, config.steps, config.log_every, experiment.schedule, meta["window"]
+        start,
+        config.steps,
+        config.log_every,
+        experiment.schedule,
+        meta["window"],
+        train.batches.transform.unit,
     )
     source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
     pending = None
@@ -216,19 +222,19 @@ def train_loop(
     def settle() -> None:
         """Reads the metrics of the step before: never waits for the one in flight."""
         if pending is not None:
-            number, measured, tokens = pending
+            number, measured, real = pending
             measured = metrics.to_host(measured)
             check_finite(metrics.values(measured, "train"), number, train)
-            if line := progress.update(number, measured, tokens):
+            if line := progress.update(number, measured, real):
                 writer.write(number, line)
 
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
-                batch, length, tokens = next(source)
+                batch, length, real = next(source)
             state, measured = steps[length](state, batch)
             settle()
-            pending = (step, measured, tokens)
+            pending = (step, measured, real)
             due = evaluation_due(config, step)
             if not (interrupt.requested or due or step % config.checkpoint.every == 0):
                 continue

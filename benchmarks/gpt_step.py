@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from triform.configs import gpt_shakespeare_char
 from triform.experiment import Experiment
 from triform.runtime import metrics
-from triform.runtime.host import keep_freed_memory
+from triform.runtime.host import keep_freed_memory, matrix_products_only
 
 VOCAB = 68
 
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=0)
     args = parser.parse_args()
     keep_freed_memory()
+    matrix_products_only()
     config = gpt_shakespeare_char.get_config("cpu" if args.shape == "char" else "")
     config.data.batch_size = args.batch_size or (12 if args.shape == "char" else 16)
     config.model.trunk.dropout = config.model.trunk.attention_dropout = 0.0

@@ -4,7 +4,10 @@
     python train.py --config=configs/bert_finetune.py:clinc150 --config.init_from=DIR \
         --workdir=DIR2
 
-RESULT
+The `cpu` variant, measured on 2 cores of an AMD EPYC beside other jobs: 3,000 steps of
+64 rows in 52 minutes, 51 minutes of CPU time; on the three held-out books 28.4 % of the
+masked tokens and 70.3 % of the next sentences right, 4.35 nats a masked token. `base`,
+`large` and `roberta` were dry-run only: no accelerator was at hand.
 """
 
 from triform.configs.base import ExperimentConfig

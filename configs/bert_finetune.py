@@ -7,7 +7,11 @@ PRETRAINED is a workdir of configs/bert_books.py:cpu. Without init_from the same
 starts from scratch; --config.data.tokenizer.path=PRETRAINED/tokenizer.json gives it the
 same tokens.
 
-RESULT
+Not yet compared over seeds: no result. By sweep.py:
+
+    python sweep.py --config=configs/bert_finetune.py:clinc150 --workdir=DIR \
+        --sweep=init_from=PRETRAINED, --sweep=seed=0,1,2,3,4 \
+        --config.data.tokenizer.path=PRETRAINED/tokenizer.json
 """
 
 from triform.configs import bert_books

@@ -7,7 +7,7 @@ The perplexity is a word's: exp(all nats of the validation text / its 217,646 wo
 end of every article. Each token is predicted once; all but the first of the text see at
 least max_len - eval_stride tokens before them. Nothing else was trained on.
 
-RESULT
+Not yet run to the end: no result.
 """
 
 from triform.configs.base import ExperimentConfig

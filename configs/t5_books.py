@@ -4,7 +4,7 @@
 
 Next: configs/t5_multitask.py. The tokenizer is also trained on what comes there.
 
-RESULT
+Not yet run to the end: no result.
 """
 
 from triform.configs.base import ExperimentConfig

@@ -5,7 +5,7 @@
 
 PRETRAINED is a workdir of configs/t5_books.py:cpu.
 
-RESULT
+Not yet run to the end: no result.
 """
 
 from triform.configs import t5_books

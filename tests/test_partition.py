@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from laws import TOLERANCE, assert_same_update, flat, update
 
+from triform.configs import bert_books, vit_mnist
 from triform.configs.base import ExperimentConfig
 from triform.experiment import Experiment
 from triform.runtime import metrics, partition
@@ -302,11 +303,17 @@ def test_the_plan_lists_every_parameter(make_experiment):
 
 def test_rules_are_all_needed(make_experiment):
     """Each row is the first match of some parameter."""
+    configs = [
+        make_experiment(devices=1, **fields).config
+        for fields in (
+            {"positions": "learned", "ffn": "swiglu", "tie_head": False},
+            {"positions": "relative", "scan_layers": True},
+        )
+    ]
+    configs += [bert_books.get_config("smoke"), vit_mnist.get_config("smoke")]
     used = set()
-    for scan in (False, True):
-        config = make_experiment(devices=1, positions="learned", ffn="swiglu").config
-        config.model.tie_head, config.model.trunk.scan_layers = False, scan
-        params = jax.eval_shape(Experiment(config).make_state).params
+    for config in configs:
+        params = jax.eval_shape(Experiment(config).init_params)
         for name in flat(params):
             used.add(next(p for p, _ in partition.RULES if re.search(p, name)))
     assert used == {pattern for pattern, _ in partition.RULES}
