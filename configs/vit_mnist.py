@@ -2,7 +2,7 @@
 
     python train.py --config=configs/vit_mnist.py --workdir=DIR
 
-RESULT
+Not yet run to the end: no result.
 """
 
 from triform.configs.base import ExperimentConfig
