@@ -15,6 +15,7 @@ import jax
 from absl import app, flags
 
 from triform.datasets import DataError
+from triform.runtime import host
 from triform.runtime.checkpoint import CheckpointError
 
 
@@ -27,6 +28,7 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
 
     A mistake of the user ends it with one line on standard error and code 1.
     """
+    host.prepare()
     # A log file shows the plan while the run compiles, not afterwards.
     sys.stdout.reconfigure(line_buffering=True)
     app.run(lambda argv: _answered(lambda: _run(main, argv)), flags_parser=_parse)

@@ -41,7 +41,6 @@ from triform.input_pipeline import (
 from triform.progress import Progress
 from triform.runtime import metrics
 from triform.runtime.checkpoint import Checkpointer
-from triform.runtime.host import keep_freed_memory, matrix_products_only
 from triform.runtime.metrics import MetricWriter
 from triform.runtime.partition import parameter_table
 from triform.token_store import build_tokenizer, load_tokenizer
@@ -449,8 +448,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    matrix_products_only()
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from triform.configs import gpt_shakespeare_char
 from triform.experiment import Experiment
-from triform.runtime import metrics
-from triform.runtime.host import keep_freed_memory, matrix_products_only
+from triform.runtime import host, metrics
 
 VOCAB = 68
 
@@ -139,8 +138,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=0)
     args = parser.parse_args()
-    keep_freed_memory()
-    matrix_products_only()
+    host.prepare()
     config = gpt_shakespeare_char.get_config("cpu" if args.shape == "char" else "")
     config.data.batch_size = args.batch_size or (12 if args.shape == "char" else 16)
     config.model.trunk.dropout = config.model.trunk.attention_dropout = 0.0

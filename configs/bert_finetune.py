@@ -38,13 +38,14 @@ def get_config(variant: str = "clinc150") -> ExperimentConfig:
             label="intent",
             max_len=32,
             batch_size=64,
+            buckets=(16,),
             tokenizer=TokenizerConfig(kind="wordpiece", lowercase=True),
         ),
         optim=OptimConfig(
             name="adamw",
             learning_rate=5e-4,
             schedule="linear",
-            warmup_steps=100,
+            warmup_steps=50,
             b2=0.98,
             eps=1e-6,
             weight_decay=0.01,
@@ -54,15 +55,14 @@ def get_config(variant: str = "clinc150") -> ExperimentConfig:
         checkpoint=CheckpointConfig(
             every=250, keep_newest=1, metric="eval/accuracy", mode="max"
         ),
-        steps=1000,
+        steps=500,
     )
     if variant == "mr_sentiment":
         config.model.num_labels = 2
         config.data.source, config.data.label = "mr_sentiment", "label"
-        config.data.max_len = 64
+        config.data.max_len, config.data.batch_size = 64, 32
         config.data.buckets = (32,)
-        config.optim.learning_rate, config.steps = 3e-4, 500
-        config.evaluation.every = config.checkpoint.every = 125
+        config.optim.learning_rate = 3e-4
     elif variant == "smoke":
         config.data.train_split = config.data.eval_split = "validation[:100]"
         config.data.test_split = "validation[:100]"

@@ -37,20 +37,21 @@ def get_config(variant: str = "") -> ExperimentConfig:
             temperature=2.0,  # sqrt: the small sets are not drowned
             max_len=64,
             batch_size=64,
+            buckets=(16, 32),
             tokenizer=pretraining.data.tokenizer,
         ),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=300, clip_norm=1.0),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=200, clip_norm=1.0),
         decode=DecodeConfig(method="greedy", max_len=40),
         evaluation=EvaluationConfig(
             every=1000, metrics=("exact_match", "bleu"), examples=100
         ),
         checkpoint=CheckpointConfig(every=500, keep_newest=2),
-        steps=4000,
+        steps=2000,
     )
     if variant == "smoke":
         config.data.train_split = config.data.eval_split = "validation[:16]"
         config.data.test_split = "validation[:16]"
-        config.data.batch_size, config.data.max_len = 8, 32
+        config.data.batch_size, config.data.max_len, config.data.buckets = 8, 32, ()
         config.decode.max_len = 8
         config.steps, config.log_every = 4, 2
         config.evaluation.every = config.checkpoint.every = 2

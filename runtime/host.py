@@ -32,17 +32,31 @@ def keep_freed_memory() -> bool:
     return all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
-def matrix_products_only() -> None:
-    """Leaves XLA's library for CPU kernels (YNNPACK) matrix products and nothing else.
+# What is set unless XLA_FLAGS already says something of it.
+COMPILER_FLAGS = {
+    # By default XLA's library for CPU kernels (YNNPACK) also takes every reduction, one
+    # call each with its own start-up: the norms, softmaxes and losses of a small model
+    # then cost more than its matrix products, which it keeps. A step of the 4-layer,
+    # width-128 GPT on 2 CPU cores took 60 ms with them and 44 ms without
+    # (benchmarks/gpt_step.py); one of the model for CLDR, of seven times as many
+    # places, took 4 % more without.
+    "--xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    # GPUs otherwise add up in whatever order threads finish. On an H200 two runs of
+    # gpt_shakespeare_char.py:cpu ended at 2.0024 and 2.0035 nats after 1,000 steps
+    # without it, and at the same bytes with it.
+    "--xla_gpu_deterministic_ops": "true",
+}
 
-    By default it also takes every reduction, one call each with its own start-up: the
-    norms, softmaxes and losses of a small model then cost more than its products. A
-    step of the 4-layer, width-128 GPT on 2 CPU cores took 60 ms with them and 44 ms
-    without (benchmarks/gpt_step.py); one of the model for CLDR, of seven times as many
-    places, took 4 % more without. Read when the first backend starts; accelerators do
-    not look at it.
-    """
-    name = "--xla_cpu_experimental_ynn_fusion_type"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if name not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {name}=LIBRARY_FUSION_TYPE_DOT".strip()
+
+def set_compiler_flags() -> None:
+    """Adds COMPILER_FLAGS to XLA_FLAGS, which the first backend to start reads."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    given = {flag.partition("=")[0] for flag in flags}
+    flags += [f"{k}={v}" for k, v in COMPILER_FLAGS.items() if k not in given]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def prepare() -> None:
+    """Both, for a program that is about to compute."""
+    keep_freed_memory()
+    set_compiler_flags()

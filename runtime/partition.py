@@ -167,14 +167,18 @@ class MeshPlacement:
         """
         batch = pad_rows(batch, self.rows * parts)
 
-        def place(x: np.ndarray) -> jax.Array:
+        def place(name: str, x: np.ndarray) -> jax.Array:
             # Places are split, where there are as many as the axis can take.
-            places = x.ndim == 2 and x.shape[1] % self.sizes["sequence"] == 0
+            places = name not in whole and x.ndim == 2
+            places = places and x.shape[1] % self.sizes["sequence"] == 0
             spec = P(("data", "fsdp"), *(("sequence",) if places else ()))
             sharding = NamedSharding(self.mesh, spec)
             return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
-        return {name: place(x) for name, x in batch.items()}
+        # Classes are no places, nor are the few that are chosen among them.
+        chosen = ("predict", "targets", "weights") if "predict" in batch else ()
+        whole = ("label", *chosen)
+        return {name: place(name, x) for name, x in batch.items()}
 
     def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
         """(state, batch) -> (state, metrics), compiled for these shapes.

@@ -22,6 +22,7 @@ import pytest  # noqa: E402
 
 from triform import datasets  # noqa: E402
 from triform.models import EncoderDecoderConfig  # noqa: E402
+from triform.models.algorithms import ALGORITHMS  # noqa: E402
 from triform.models.config import TransformerConfig  # noqa: E402
 
 
@@ -84,6 +85,95 @@ def pair_batch():
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def packed():
+    """(batch, lengths, source lengths) -> its rows in one, and a place of padding.
+
+    The first so many tokens of each row; the second lengths are of the encoder's side.
+    """
+
+    def pack(batch, lengths, source_lengths=()) -> dict[str, np.ndarray]:
+        out = {}
+        for side, counts in (("", lengths), ("encoder_", source_lengths)):
+            if not counts:
+                continue
+            for key in (f"{side}inputs", f"{side}types"):
+                if key in batch:
+                    rows = [batch[key][r, :n] for r, n in enumerate(counts)]
+                    out[key] = np.concatenate(rows)
+            out[f"{side}segments"] = np.repeat(np.arange(len(counts)) + 1, counts)
+            out[f"{side}positions"] = np.concatenate([np.arange(n) for n in counts])
+        return {k: np.pad(x, (0, 1))[None].astype(np.int32) for k, x in out.items()}
+
+    return pack
+
+
+def twice(q, k, v, mask, **options):
+    """An attention that is in no table."""
+    return 2 * ALGORITHMS["dot"](q, k, v, mask, **options)
+
+
+@pytest.fixture(scope="session")
+def another():
+    """(trunk, field) -> a value of the field that is allowed and not the trunk's."""
+    values = {
+        "num_layers": (3,),
+        "d_model": (24,),
+        "num_heads": (4, 8),
+        "num_kv_heads": (1,),
+        "head_dim": (6,),
+        "d_ff": (16,),
+        "max_len": (20,),
+        "attention": (twice,),
+        "attention_scale": (0.7,),
+        "windows": ((2,),),
+        "positions": ("learned", "none"),
+        "norm": ("rms", "layer"),
+        "norm_position": ("pre", "post"),
+        "norm_eps": (1e-3,),
+        "ffn": ("swiglu", "gelu"),
+        "bias": ("none", "qkv"),
+        "init": ("normal", "xavier"),
+        "rope_base": (500.0,),
+        "rope_scaling": (("linear", 2.0),),
+        "dropout": (0.2,),
+        "attention_dropout": (0.2,),
+        "dtype": ("bfloat16",),
+        "remat": (True,),
+        "scan_layers": (True,),
+    }
+
+    def find(trunk: TransformerConfig, field: str):
+        return next(x for x in values[field] if x != getattr(trunk, field))
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def layer_names():
+    """(trunk, sublayers of attention) -> names of a layer's parameters."""
+
+    def names(trunk: TransformerConfig, attentions, lead: str = "") -> set[str]:
+        biased = {"all": ("query", "key", "value", "out", "up", "gate", "down")}
+        biased |= {"qkv": ("query", "key", "value"), "none": ()}
+        parts = [
+            *(f"{a}/{x}" for a in attentions for x in ("query", "key", "value", "out")),
+            *("feed_forward/up", "feed_forward/down"),
+            *(["feed_forward/gate"] if trunk.ffn in ("geglu", "swiglu") else []),
+        ]
+        found = {f"{part}/kernel" for part in parts}
+        found |= {
+            f"{part}/bias" for part in parts if part.split("/")[1] in biased[trunk.bias]
+        }
+        for sublayer in (*attentions, "feed_forward"):
+            found.add(f"{sublayer}_norm/scale")
+            if trunk.norm == "layer" and trunk.bias == "all":
+                found.add(f"{sublayer}_norm/bias")
+        return {lead + name for name in found}
+
+    return names
 
 
 @pytest.fixture

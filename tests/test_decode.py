@@ -11,6 +11,7 @@ from flax import struct
 
 from triform import decode, models
 from triform.decode import DecodeConfig
+from triform.models import LanguageModelConfig
 
 PAD, EOS = 0, 1
 VOCAB, LENGTH, ROWS = 4, 4, 3
@@ -256,6 +257,26 @@ def test_sampled_frequencies(temperature, top_k, top_p):
     assert (np.abs(seen - p) <= 5 * np.sqrt(p * (1 - p) / draws)).all()
 
 
+def test_draws_of_places_and_rows_are_independent():
+    rows, length = 20_000, 3
+
+    def extend(tokens, positions, cache):
+        return jnp.broadcast_to(LOGP, (rows, 1, len(LOGP))), cache
+
+    zeros = jnp.zeros(rows, jnp.int32)
+    config = DecodeConfig(method="sample")
+    rest = {"eos": len(LOGP), "length": length, "rng": jax.random.key(0)}
+    run = jax.jit(lambda: decode.generate(config, extend, (), zeros, zeros, **rest))
+    tokens = np.asarray(run()[0])
+    p = np.exp(LOGP.astype(np.float64))
+    p = np.outer(p / p.sum(), p / p.sum()).ravel()
+    pairs = [(tokens[:, i], tokens[:, i + 1]) for i in range(length - 1)]
+    pairs.append((tokens[:-1].ravel(), tokens[1:].ravel()))
+    for first, second in pairs:
+        seen = np.bincount(first * len(LOGP) + second, minlength=p.size) / len(first)
+        assert (np.abs(seen - p) <= 5 * np.sqrt(p * (1 - p) / len(first))).all()
+
+
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
 def test_sampling_one_token_is_greedy(options):
     table = toy_table(eos=-1.0)
@@ -278,54 +299,85 @@ def test_top_k_above_the_vocabulary_is_off():
 # --- With a real model ---
 
 
-@pytest.fixture(scope="module")
-def translate(tiny_config, pair_batch):
-    """(DecodeConfig fields) -> (tokens, scores), and a function that scores tokens."""
-    model = models.build(tiny_config(vocab_size=VOCAB, num_layers=2))
-    batch = pair_batch([5, 2, 4], [LENGTH] * 3, 5, vocab=VOCAB)
+PROMPTS = ([3, 2], [2], [2, 3, 3, 0])  # token 0 is one like any other
+
+
+def prompts() -> dict[str, np.ndarray]:
+    """Padded on the right, on the left, and not."""
+    inputs = np.full((ROWS, 4), 3, np.int32)
+    segments = np.zeros_like(inputs)
+    for row, (prompt, at) in enumerate(zip(PROMPTS, (0, 3, 0), strict=True)):
+        inputs[row, at : at + len(prompt)] = prompt
+        segments[row, at : at + len(prompt)] = 1
+    return {"inputs": inputs, "segments": segments}
+
+
+@pytest.fixture(scope="module", params=["encoder-decoder", "language model"])
+def writer(request, tiny_config, pair_batch):
+    """(model, variables, batch to start from, log-probabilities by full passes)."""
+    if request.param == "encoder-decoder":
+        model = models.build(tiny_config(vocab_size=VOCAB, num_layers=2))
+        batch = pair_batch([5, 2, 4], [LENGTH] * 3, 5, vocab=VOCAB)
+    else:
+        fields = {"positions": "rotary", "norm": "rms", "norm_position": "pre"}
+        fields |= {"scan_layers": True, "num_layers": 2, "num_kv_heads": 1}
+        trunk = tiny_config(**fields).trunk
+        model, batch = models.build(LanguageModelConfig(trunk, VOCAB)), prompts()
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
     rng = np.random.default_rng(1)
     variables = jax.tree.map(
         lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes
     )
-
-    def run(**options):
-        @jax.jit
-        def go(variables):
-            def extend(*args):
-                return model.apply(variables, *args, method="extend")
-
-            return decode.generate(
-                DecodeConfig(**options),
-                extend,
-                *model.apply(variables, batch, LENGTH, method="start"),
-                eos=EOS,
-                length=LENGTH,
-                rng=jax.random.key(0),
-            )
-
-        return [np.asarray(x) for x in go(variables)]
-
     apply = jax.jit(model.apply)
 
     def log_probabilities(row, inputs):
-        """float64 [N, LENGTH, V] after each of inputs [N, LENGTH], by full passes."""
-        part = {
-            k: np.repeat(batch[k][row][None], len(inputs), 0)
-            for k in ("encoder_inputs", "encoder_segments")
-        }
-        return log_softmax(apply(variables, part | {"inputs": inputs})["targets"])
+        """float64 [N, LENGTH, V] after each of inputs [N, LENGTH], by full passes.
 
-    return run, log_probabilities
+        Instead of the first of inputs stands what the text starts with.
+        """
+        if request.param == "encoder-decoder":
+            part = {
+                k: np.repeat(batch[k][row][None], len(inputs), 0)
+                for k in ("encoder_inputs", "encoder_segments")
+            }
+            return log_softmax(apply(variables, part | {"inputs": inputs})["targets"])
+        prompt = PROMPTS[row]
+        whole = np.zeros((len(inputs), LENGTH + 3), np.int32)
+        whole[:, : len(prompt)] = prompt
+        whole[:, len(prompt) :][:, : LENGTH - 1] = inputs[:, 1:]
+        logits = apply(variables, {"inputs": whole})["targets"]
+        return log_softmax(logits[:, len(prompt) - 1 :][:, :LENGTH])
+
+    return model, variables, batch, log_probabilities
 
 
-def test_greedy_is_argmax_of_full_passes(translate):
-    run, log_probabilities = translate
-    tokens, scores = run(method="greedy")
-    for row in range(3):
+def write(writer, **options):
+    """[tokens, scores] of a model."""
+    model, variables, batch, _ = writer
+
+    @jax.jit
+    def go(variables):
+        def extend(*args):
+            return model.apply(variables, *args, method="extend")
+
+        return decode.generate(
+            DecodeConfig(**options),
+            extend,
+            *model.apply(variables, batch, LENGTH, method="start"),
+            eos=EOS,
+            length=LENGTH,
+            rng=jax.random.key(0),
+        )
+
+    return [np.asarray(x) for x in go(variables)]
+
+
+def test_greedy_is_argmax_of_full_passes(writer):
+    tokens, scores = write(writer, method="greedy")
+    for row in range(ROWS):
         shifted, total = np.zeros((1, LENGTH + 1), np.int32), 0.0
         for place in range(LENGTH):
-            logp = log_probabilities(row, shifted[:, :-1])[0, place]
+            logp = writer[-1](row, shifted[:, :-1])[0, place]
             shifted[0, place + 1] = logp.argmax()
             total += logp.max()
             if logp.argmax() == EOS:
@@ -334,16 +386,76 @@ def test_greedy_is_argmax_of_full_passes(translate):
         assert scores[row] == pytest.approx(total, rel=1e-4)
 
 
-def test_a_wide_beam_is_exhaustive_with_a_real_model(translate):
-    run, log_probabilities = translate
-    tokens, scores = run(beam_size=VOCAB**LENGTH, length_penalty=0.6)
+def test_a_wide_beam_is_exhaustive_with_a_real_model(writer):
+    tokens, scores = write(writer, beam_size=VOCAB**LENGTH, length_penalty=0.6)
     every = np.array(list(hypotheses(VOCAB, LENGTH)))
     inputs = np.pad(every, ((0, 0), (1, 0)))[:, :-1]
     counted = np.arange(LENGTH) <= (every == EOS).argmax(-1)[:, None]
-    for row in range(3):
-        logp = np.take_along_axis(log_probabilities(row, inputs), every[..., None], -1)[
-            ..., 0
-        ]
+    for row in range(ROWS):
+        logp = np.take_along_axis(writer[-1](row, inputs), every[..., None], -1)[..., 0]
         found = (logp * counted).sum(-1) / norm(counted.sum(-1), 0.6)
         np.testing.assert_array_equal(tokens[row], every[found.argmax()])
         assert scores[row] == pytest.approx(found.max(), rel=1e-4)
+
+
+# --- In pieces ---
+
+
+@pytest.mark.parametrize("options", [METHODS[0], {"method": "sample", "top_k": 3}])
+def test_pieces_are_the_text_in_one_go(writer, options):
+    """Bit for bit: what streams is what a single call gives."""
+    model, variables, batch, _ = writer
+    config, rng = DecodeConfig(**options), jax.random.key(0)
+    whole = write(writer, **options)
+
+    @jax.jit
+    def begin(variables):
+        start = model.apply(variables, batch, LENGTH, method="start")
+        return decode.begin(*start, LENGTH, rng)
+
+    @jax.jit
+    def advance(variables, text, until):
+        def extend(*args):
+            return model.apply(variables, *args, method="extend")
+
+        return decode.advance(config, extend, text, EOS, until)
+
+    for pieces in ((1, 2, 2, 3, LENGTH), (3, LENGTH), (LENGTH,)):
+        text = begin(variables)
+        for until in pieces:
+            text = advance(variables, text, until)
+            count = int(text.count)
+            assert count == until or text.done.all()
+            np.testing.assert_array_equal(text.tokens[:, :count], whole[0][:, :count])
+            assert not text.tokens[:, count:].any()
+        np.testing.assert_array_equal(text.tokens, whole[0])
+        np.testing.assert_array_equal(text.score, whole[1])
+
+
+@pytest.mark.parametrize("options", METHODS[:2])
+def test_pieces_of_texts_that_end(options):
+    """The same with rows that end at different places."""
+    config, ends = DecodeConfig(**options), set()
+    table = jnp.asarray(toy_table(3, length=8, eos=-0.5))
+
+    def extend(tokens, positions, cache):
+        token, place = tokens[:, 0], positions[:, 0]
+        logits = table[cache.row, place, cache.before, token]
+        return logits[:, None], cache.replace(before=token)
+
+    advance = jax.jit(lambda text, n: decode.advance(config, extend, text, EOS, n))
+    zeros = jnp.zeros(ROWS, jnp.int32)
+    for seed in range(10):
+        toy = Toy(jnp.arange(ROWS), zeros)
+        start = decode.begin(toy, zeros, zeros, 8, jax.random.key(seed))
+        whole, text = advance(start, 8), start
+        for until in range(1, 9):
+            text = advance(text, until)
+        for a, b in zip(
+            (text.tokens, text.score, text.count, text.done),
+            (whole.tokens, whole.score, whole.count, whole.done),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
+        ends |= {x.index(EOS) for x in whole.tokens.tolist() if EOS in x}
+    assert len(ends) > 1

@@ -14,7 +14,6 @@ from laws import CLOSE, assert_trees_close, flat, init, program, value_and_grad
 
 from triform import models
 from triform.models import EncoderDecoderConfig
-from triform.models.algorithms import ALGORITHMS
 from triform.models.config import TransformerConfig
 from triform.models.positions import sinusoidal_table
 from triform.models.transformer import (
@@ -35,37 +34,7 @@ def applied(config):
 # --- Law 1: no dead field ---
 
 
-def twice(q, k, v, mask, **options):
-    return 2 * ALGORITHMS["dot"](q, k, v, mask, **options)
-
-
 # Field: another value.
-CHANGES = {
-    "num_layers": 3,
-    "d_model": 12,
-    "num_heads": 4,
-    "num_kv_heads": 1,
-    "head_dim": 6,
-    "d_ff": 16,
-    "max_len": 20,
-    "attention": twice,
-    "attention_scale": 0.7,
-    "windows": (2,),
-    "positions": "learned",
-    "norm": "rms",
-    "norm_position": "pre",
-    "norm_eps": 1e-3,
-    "ffn": "swiglu",
-    "bias": "none",
-    "init": "normal",
-    "rope_base": 500.0,
-    "rope_scaling": ("linear", 2.0),
-    "dropout": 0.2,
-    "attention_dropout": 0.2,
-    "dtype": "bfloat16",
-    "remat": True,
-    "scan_layers": True,
-}
 MODEL_CHANGES = {
     "vocab_size": 13,
     "share_embeddings": False,
@@ -87,10 +56,11 @@ def programs(tiny_config, pair_batch):
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(TransformerConfig)]
 )
-def test_every_trunk_field_changes_the_program(programs, name):
+def test_every_trunk_field_changes_the_program(programs, tiny_config, another, name):
     # Some are read with certain positions only.
     same = {"positions": "rotary"} if name.startswith("rope") else {}
-    assert programs(**same, **{name: CHANGES[name]}) != programs(**same)
+    value = another(tiny_config(**same).trunk, name)
+    assert programs(**same, **{name: value}) != programs(**same)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +154,7 @@ def test_cached_decoding_equals_the_full_pass(tiny_config, pair_batch, name):
 
 
 @pytest.mark.parametrize("name", ["learned pre-norm remat", "windows"])
-def test_packed_equals_separate(tiny_config, pair_batch, name):
+def test_packed_equals_separate(tiny_config, pair_batch, packed, name):
     config = tiny_config(**DECODED[name])
     apply = applied(config)
     sources, targets = (3, 2, 4), (2, 4, 3)
@@ -192,22 +162,7 @@ def test_packed_equals_separate(tiny_config, pair_batch, name):
     variables = {"params": init(config, batch)}
     separate = apply(variables, batch)
 
-    def pack(key, lengths):
-        rows = [batch[key][r, :n] for r, n in enumerate(lengths)]
-        return np.pad(np.concatenate(rows), (0, 1))[None]  # and a place of padding
-
-    def describe(lengths):
-        segments = np.repeat(np.arange(len(lengths)) + 1, lengths)
-        positions = np.concatenate([np.arange(n) for n in lengths])
-        return np.pad(segments, (0, 1))[None], np.pad(positions, (0, 1))[None]
-
-    packed = {
-        "encoder_inputs": pack("encoder_inputs", sources),
-        "inputs": pack("inputs", targets),
-    }
-    packed["encoder_segments"], packed["encoder_positions"] = describe(sources)
-    packed["segments"], packed["positions"] = describe(targets)
-    logits = apply(variables, packed)[0]
+    logits = apply(variables, packed(batch, targets, sources))[0]
     expected = np.concatenate([separate[r, :n] for r, n in enumerate(targets)])
     np.testing.assert_allclose(logits[: sum(targets)], expected, **CLOSE)
     assert np.isfinite(logits).all()
@@ -423,20 +378,8 @@ def test_bfloat16_keeps_parameters_and_logits_float32(
     assert {x.dtype for x in jax.tree.leaves(cache.blocks)} == {jnp.dtype("bfloat16")}
 
 
-def layer_names(attentions, lead=""):
-    names = set()
-    for attention in attentions:
-        for part in ("query", "key", "value", "out"):
-            names |= {f"{lead}{attention}/{part}/{x}" for x in ("kernel", "bias")}
-    for part in ("up", "down"):
-        names |= {f"{lead}feed_forward/{part}/{x}" for x in ("kernel", "bias")}
-    for norm in (*attentions, "feed_forward"):
-        names |= {f"{lead}{norm}_norm/{x}" for x in ("scale", "bias")}
-    return names
-
-
 @pytest.mark.parametrize("scan", [False, True])
-def test_parameter_names_are_stable(tiny_config, pair_batch, scan):
+def test_parameter_names_are_stable(tiny_config, pair_batch, layer_names, scan):
     """Checkpoints, decay and partition rules match on them."""
     config = tiny_config(
         scan_layers=scan, positions="learned", norm_position="pre", tie_head=False
@@ -450,7 +393,9 @@ def test_parameter_names_are_stable(tiny_config, pair_batch, scan):
         *("embedding/embedding", "target_embedding/embedding", "head/kernel"),
         *(f"{side}_positions/table/embedding" for side in ("encoder", "decoder")),
         *(f"{s}/norm/{x}" for s in ("encoder", "decoder") for x in ("scale", "bias")),
-        *layer_names(["self_attention"], f"encoder/{layer}/"),
-        *layer_names(["self_attention", "cross_attention"], f"decoder/{layer}/"),
+        *layer_names(config.trunk, ["self_attention"], f"encoder/{layer}/"),
+        *layer_names(
+            config.trunk, ["self_attention", "cross_attention"], f"decoder/{layer}/"
+        ),
     }
     assert set(flat(params)) == expected

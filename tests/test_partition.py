@@ -25,7 +25,10 @@ from triform.runtime.partition import (
 from triform.transforms import PairsConfig
 
 LENGTH, ROWS = 8, 6  # rows of no mesh: all but the last pad them
-MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 1, 4, 2), (4, 1, 1, 2))
+MESHES = (
+    *((8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2)),
+    *((1, 1, 4, 2), (4, 1, 1, 2)),
+)
 PARTS = {(2, 2, 2, 1): 2, "pmap": 2}  # these accumulate as well
 
 
@@ -194,6 +197,18 @@ def test_the_first_state_is_the_same_everywhere(make_experiment, start, mesh):
         ("embedding/embedding", (16, 8), ("tensor", "fsdp")),
         ("encoder_positions/table/embedding", (16, 8), (None, "fsdp")),
         ("head/kernel", (8, 16), ("fsdp", "tensor")),
+        ("label_head/kernel", (8, 4), ("fsdp", "tensor")),
+        ("tag_head/kernel", (8, 4), ("fsdp", "tensor")),
+        ("label_head/bias", (4,), (None,)),
+        ("pooler/kernel", (8, 8), ("fsdp", "tensor")),
+        ("masked_head/dense/kernel", (8, 8), ("fsdp", "tensor")),
+        ("masked_bias", (16,), (None,)),
+        ("head_bias", (16,), (None,)),
+        ("types/embedding", (4, 8), ("tensor", "fsdp")),
+        ("encoder/relative_bias/embedding", (32, 4), (None, "tensor")),
+        ("positions/table/embedding", (16, 8), (None, "fsdp")),
+        ("patches/kernel", (4, 4, 2, 8), (None, None, None, "fsdp")),
+        ("token", (1, 1, 8), (None, None, "fsdp")),
     ],
 )
 def test_specs_of_the_table(path, shape, spec):
@@ -274,6 +289,26 @@ def test_pmap_only_splits_batches():
     )
     with pytest.raises(ValueError, match=message):
         PmapPlacement(MeshConfig(tensor=2))
+
+
+def test_only_places_are_split_over_the_sequence():
+    placement = MeshPlacement(MeshConfig(data=2, fsdp=2, sequence=2))
+    tokens, chosen = np.zeros((4, 8), np.int32), np.zeros((4, 2), np.int32)
+    rows, split = P(("data", "fsdp")), P(("data", "fsdp"), "sequence")
+    pair = {"encoder_inputs": tokens, "targets": tokens, "weights": tokens}
+    masked = {"inputs": tokens, "types": tokens, "predict": chosen}
+    masked |= {"targets": chosen, "weights": chosen, "label": chosen[:, 0]}
+    image = {"image": np.zeros((4, 8, 8, 2)), "label": np.zeros((4, 2))}
+    odd = {"inputs": tokens[:, :7]}
+    for batch, places in (
+        (pair, set(pair)),
+        (masked, {"inputs", "types"}),
+        (image, set()),
+        (odd, set()),
+    ):
+        for name, x in placement.put(batch).items():
+            assert x.sharding.spec == (split if name in places else rows), name
+            np.testing.assert_array_equal(x, batch[name])
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8])

@@ -1,5 +1,7 @@
-"""Token prediction against explicit NumPy formulas."""
+"""Tasks against explicit NumPy formulas."""
 
+import functools
+import math
 import re
 
 import jax
@@ -10,7 +12,13 @@ import pytest
 
 from triform import models, tasks
 from triform.runtime.metrics import CalibrationError, values
-from triform.tasks import TokenPrediction, TokenPredictionConfig
+from triform.tasks import (
+    ClassificationConfig,
+    PretrainingConfig,
+    RegressionConfig,
+    TokenPrediction,
+    TokenPredictionConfig,
+)
 
 ROWS, LENGTH, VOCAB = 3, 5, 7
 
@@ -19,7 +27,8 @@ class Logits:
     """A model whose parameters are its logits."""
 
     def apply(self, variables, batch, rngs):
-        return {"targets": variables["params"]}
+        logits = variables["params"]
+        return logits if isinstance(logits, dict) else {"targets": logits}
 
 
 def example(seed=0):
@@ -201,3 +210,168 @@ def test_metrics_of_parts_add_up():
 def test_impossible_settings_are_refused(field, value, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         TokenPredictionConfig(**{field: value}).validate()
+
+
+# --- Labels of whole rows ---
+
+
+def assess(config, logits, batch, train=False):
+    """(loss, {name: value}) on the host, of any task."""
+    loss, measured = tasks.build(config, Logits()).loss(logits, batch, None, train)
+    return loss.value(), {k: m.value() for k, m in measured.items()}
+
+
+def assert_parts_add_up(config, logits, batch, train):
+    """Loss, metrics and gradients of one row and of the others, added."""
+    task = tasks.build(config, Logits())
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(logits, batch):
+        loss, measured = task.loss(logits, batch, None, train)
+        return loss.total, (loss.weight, measured)
+
+    def part(rows):
+        return run(*jax.tree.map(lambda x: x[rows], (logits, batch)))
+
+    whole, grads = part(slice(None))
+    (first, one), (second, two) = part(slice(0, 1)), part(slice(1, None))
+    total = jax.tree.map(lambda a, b: a + b, first, second)
+    for got, want in zip(jax.tree.leaves(total), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), one, two)
+    for name, want in grads.items():
+        np.testing.assert_allclose(joined[name], want, rtol=1e-6, atol=1e-6)
+
+
+def pretraining_example(masked):
+    """Rows of so many masked places; the last row is padding."""
+    rng = np.random.default_rng(0)
+    rows, places = len(masked) + 1, max(masked)
+    logits = {
+        "targets": 2 * rng.standard_normal((rows, places, VOCAB)),
+        "label": 2 * rng.standard_normal((rows, 2)),
+    }
+    batch = {
+        "targets": rng.integers(0, VOCAB, (rows, places)),
+        "weights": np.arange(places) < np.array([*masked, 0])[:, None],
+        "label": rng.integers(0, 2, rows),
+        "label_weights": np.arange(rows) < len(masked),
+    }
+    logits = {k: x.astype(np.float32) for k, x in logits.items()}
+    return logits, {
+        k: x.astype(np.float32 if "weights" in k else np.int32)
+        for k, x in batch.items()
+    }
+
+
+def smoothed(logits, ids, smoothing):
+    """Cross-entropy with smoothed targets, float64."""
+    classes = logits.shape[-1]
+    q = (1 - smoothing) * np.eye(classes)[ids] + smoothing / classes
+    return -(q * log_softmax(logits)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("train", "smoothing"), [(False, 0.3), (True, 0.0), (True, 0.3)]
+)
+def test_pretraining_is_the_sum_of_two_means(train, smoothing):
+    """Where all rows have as many masked places (Devlin et al. 2019, 3.1)."""
+    logits, batch = pretraining_example((3, 3, 3))
+    config = PretrainingConfig(label_smoothing=smoothing)
+    loss, measured = assess(config, logits, batch, train)
+    terms = {}
+    for name, weights in (("targets", "weights"), ("label", "label_weights")):
+        loss_terms = smoothed(logits[name], batch[name], smoothing if train else 0)
+        plain = smoothed(logits[name], batch[name], 0)
+        right = logits[name].argmax(-1) == batch[name]
+        terms[name] = [average(x, batch[weights]) for x in (loss_terms, plain, right)]
+    expected = terms["targets"][0] + terms["label"][0]
+    assert loss == measured["loss"] == pytest.approx(expected, rel=1e-6)
+    for name, key in (("masked", "targets"), ("next", "label")):
+        assert measured[f"{name}_loss"] == pytest.approx(terms[key][1], rel=1e-6)
+        assert measured[f"{name}_accuracy"] == pytest.approx(terms[key][2])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_pretraining_weighs_a_label_as_its_masked_tokens(train):
+    logits, batch = pretraining_example((1, 4, 2))
+    config = PretrainingConfig()
+    tokens, labels = (smoothed(logits[k], batch[k], 0) for k in ("targets", "label"))
+    expected = average(tokens + labels[:, None], batch["weights"])
+    assert assess(config, logits, batch, train)[0] == pytest.approx(expected, rel=1e-6)
+    assert_parts_add_up(config, logits, batch, train)
+
+
+def classification_example():
+    rng = np.random.default_rng(0)
+    logits = {"label": 2 * rng.standard_normal((6, 4)).astype(np.float32)}
+    batch = {
+        "label": rng.integers(0, 4, 6),
+        "label_weights": np.array([1, 0.5, 1, 0, 2, 1], np.float32),
+    }
+    return logits, batch
+
+
+TRAINED = ClassificationConfig(label_smoothing=0.2, z_loss=0.05)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_classification_is_the_formula(train):
+    logits, batch = classification_example()
+    loss, measured = assess(TRAINED, logits, batch, train)
+    x = logits["label"].astype(np.float64)
+    terms = smoothed(x, batch["label"], 0.2 if train else 0)
+    terms += 0.05 * train * np.log(np.exp(x).sum(-1)) ** 2
+    expected = average(terms, batch["label_weights"])
+    assert loss == measured["loss"] == pytest.approx(expected, rel=1e-6)
+    right = x.argmax(-1) == batch["label"]
+    assert measured["accuracy"] == pytest.approx(average(right, batch["label_weights"]))
+    assert ("ece" in measured) == (not train)
+    assert_parts_add_up(TRAINED, logits, batch, train)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_distribution_of_labels_is_the_expectation_over_them(train):
+    logits, batch = classification_example()
+    rng = np.random.default_rng(1)
+    p = rng.dirichlet(np.ones(4), 6).astype(np.float32)
+    mixed = batch | {"label": p}
+    found = assess(TRAINED, logits, mixed, train)[0]
+    expected = 0.0
+    for row in range(6):
+        alone = np.arange(6) == row
+        for label in range(4):
+            single = {
+                "label": np.full(6, label),
+                "label_weights": alone * np.float32(1),
+            }
+            value = assess(TRAINED, logits, single, train)[0]
+            expected += batch["label_weights"][row] * p[row, label] * value
+    assert found == pytest.approx(expected / batch["label_weights"].sum(), rel=1e-5)
+    assert_parts_add_up(TRAINED, logits, mixed, train)
+    # All of it on one label is that label.
+    certain = batch | {"label": np.eye(4, dtype=np.float32)[batch["label"]]}
+    plain = assess(TRAINED, logits, batch, train)[1]
+    assert assess(TRAINED, logits, certain, train)[1] == pytest.approx(plain, rel=1e-6)
+
+
+def test_regression_is_squared_error_and_pearsons_correlation():
+    rng = np.random.default_rng(0)
+    label = rng.uniform(0, 5, 40).astype(np.float32)
+    found = (0.5 * label + rng.standard_normal(40)).astype(np.float32)
+    weights = rng.choice([0.0, 1.0], 40).astype(np.float32)
+    logits, batch = (
+        {"label": found[:, None]},
+        {"label": label, "label_weights": weights},
+    )
+    loss, measured = assess(RegressionConfig(), logits, batch)
+    error = average((found.astype(np.float64) - label) ** 2, weights)
+    assert loss == measured["loss"] == pytest.approx(error, rel=1e-6)
+    counted = weights > 0
+    pearson = np.corrcoef(found[counted], label[counted])[0, 1]
+    assert measured["pearson"] == pytest.approx(pearson, abs=1e-5)
+    assert_parts_add_up(RegressionConfig(), logits, batch, True)
+    # Without spread there is no correlation.
+    flat = {"label": np.full((40, 1), 2.0, np.float32)}
+    assert math.isnan(assess(RegressionConfig(), flat, batch)[1]["pearson"])
