@@ -15,6 +15,7 @@ import jax
 from absl import app, flags
 
 from triform.datasets import DataError
+from triform.models.mask import Refused
 from triform.runtime import host
 from triform.runtime.checkpoint import CheckpointError
 
@@ -56,7 +57,7 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         # Not sys.exit: tearing XLA down while it compiles crashes the interpreter.
         os.write(2, b"\ninterrupted\n")
         os._exit(130)
-    except (UserError, DataError, CheckpointError) as error:
+    except (UserError, DataError, CheckpointError, Refused) as error:
         text = str(error)
     except BrokenPipeError:
         # Whoever reads our output has enough, as in `generate.py ... | head`.

@@ -68,7 +68,7 @@ class Batches:
         return batch
 
     def cut(self) -> int:
-        """How many items evaluation shortens to the longest row."""
+        """How many items are longer than the longest row: evaluation shortens them."""
         return int((self.transform.sizes > self.config.lengths()[-1]).sum())
 
     def evaluation(self) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -89,7 +89,7 @@ class TrainBatches:
 
     def __init__(self, batches: Batches, seed: int):
         self.batches, self.seed = batches, seed
-        self.buckets = batches.buckets(cut=False)
+        self.buckets = batches.buckets(cut=batches.transform.cut)
         kept = sum(map(len, self.buckets.values()))
         self.left_out = len(batches.transform.sizes) - kept
         self._epoch = (0, self.plan(0))
@@ -130,7 +130,7 @@ class TrainBatches:
         """Share of the places of an epoch that its items need."""
         config, sizes = self.batches.config, self.batches.transform.sizes
         plan = self.plan(0)
-        needed = sum(int(sizes[items].sum()) for _, items in plan)
+        needed = sum(int(np.minimum(sizes[items], n).sum()) for n, items in plan)
         return needed / max(1, sum(n * config.rows(n) for n, _ in plan))
 
 
@@ -214,6 +214,10 @@ def report(train: TrainBatches) -> str:
             lines.append(f"  length {length}: {count:,} rows, {rows} a batch")
     if config.lengths()[-1]:
         lines[0] += f", {train.fill():.1%} of their places are in use"
+    if transform.cut and train.batches.cut():
+        lines.append(
+            f"  {train.batches.cut():,} longer than data.max_len={config.max_len}, cut"
+        )
     if train.left_out:
         lines.append(
             f"  {train.left_out:,} longer than data.max_len={config.max_len} or empty, "

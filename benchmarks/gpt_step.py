@@ -1,6 +1,6 @@
 """A training step of a small GPT: Triform and nanoGPT's model in PyTorch, alternated.
 
-    python benchmarks/gpt_step.py [--shape=char|full] [--rounds=8]
+    python benchmarks/gpt_step.py [--shape=char|full] [--attention=dot] [--rounds=8]
 
 Both do all of a step on random tokens: forward, cross-entropy, backward, clipping,
 AdamW, and reading the loss. nanoGPT's modules are re-created here with torch.nn, in
@@ -137,10 +137,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=("char", "full"), default="char")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=0)
+    parser.add_argument("--attention", default="flash")
     args = parser.parse_args()
     host.prepare()
     config = gpt_shakespeare_char.get_config("cpu" if args.shape == "char" else "")
     config.data.batch_size = args.batch_size or (12 if args.shape == "char" else 16)
+    config.model.trunk.attention = args.attention
     config.model.trunk.dropout = config.model.trunk.attention_dropout = 0.0
     steps = {"PyTorch": torch_step(config), "Triform": triform_step(config)}
     rng = np.random.default_rng(0)

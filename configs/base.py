@@ -8,7 +8,7 @@ from typing import Any
 
 from triform.decode import DecodeConfig
 from triform.models import MODELS, EncoderDecoderConfig
-from triform.models.algorithms import ALGORITHMS
+from triform.models.algorithms import ALGORITHMS, options
 from triform.models.attention import INITS
 from triform.models.transformer import FFNS
 from triform.runtime.checkpoint import CheckpointConfig
@@ -70,6 +70,20 @@ class ExperimentConfig:
                 raise ValueError(
                     f"model.trunk.{name}={value!r}: expected one of {', '.join(table)}"
                 )
+        if trunk.attention == "local" and not any(trunk.windows):
+            raise ValueError(
+                f"model.trunk.attention='local': it looks at windows, and "
+                f"model.trunk.windows={trunk.windows}; set them, (256,) say, or choose "
+                "'flash'"
+            )
+        known = options(ALGORITHMS[trunk.attention])
+        for name in trunk.options():
+            if name not in known:
+                raise ValueError(
+                    f"model.trunk.attention_options={trunk.attention_options!r}: "
+                    f"attention={trunk.attention!r} has no option {name!r}; it has "
+                    f"{', '.join(known) or 'none'}"
+                )
 
     def _validate_fit(self) -> None:
         """Do data, model and task speak of the same things?"""
@@ -86,6 +100,11 @@ class ExperimentConfig:
         limits = self.model.limits()
         has = empty(self.data, 1, self.data.lengths()[0], limits).keys()
         task = TASKS[type(self.task)]
+        if "globals" in has and not any(self.model.trunk.windows):
+            raise ValueError(
+                f"data.global_tokens={self.data.global_tokens!r}: without windows all "
+                "places see all; set model.trunk.windows or 'none'"
+            )
         for part, wanted in (("model", self.model.reads), ("task", task.predicts)):
             if missing := [key for key in wanted if key not in has]:
                 kind = type(getattr(self, part)).__name__

@@ -43,19 +43,19 @@ def get_config(variant: str = "clinc150") -> ExperimentConfig:
         ),
         optim=OptimConfig(
             name="adamw",
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             schedule="linear",
-            warmup_steps=50,
+            warmup_steps=60,
             b2=0.98,
             eps=1e-6,
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        evaluation=EvaluationConfig(every=250, metrics=()),
+        evaluation=EvaluationConfig(every=300, metrics=()),
         checkpoint=CheckpointConfig(
-            every=250, keep_newest=1, metric="eval/accuracy", mode="max"
+            every=300, keep_newest=1, metric="eval/accuracy", mode="max"
         ),
-        steps=500,
+        steps=600,
     )
     if variant == "mr_sentiment":
         config.model.num_labels = 2

@@ -22,7 +22,7 @@ from triform.transforms import WindowsConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (for an accelerator), 'cpu' (half an hour on 2 cores), 'smoke'."""
+    """Variants: '' (for an accelerator), 'cpu' (minutes on 2 cores), 'smoke'."""
     trunk = TransformerConfig(
         num_layers=8,
         d_model=512,
@@ -72,7 +72,8 @@ def get_config(variant: str = "") -> ExperimentConfig:
         config.model.vocab_size = 4000
         config.data.batch_size, config.data.eval_stride = 16, 64
         config.optim.learning_rate = 2e-3
-        config.evaluation.every, config.steps = 2000, 4000
+        config.evaluation.every = config.checkpoint.every = 750
+        config.steps = 1500
     elif variant == "smoke":
         trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 16, 2, 32
         trunk.max_len = config.data.max_len = 32

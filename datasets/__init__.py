@@ -7,7 +7,7 @@ always `str`. The builders written here are in `tfds_source.BUILDERS`.
 import types
 from collections.abc import Sequence
 
-from triform.datasets import cldr
+from triform.datasets import cldr, listops
 from triform.datasets.base import DataError, local_copy
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 # Need no download: name -> module with SPLITS, examples(split) and version().
-EMBEDDED = {"cldr": cldr}
+EMBEDDED = {"cldr": cldr, "listops": listops}
 
 
 def load(
@@ -51,10 +51,10 @@ def fingerprint(
 ) -> str:
     """A string, fit for a file name, which changes whenever the examples do.
 
-    Embedded sources: generator and locale data versions. TFDS: full name with version,
-    split, counts and bytes of every split, and the digest of files given by hand.
-    Takes the same arguments, and raises the same errors, as `load`; prepares the data
-    if need be.
+    Embedded sources: versions of the generator and of its libraries. TFDS: full name
+    with version, split, counts and bytes of every split, and the digest of files given
+    by hand. Takes the same arguments, and raises the same errors, as `load`; prepares
+    the data if need be.
     """
     if name in EMBEDDED:
         return f"{EMBEDDED[name].version()}-{_embedded_split(name, split)}"

@@ -14,6 +14,7 @@ from triform.datasets.classic_books import ClassicBooks
 from triform.datasets.clinc150 import Clinc150
 from triform.datasets.flip_ss3 import FlipSs3
 from triform.datasets.mnist import Mnist
+from triform.datasets.movie_reviews import MovieReviews
 from triform.datasets.mr_sentiment import MrSentiment
 from triform.datasets.multi30k import Multi30kTranslate
 from triform.datasets.tinyshakespeare import TinyShakespeare
@@ -26,6 +27,7 @@ BUILDERS = {
     "classic_books": ClassicBooks,
     "clinc150": Clinc150,
     "mr_sentiment": MrSentiment,
+    "movie_reviews": MovieReviews,
     "flip_ss3": FlipSs3,
     "mnist": Mnist,
 }

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa."""
+"""BERT, RoBERTa and Longformer."""
 
 import functools
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from triform.interop.settings import (
     need,
     plain_heads,
     refused,
+    shortest_cycle,
     unmet,
 )
 from triform.models import EncoderConfig
@@ -31,6 +32,7 @@ DEFAULTS = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
 }
+NAMES = ("Bert", "Roberta", "Longformer")
 
 
 def _heads(hf: Mapping[str, Any], weights: Any) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def _heads(hf: Mapping[str, Any], weights: Any) -> dict[str, Any]:
     The body alone comes with the head that it is mostly fine-tuned for, freshly made.
     """
     kind = hf["architectures"][0]
-    for name in ("Bert", "Roberta"):
+    for name in NAMES:
         kind = kind.removeprefix(name)
     stored = () if weights is None else weights.names
     # Google's own files say MaskedLM and hold both heads of the pre-training.
@@ -58,17 +60,29 @@ def _heads(hf: Mapping[str, Any], weights: Any) -> dict[str, Any]:
     return found
 
 
+def _local(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Longformer's windows: w of theirs are w / 2 places on either side."""
+    widths, count = hf["attention_window"], hf["num_hidden_layers"]
+    widths = [widths] * count if isinstance(widths, int) else widths
+    even = all(isinstance(w, int) and w > 0 and w % 2 == 0 for w in widths)
+    if len(widths) != count or not even:
+        rule = f"expected an even number, or {count} of them, one a layer"
+        advice = "use the config.json of these weights"
+        raise refused("attention_window", hf["attention_window"], rule, advice)
+    windows = shortest_cycle(tuple(w // 2 + 1 for w in widths))
+    return {"attention": "local", "windows": windows}
+
+
 def model_config(hf: Mapping[str, Any], weights: Any = None) -> EncoderConfig:
-    """Our config of either's settings."""
+    """Our config of any one's settings."""
     need(hf, "position_embedding_type", "absolute")
     need(hf, "is_decoder", False)
     need(hf, "add_cross_attention", False)
-    offset = 0
-    if hf["model_type"] == "roberta":
-        offset = hf["pad_token_id"] + 1
+    kind = hf["model_type"]
+    offset = 0 if kind == "bert" else hf["pad_token_id"] + 1
     heads = _heads(hf, weights)
     if offset and heads["masked_head"] and activation(hf, "hidden_act") != "gelu":
-        rule = "RoBERTa's masked head has 'gelu' whatever the layers have, ours has one"
+        rule = "their masked head has 'gelu' whatever the layers have, ours has one"
         raise refused("hidden_act", hf["hidden_act"], rule, "import another checkpoint")
     trunk = TransformerConfig(
         num_layers=hf["num_hidden_layers"],
@@ -76,6 +90,7 @@ def model_config(hf: Mapping[str, Any], weights: Any = None) -> EncoderConfig:
         num_heads=hf["num_attention_heads"],
         d_ff=hf["intermediate_size"],
         max_len=hf["max_position_embeddings"],
+        **(_local(hf) if kind == "longformer" else {}),
         positions="learned",
         norm="layer",
         norm_position="post",
@@ -120,8 +135,13 @@ def hf_config(config: EncoderConfig, name: str) -> dict[str, Any]:
     }
     if not config.masked_head:
         found |= label_names(count)
-    if name == "Roberta":
+    if name != "Bert":
         found["pad_token_id"] = config.position_offset - 1
+    if name == "Longformer":
+        cycle = [2 * (w - 1) for w in trunk.windows]
+        found["attention_window"] = [
+            cycle[i % len(cycle)] for i in range(trunk.num_layers)
+        ]
     return found
 
 
@@ -143,11 +163,33 @@ def obstacles(config: EncoderConfig, name: str) -> list[str]:
     elif config.masked_head:
         wanted["num_labels"] = (0,)
         wanted["trunk.ffn"] = ("gelu",)
-    found = unmet(config, wanted)
+    local = name == "Longformer"
+    if local:
+        wanted["trunk.attention"] = ("local",)
+        del wanted["trunk.windows"]
+    found = unmet(config, wanted) + (_local_obstacles(config.trunk) if local else [])
     if not config.num_types:
         found.append("model.num_types=0: expected at least 1")
-    if name == "Roberta" and not config.position_offset:
+    if name != "Bert" and not config.position_offset:
         found.append("model.position_offset=0: expected the padding id and 1")
+    return found
+
+
+def _local_obstacles(trunk: TransformerConfig) -> list[str]:
+    found = []
+    sides = [w - 1 for w in trunk.windows]
+    # Rows are padded to the widest window, and each layer cuts them into its own; with
+    # one place on either side transformers' cutting fails.
+    if min(sides, default=0) < 2 or any(max(sides) % n for n in sides):
+        found.append(
+            f"model.trunk.windows={trunk.windows}: expected windows w from 3 on, each "
+            "w - 1 a divisor of the largest"
+        )
+    if trunk.options().get("dilation", 1) != 1:
+        found.append(
+            f"model.trunk.attention_options={trunk.attention_options}: expected no "
+            "dilation"
+        )
     return found
 
 
@@ -169,19 +211,19 @@ def rows(config: EncoderConfig, name: str) -> list[Row]:
         *linear(f"{layer}/feed_forward/down", f"{theirs}.output.dense"),
         *norm(f"{layer}/feed_forward_norm", f"{theirs}.output.LayerNorm"),
     ]
+    if name == "longformer":
+        for part in ("query_global", "key_global", "value_global"):
+            found += linear(f"{attention}/{part}", f"{theirs}.attention.self.{part}")
+    bert = name == "bert"
     masked, pooler, label = {
-        ("bert", True): (
-            "cls.predictions",
-            "bert.pooler.dense",
-            "cls.seq_relationship",
-        ),
-        ("bert", False): ("", "bert.pooler.dense", "classifier"),
-        ("roberta", True): ("lm_head", "", ""),
-        ("roberta", False): ("", "classifier.dense", "classifier.out_proj"),
-    }[name, config.masked_head]
+        (True, True): ("cls.predictions", "bert.pooler.dense", "cls.seq_relationship"),
+        (True, False): ("", "bert.pooler.dense", "classifier"),
+        (False, True): ("lm_head", "", ""),
+        (False, False): ("", "classifier.dense", "classifier.out_proj"),
+    }[bert, config.masked_head]
     if config.masked_head:
-        inner = f"{masked}.transform" if name == "bert" else masked
-        last = "LayerNorm" if name == "bert" else "layer_norm"
+        inner = f"{masked}.transform" if bert else masked
+        last = "LayerNorm" if bert else "layer_norm"
         found += linear("masked_head/dense", f"{inner}.dense")
         found += norm("masked_head/norm", f"{inner}.{last}")
         found += same("masked_bias", f"{masked}.bias")
@@ -236,4 +278,11 @@ ROBERTA = _family(
     defaults=DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1},
     # The pooler of the body is the first half of the classifier.
     renamed=((r"^roberta\.pooler\.dense\.", "classifier.dense."),),
+)
+LONGFORMER = _family(
+    *("longformer", "Longformer"),
+    defaults=DEFAULTS
+    | {"vocab_size": 30522, "pad_token_id": 1, "attention_window": 512},
+    renamed=((r"^longformer\.pooler\.dense\.", "classifier.dense."),),
+    reads=("globals",),
 )

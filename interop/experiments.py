@@ -30,16 +30,20 @@ LENGTH = 512  # tokens in a row at most, unless the model has fewer
 
 
 def _encoder(config: EncoderConfig) -> tuple[Any, Any]:
-    length = min(config.longest(), LENGTH)
+    rows: dict[str, Any] = {"max_len": min(config.longest(), LENGTH)}
+    if config.trunk.attention == "local":  # made for long rows and a global first token
+        length = config.longest()
+        rows = {"max_len": length, "batch_size": max(1, 32 * LENGTH // length)}
+        rows["global_tokens"] = "first"
     if config.masked_head:
         both = config.num_labels > 0
         task = PretrainingConfig() if both else TokenPredictionConfig(0.0)
-        return MaskedConfig(max_len=length, next_sentence=both), task
+        return MaskedConfig(**rows, next_sentence=both), task
     if config.num_tags:
-        return TaggedConfig(max_len=length), TokenPredictionConfig(0.0)
+        return TaggedConfig(**rows), TokenPredictionConfig(0.0)
     single = config.num_labels == 1
     task = RegressionConfig() if single else ClassificationConfig()
-    return LabelledConfig(max_len=length), task
+    return LabelledConfig(**rows), task
 
 
 def _language_model(config: LanguageModelConfig) -> tuple[Any, Any]:

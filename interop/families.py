@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from triform.cli import UserError
-from triform.interop.bert import BERT, ROBERTA
+from triform.interop.bert import BERT, LONGFORMER, ROBERTA
 from triform.interop.gpt2 import GPT2
 from triform.interop.llama import LLAMA, MISTRAL, QWEN2
 from triform.interop.mapping import Family
@@ -13,10 +13,8 @@ from triform.interop.t5 import T5
 from triform.interop.vit import VIT
 
 # The first that fits is what a model of ours becomes.
-FAMILIES = {
-    family.model_type: family
-    for family in (BERT, ROBERTA, GPT2, LLAMA, MISTRAL, QWEN2, T5, MARIAN, VIT)
-}
+_ORDER = (BERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN2, T5, MARIAN, VIT)
+FAMILIES = {family.model_type: family for family in _ORDER}
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:

@@ -12,6 +12,7 @@ from triform.interop.settings import (
     refused,
     rope,
     rope_parameters,
+    shortest_cycle,
     unmet,
 )
 from triform.models import LanguageModelConfig
@@ -63,10 +64,7 @@ def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
         rule = f"expected {count} of {', '.join(known)}"
         raise refused("layer_types", kinds, rule, "import another checkpoint")
     windows = tuple(known[kind] for kind in kinds)
-    if not any(windows):
-        return ()
-    lengths = (n for n in range(1, count + 1) if count % n == 0)
-    return next(windows[:n] for n in lengths if windows == windows[:n] * (count // n))
+    return shortest_cycle(windows) if any(windows) else ()
 
 
 def model_config(hf: Mapping[str, Any], weights: Any = None) -> LanguageModelConfig:

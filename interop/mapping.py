@@ -125,6 +125,8 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()  # old names: expression, replacement
     # Our modules that files of the base model lack: freshly initialised.
     fresh: tuple[str, ...] = ()
+    # What a batch holds besides the model's own keys where all parameters are used.
+    reads: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +163,19 @@ class Entry:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
 
 
-def parameters(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype} of all parameters of a model config."""
+def parameters(
+    config: Any, reads: tuple[str, ...] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of all parameters of a model config.
+
+    `reads` are the family's: keys of a batch that bring parameters with them.
+    """
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     if isinstance(config, VisionConfig):
         shape = (1, config.image_size, config.image_size, config.channels)
         batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32)}
     else:
-        batch = dict.fromkeys(config.reads, tokens)
+        batch = dict.fromkeys((*config.reads, *reads), tokens)
     init = models.build(config).init
     tree = jax.eval_shape(init, jax.random.key(0), batch)["params"]
     return {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}

@@ -164,6 +164,13 @@ def rope_parameters(trunk: Any) -> dict[str, Any]:
     return {"rope_type": kind, **base, **values}
 
 
+def shortest_cycle(values: tuple[int, ...]) -> tuple[int, ...]:
+    """The shortest tuple that is repeated to all values."""
+    count = len(values)
+    lengths = (n for n in range(1, count + 1) if count % n == 0)
+    return next(values[:n] for n in lengths if values == values[:n] * (count // n))
+
+
 def unmet(config: Any, wanted: Mapping[str, tuple]) -> list[str]:
     """'model.trunk.norm='rms': expected 'layer'' for every field with another value."""
     found = []

@@ -44,7 +44,7 @@ class Import:
         weights.names = {k: v for k, v in names.items() if k not in dropped}
         self.config = families.model_config(hf, weights)
         self.config.trunk.scan_layers = scan_layers
-        self.shapes = parameters(self.config)
+        self.shapes = parameters(self.config, self.family.reads)
         self.entries = entries(self.family, self.config, self.shapes)
         self.fresh = self._check()
         fresh = {entry.name for entry in self.fresh}
@@ -167,7 +167,7 @@ def tensors(
 
         return values
 
-    found = entries(family, config, parameters(config))
+    found = entries(family, config, parameters(config, family.reads))
     return [
         Tensor(entry.name, entry.shape(), odd.get(entry.name, dtype), make(entry))
         for entry in found

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from triform import tokenizer
+from triform import tokenizer, transforms
 from triform.cli import UserError
 from triform.configs.base import ExperimentConfig, to_json
 from triform.experiment import (
@@ -146,8 +146,9 @@ def export_model(
     config = open_workdir(workdir)
     original = specials.read_json(workdir, HF_CONFIG)
     family, hf = _settings(config.model, original)
+    _require_parameters(config, family)
     with _all_or_nothing(target) as part:
-        params, about, which = _restore(workdir, config, checkpoint)
+        params, about, which = _restore(workdir, config, family, checkpoint)
         dtype, odd = about.get("dtype", "F32"), about.get("odd_dtypes", {})
         known = specials.give(workdir, part, config.model.longest())
         known = _special_ids(family, known)
@@ -218,8 +219,21 @@ def _meaning(config: Any) -> Any:
     )
 
 
+def _require_parameters(config: ExperimentConfig, family: Family) -> None:
+    """UserError if the model's batches left parameters of the family unused."""
+    data = config.data
+    has = transforms.empty(data, 1, data.lengths()[0], config.model.limits())
+    if missing := [key for key in family.reads if key not in has]:
+        shown = getattr(data, "global_tokens", "none")
+        raise UserError(
+            f"data.global_tokens={shown!r}: batches without {missing[0]!r} trained "
+            f"none of their projections, which transformers' {family.model_type} has; "
+            "it can be exported after training with 'first'"
+        )
+
+
 def _restore(
-    workdir: str, config: ExperimentConfig, which: str
+    workdir: str, config: ExperimentConfig, family: Family, which: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
     """(parameters, what was recorded at an import, description)."""
     folder = checkpoint_dir(workdir)
@@ -232,7 +246,7 @@ def _restore(
             return flatten_dict(jax.device_get(tree), sep="/"), {}, name
         cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         place = functools.partial(jax.ShapeDtypeStruct, sharding=cpu)
-        shapes = parameters(config.model)
+        shapes = parameters(config.model, family.reads)
         tree = {path: place(x.shape, x.dtype) for path, x in shapes.items()}
         tree = checkpointer.restore_params(unflatten_dict(tree, sep="/"), step)
     params = {k: np.asarray(x) for k, x in flatten_dict(tree, sep="/").items()}

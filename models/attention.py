@@ -1,34 +1,17 @@
-"""Attention: projections around an algorithm, and the key/value cache."""
+"""Attention: projections around an algorithm, with or without a cache."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
-from triform.models.algorithms import ALGORITHMS
+from triform.models.algorithms import ALGORITHMS, has_globals
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
 from triform.models.positions import Relative, rotate
 
 Array = jax.Array
-
-
-@struct.dataclass
-class KVCache:
-    """Keys and values [B, S, K, E] of one attention layer; [N, B, S, K, E] scanned."""
-
-    key: Array
-    value: Array
-
-    def write(self, key: Array, value: Array, index: Array) -> "KVCache":
-        """Puts key and value [B, l, K, E] into the slots index .. index + l - 1."""
-        start = (0, index, 0, 0)
-        return KVCache(
-            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), start),
-            jax.lax.dynamic_update_slice(
-                self.value, value.astype(self.value.dtype), start
-            ),
-        )
 
 
 def _xavier(config: TransformerConfig, part: str) -> nn.initializers.Initializer:
@@ -67,7 +50,9 @@ def kernel_init(config: TransformerConfig, part: str) -> nn.initializers.Initial
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, 3.2.2), grouped or not.
 
-    Parameters: query, key, value kernels [D, H or K, E], out kernel [H, E, D].
+    Parameters: query, key, value kernels [D, H or K, E], out kernel [H, E, D]; and,
+    where the algorithm has them and the mask has global tokens, query_global,
+    key_global, value_global (Beltagy et al. 2020, 3.1).
     """
 
     config: TransformerConfig
@@ -80,61 +65,64 @@ class Attention(nn.Module):
         mask: Mask,
         *,
         relative: Relative | None = None,
-        cache: KVCache | None = None,
+        cache: Any = None,
         index: Array | None = None,
-    ) -> tuple[Array, KVCache | None]:
+    ) -> tuple[Array, Any]:
         """Queries from x [B, L, D], keys and values from source [B, S, D].
 
         `relative` holds what self-attention is told of positions: of x, and so of the
         new keys, and a bias over all keys that are looked at.
 
-        With `cache` and `index` the new keys and values go into the cache's slots from
-        `index` on and the queries see the whole cache; with `cache` and no source the
-        cache is read as it is (cross-attention while decoding). `mask` describes the
-        keys that are looked at. Returns ([B, L, D], cache).
+        With `cache` and `index` the queries see what the cache holds and the new keys
+        and values, which go into it, from slot `index` on where it has slots; with
+        `cache` and no source a KVCache is read as it is (cross-attention while
+        decoding). `mask` describes the keys that are looked at. Returns ([B, L, D],
+        cache).
         """
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
+        attend = cfg.attention
+        if not callable(attend):
+            attend = ALGORITHMS[attend]
+        turn = None if relative is None else relative.rotation
 
-        def project(heads: int, name: str) -> nn.DenseGeneral:
+        def project(y: Array, heads: int, name: str) -> Array:
             return nn.DenseGeneral(
                 (heads, cfg.head_width()),
                 use_bias=cfg.bias != "none",
                 dtype=dtype,
-                kernel_init=kernel_init(cfg, name),
+                kernel_init=kernel_init(cfg, name.partition("_")[0]),
                 name=name,
-            )
+            )(y)
 
-        relative = relative or Relative()
-        turn = relative.rotation
-        query = project(cfg.num_heads, "query")(x)
-        if turn is not None:
-            query = rotate(query, turn)
-        if source is not None:
-            key = project(cfg.kv_heads(), "key")(source)
-            if turn is not None:
-                key = rotate(key, turn)
-            value = project(cfg.kv_heads(), "value")(source)
-            if cache is not None:
-                cache = cache.write(key, value, index)
-                key, value = cache.key, cache.value
+        def turned(y: Array) -> Array:
+            return y if turn is None else rotate(y, turn)
+
+        options: dict[str, Any] = cfg.options() | {
+            "scale": cfg.scale(),
+            "bias": None if relative is None else relative.bias,
+            "rng": self.make_rng("dropout") if self.has_rng("dropout") else None,
+            "dropout": cfg.attention_dropout,
+        }
+        query = turned(project(x, cfg.num_heads, "query"))
+        if source is None:
+            seen = cache.key.astype(dtype), cache.value.astype(dtype)
+            out = attend(query, *seen, mask, **options)
         else:
-            key, value = cache.key, cache.value
-
-        attend = cfg.attention
-        if not callable(attend):
-            attend = ALGORITHMS[attend]
-        train = cfg.attention_dropout > 0 and self.has_rng("dropout")
-        out = attend(
-            query,
-            key.astype(dtype),
-            value.astype(dtype),
-            mask,
-            scale=cfg.scale(),
-            bias=relative.bias,
-            rng=self.make_rng("dropout") if train else None,
-            dropout=cfg.attention_dropout,
-        )
+            key = turned(project(source, cfg.kv_heads(), "key"))
+            value = project(source, cfg.kv_heads(), "value")
+            if has_globals(attend) and mask.q_global is not None:
+                options["of_globals"] = (
+                    turned(project(x, cfg.num_heads, "query_global")),
+                    turned(project(source, cfg.kv_heads(), "key_global")),
+                    project(source, cfg.kv_heads(), "value_global"),
+                )
+            if cache is None:
+                out = attend(query, key, value, mask, **options)
+            else:
+                out, cache = cache.attend(
+                    attend, query, key, value, mask, index, **options
+                )
         out = nn.DenseGeneral(
             cfg.d_model,
             axis=(-2, -1),

@@ -32,6 +32,9 @@ class TransformerConfig:
     max_len: int = 512  # longest sequence, in tokens
     # Parts
     attention: str = "dot"  # a name in models.algorithms.ALGORITHMS, or such a function
+    # Names and values of the algorithm's own keyword arguments, in turn:
+    # ("features", 128, "kernel", "relu").
+    attention_options: tuple[str | float, ...] = ()
     attention_scale: float = 0.0
     windows: tuple[int, ...] = ()  # cycled over layers; 0: unlimited, w: |i - j| < w
     positions: str = "sinusoidal"
@@ -61,6 +64,15 @@ class TransformerConfig:
         """Width E of a head."""
         return self.head_dim or self.d_model // self.num_heads
 
+    def options(self) -> dict[str, Any]:
+        """The options of the attention algorithm by name."""
+        flat = self.attention_options
+        return dict(zip(flat[::2], flat[1::2], strict=True))
+
+    def reach(self, window: int) -> int:
+        """How many positions back, its own included, a causal window sees."""
+        return (window - 1) * self.options().get("dilation", 1) + 1
+
     def scale(self) -> float:
         """Factor on the query-key products."""
         return self.attention_scale or self.head_width() ** -0.5
@@ -85,6 +97,14 @@ class TransformerConfig:
             f"must be 0 or divide num_heads={self.num_heads}",
         )
         require(self.head_dim >= 0, "head_dim", "must be 0 (derived) or positive")
+        names = self.attention_options[::2]
+        require(
+            len(self.attention_options) % 2 == 0
+            and all(isinstance(name, str) for name in names)
+            and len(set(names)) == len(names),
+            "attention_options",
+            "expected names and values in turn, each name once: ('block', 128)",
+        )
         require(
             all(isinstance(w, int) and w >= 0 for w in self.windows),
             "windows",

@@ -117,8 +117,8 @@ class Encoder(nn.Module):
         those that the config has.
 
         Reads inputs [B, L] and, where they are there, segments (0: padding), positions,
-        types, and predict [B, P], the places whose tokens are predicted (without it:
-        all).
+        types, globals [B, L] (1: sees all and is seen by all past windows), and predict
+        [B, P], the places whose tokens are predicted (without it: all).
         """
         cfg = self.config
         x = self.encode(batch)
@@ -153,5 +153,13 @@ class Encoder(nn.Module):
         x = self.positions(x, positions + cfg.position_offset)
         if cfg.trunk.norm_position == "post":
             x = self.embedding_norm(x)
-        mask = Mask.self_attention(positions, batch.get("segments"))
+        marked = batch.get("globals")
+        marked = None if marked is None else marked > 0
+        mask = Mask.self_attention(
+            positions,
+            batch.get("segments"),
+            q_global=marked,
+            kv_global=marked,
+            aligned="positions" not in batch,
+        )
         return self.encoder(x, mask)[0]

@@ -89,10 +89,15 @@ class EncoderDecoder(nn.Module):
         tokens = batch["inputs"]
         positions = batch.get("positions", places(tokens))
         segments = batch.get("segments")
-        mask = Mask.self_attention(positions, segments, causal=True)
+        aligned = "positions" not in batch
+        mask = Mask.self_attention(positions, segments, causal=True, aligned=aligned)
         # Without target segments every row is one sequence: segment 1.
         q_segments = jnp.ones_like(tokens) if segments is None else segments
-        memory_mask = memory_mask.replace(q_positions=positions, q_segments=q_segments)
+        memory_mask = memory_mask.replace(
+            q_positions=positions,
+            q_segments=q_segments,
+            aligned=aligned and memory_mask.aligned,
+        )
         x = self.decoder_positions(self._embed_targets(tokens), positions)
         x, _ = self.decoder(x, mask, memory=memory, memory_mask=memory_mask)
         return {"targets": self._logits(x)}
@@ -101,7 +106,8 @@ class EncoderDecoder(nn.Module):
         """Memory [B, S, D], and a mask whose key side describes it."""
         tokens, segments = batch["encoder_inputs"], batch["encoder_segments"]
         positions = batch.get("encoder_positions", places(tokens))
-        mask = Mask.self_attention(positions, segments)
+        aligned = "encoder_positions" not in batch
+        mask = Mask.self_attention(positions, segments, aligned=aligned)
         x = self._scale(self.embedding(tokens))
         x, _ = self.encoder(self.encoder_positions(x, positions), mask)
         return x, mask

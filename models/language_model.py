@@ -56,7 +56,12 @@ class LanguageModel(nn.Module):
         """
         tokens = batch["inputs"]
         positions = batch.get("positions", places(tokens))
-        mask = Mask.self_attention(positions, batch.get("segments"), causal=True)
+        mask = Mask.self_attention(
+            positions,
+            batch.get("segments"),
+            causal=True,
+            aligned="positions" not in batch,
+        )
         return {"targets": self._logits(self._run(tokens, mask)[0])}
 
     def start(

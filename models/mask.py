@@ -9,6 +9,10 @@ from flax import struct
 Array = jax.Array
 
 
+class Refused(ValueError):
+    """What an attention algorithm cannot do: the value, the rule and the fix."""
+
+
 @struct.dataclass
 class Mask:
     """Visibility of keys [B, S] to queries [B, L].
@@ -28,12 +32,17 @@ class Mask:
     q_global: Array | None = None  # bool [B, L]: sees past window and pattern
     kv_global: Array | None = None  # bool [B, S]: is seen past window and pattern
     causal: bool = struct.field(pytree_node=False, default=False)
-    # Keys with |i - j| < window are in reach; 0: no limit.
+    # Keys with |i - j| < window are in reach; 0: no limit. Dilated: of these steps each
+    # is `dilation` positions long.
     window: int = struct.field(pytree_node=False, default=0)
+    dilation: int = struct.field(pytree_node=False, default=1)
     # pattern(i [B, l, 1], j [B, 1, s]) -> bool [B, l, s], on positions.
     pattern: Callable[[Array, Array], Array] | None = struct.field(
         pytree_node=False, default=None
     )
+    # What the maker of the mask knows and fused kernels ask for: the positions of both
+    # sides are the array indices.
+    aligned: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def self_attention(
@@ -50,7 +59,9 @@ class Mask:
         j = self.kv_positions[:, None, kv_slice]
         near = jnp.ones((), bool)
         if self.window:
-            near = jnp.abs(i - j) < self.window
+            near = jnp.abs(i - j) < self.window * self.dilation
+            if self.dilation > 1:
+                near &= (i - j) % self.dilation == 0
         if self.pattern is not None:
             near &= self.pattern(i, j)
         if self.q_global is not None:

@@ -1,6 +1,7 @@
 """FeedForward, Block and Stack: the trunk of every family."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,21 +9,43 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from triform.models.attention import Attention, KVCache, kernel_init
+from triform.models.algorithms import STATES
+from triform.models.attention import Attention, kernel_init
+from triform.models.cache import KVCache, RingCache
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
 from triform.models.positions import Relative, RelativeBias, rotation
 
 Array = jax.Array
 
+
+def with_slope(fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """An element-wise function that finds its derivative when it is computed.
+
+    Autodiff keeps the input and works the error function or exponential out again in
+    the backward pass; this keeps the derivative instead, and multiplies.
+    """
+
+    def forward(x: Array) -> tuple[Array, Array]:
+        y, back = jax.vjp(fn, x)
+        return y, back(jnp.ones_like(y))[0]
+
+    wrapped = jax.custom_vjp(fn)
+    wrapped.defvjp(forward, lambda slope, grad: (slope * grad,))
+    return wrapped
+
+
+_gelu = with_slope(functools.partial(nn.gelu, approximate=False))
+_gelu_tanh = with_slope(functools.partial(nn.gelu, approximate=True))
+_silu = with_slope(nn.silu)
 # name: (activation, gated). Gated units: Shazeer 2020, "GLU Variants".
 FFNS = {
     "relu": (nn.relu, False),
-    "silu": (nn.silu, False),
-    "gelu": (functools.partial(nn.gelu, approximate=False), False),
-    "gelu_tanh": (functools.partial(nn.gelu, approximate=True), False),
-    "geglu": (functools.partial(nn.gelu, approximate=True), True),
-    "swiglu": (nn.silu, True),
+    "silu": (_silu, False),
+    "gelu": (_gelu, False),
+    "gelu_tanh": (_gelu_tanh, False),
+    "geglu": (_gelu_tanh, True),
+    "swiglu": (_silu, True),
 }
 
 
@@ -34,7 +57,8 @@ class Cache:
     in them (negative: nothing), so rows may be padded on either side.
     """
 
-    # Per block {"self": KVCache, "cross": KVCache or None}; stacked if scanned.
+    # Per block {"self": see models/cache.py, "cross": KVCache or None}; stacked if
+    # scanned.
     blocks: Any
     positions: Array  # int32 [B, S]
     index: Array  # int32 []: the next free slot
@@ -51,20 +75,30 @@ class Cache:
     ) -> "Cache":
         """An empty cache of `length` slots, and room for a memory if there is one."""
 
-        def kv(slots: int) -> KVCache:
-            lead = (config.num_layers // cycle(config),) if config.scan_layers else ()
-            shape = (*lead, batch, slots, config.kv_heads(), config.head_width())
-            zeros = jnp.zeros(shape, config.dtype)
-            return KVCache(zeros, zeros)
+        lead = (config.num_layers // cycle(config),) if config.scan_layers else ()
+        rest = (config.kv_heads(), config.head_width())
 
-        def block() -> dict[str, KVCache | None]:
-            memory = memory_positions
-            cross = None if memory is None else kv(memory.shape[1])
-            return {"self": kv(length), "cross": cross}
+        def block(window: int) -> dict[str, Any]:
+            shape = (*lead, batch, length, *rest)
+            if config.attention in STATES:
+                kind = STATES[config.attention]
+                own = kind.empty(shape, config.dtype, **config.options())
+            # A bias is given for all slots: then a window's keys cannot move about.
+            elif window and config.positions != "relative":
+                slots = min(config.reach(window), length)
+                own = RingCache.empty((*lead, batch, slots, *rest), config.dtype)
+            else:
+                own = KVCache.empty(shape, config.dtype)
+            cross = None
+            if memory_positions is not None:
+                shape = (*lead, batch, memory_positions.shape[1], *rest)
+                cross = KVCache.empty(shape, config.dtype)
+            return {"self": own, "cross": cross}
 
+        windows = config.windows or (0,)
         count = cycle(config) if config.scan_layers else config.num_layers
         return cls(
-            blocks=[block() for _ in range(count)],
+            blocks=[block(windows[i % len(windows)]) for i in range(count)],
             positions=jnp.full((batch, length), -1, jnp.int32),
             index=jnp.zeros((), jnp.int32),
             memory_positions=memory_positions,
@@ -164,9 +198,9 @@ class Block(nn.Module):
         memory: Array | None,
         memory_mask: Mask | None,
         relative: Relative,
-        cache: dict[str, KVCache | None] | None,
+        cache: dict[str, Any] | None,
         index: Array | None,
-    ) -> tuple[Array, dict[str, KVCache | None] | None]:
+    ) -> tuple[Array, dict[str, Any] | None]:
         """x [B, L, D], memory [B, M, D] -> (x, cache)."""
         cfg = self.config
         cache = dict(cache) if cache is not None else None
@@ -260,7 +294,9 @@ class Stack(nn.Module):
             slots = jax.lax.dynamic_update_slice(
                 cache.positions, mask.q_positions, (0, index)
             )
-            mask = mask.replace(kv_positions=slots, q_segments=None, kv_segments=None)
+            mask = mask.replace(
+                kv_positions=slots, q_segments=None, kv_segments=None, aligned=False
+            )
         relative = self.relative(mask)
         x = dropout(self, x)
         block = self.block

@@ -109,7 +109,7 @@ class Vision(nn.Module):
             x = jnp.concatenate([token.astype(x.dtype), x], 1)
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         x = self.positions(x, positions)
-        x, _ = self.encoder(x, Mask.self_attention(positions))
+        x, _ = self.encoder(x, Mask.self_attention(positions, aligned=True))
         x = x[:, 0] if cfg.pool == "token" else x.mean(1)
         return {"label": self.label_head(x)}
 

@@ -202,7 +202,7 @@ def muon_dimensions(params: Any) -> Any:
         if kind != "kernel" or name.endswith("head"):
             return None
         # Axes of inputs and outputs; what is in front is a scanned trunk's.
-        attention = name in ("query", "key", "value")
+        attention = name.removesuffix("_global") in ("query", "key", "value")
         inputs = {"out": 2, "patches": 3}.get(name, 1)
         lead = x.ndim - inputs - (2 if attention else 1)
         axes = tuple(range(lead, x.ndim))

@@ -31,9 +31,9 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 # First match wins; a parameter that no row matches is an error. Specs name the axes of
 # the unscanned parameter; a scanned one has one more in front, never partitioned.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(query|key|value)/kernel$", P("fsdp", "tensor", None)),
+    (r"(query|key|value)(_global)?/kernel$", P("fsdp", "tensor", None)),
     (r"out/kernel$", P("tensor", None, "fsdp")),
-    (r"(query|key|value)/bias$", P("tensor", None)),
+    (r"(query|key|value)(_global)?/bias$", P("tensor", None)),
     (r"(up|gate)/kernel$", P("fsdp", "tensor")),
     (r"down/kernel$", P("tensor", "fsdp")),
     (r"(up|gate)/bias$", P("tensor")),

@@ -127,6 +127,7 @@ def another():
         "d_ff": (16,),
         "max_len": (20,),
         "attention": (twice,),
+        "attention_options": (("dilation", 2),),
         "attention_scale": (0.7,),
         "windows": ((2,),),
         "positions": ("learned", "none"),

@@ -49,6 +49,8 @@ DECODERS = {
         **LLAMA, scan_layers=True, rope_scaling=("yarn", 4.0, 32.0, 1.0, 8, 0.0)
     ),
     "relative, windows": lm(**T5, windows=(2, 0)),
+    "performer": lm(**LLAMA, attention="performer", attention_options=("features", 8)),
+    "local": lm(**LLAMA, attention="local", windows=(3,)),
     "scanned windows, grouped": lm(
         **{**LLAMA, "num_layers": 4, "windows": (2, 0), "scan_layers": True},
         num_kv_heads=1,

@@ -1,17 +1,21 @@
 """Small PyTorch models with random weights, and ours with the same."""
 
+import functools
 import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import numpy as np
 import torch
 import transformers
 from flax.traverse_util import unflatten_dict
 
+from triform import models
 from triform.interop.transfer import Import
 from triform.interop.weights import Weights
+from triform.models import EncoderConfig, EncoderDecoderConfig, VisionConfig
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -26,6 +30,8 @@ BERT = {
     "intermediate_size": 24,
     "max_position_embeddings": 40,
 }
+# Rows of 64 tokens at most.
+LONGFORMER = BERT | {"max_position_embeddings": 66}
 LLAMA = BERT | {"max_position_embeddings": 128, "num_key_value_heads": 2}
 LLAMA |= {"bos_token_id": 1, "eos_token_id": 2}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4}
@@ -48,6 +54,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 32, "beta_fast": 8.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.5}
 
+LENGTHS = np.array([20, 13, 5])
+# Of a difference to the standard deviation of the logits, float32.
+CLOSE = 1e-4
+
 # name: (architecture, settings)
 CASES = {
     "bert": ("BertForPreTraining", BERT),
@@ -67,6 +77,21 @@ CASES = {
     "roberta-label": (
         "RobertaForSequenceClassification",
         BERT | {"num_labels": 1, "layer_norm_eps": 1e-5},
+    ),
+    "longformer": (
+        "LongformerForMaskedLM",
+        LONGFORMER | {"num_hidden_layers": 4, "attention_window": [4, 8, 4, 8]},
+    ),
+    "longformer-label": (
+        "LongformerForSequenceClassification",
+        LONGFORMER
+        | {"attention_window": 6, "num_labels": 3, "hidden_act": "gelu_new"}
+        | {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    ),
+    "longformer-tags": (
+        "LongformerForTokenClassification",
+        LONGFORMER
+        | {"num_hidden_layers": 3, "attention_window": [12, 4, 6], "num_labels": 5},
     ),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2-untied": (
@@ -198,3 +223,74 @@ def load(folder: str, **options):
         found = Import(weights, hf, **options)
         params = found.read()
     return found.config, unflatten_dict(params, sep="/")
+
+
+def draw(shape, seed: int = 0) -> np.ndarray:
+    """Tokens that no model takes for padding."""
+    return np.random.default_rng(seed).integers(3, VOCAB - 1, shape).astype(np.int32)
+
+
+def rows(model) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, 1 where they are real), of LENGTHS, padded on the right."""
+    real = np.arange(LENGTHS.max()) < LENGTHS[:, None]
+    pad = model.config.pad_token_id or 0
+    return np.where(real, draw(real.shape), pad).astype(np.int32), real.astype(np.int32)
+
+
+def run(model, **inputs):
+    """The PyTorch model's output."""
+    with torch.no_grad():
+        return model(**{k: torch.tensor(x) for k, x in inputs.items()})
+
+
+@functools.cache
+def applied(config):
+    """fn(variables, batch) of our model, compiled once a shape."""
+    return jax.jit(models.build(config).apply)
+
+
+def ours(config, params, batch) -> dict[str, np.ndarray]:
+    """Our model's logits."""
+    found = applied(config)({"params": params}, batch)
+    return {k: np.asarray(x) for k, x in found.items()}
+
+
+def both(model, config, params) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Logits of both for the same padded batch, only those of real places."""
+    if isinstance(config, VisionConfig):
+        shape = (3, config.image_size, config.image_size, config.channels)
+        image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        theirs = run(model, pixel_values=image.transpose(0, 3, 1, 2)).logits
+        return [(theirs.numpy(), ours(config, params, {"image": image})["label"])]
+    tokens, real = rows(model)
+    given = {"input_ids": tokens.astype(np.int64), "attention_mask": real}
+    if isinstance(config, EncoderDecoderConfig):
+        targets = draw((3, 9), seed=1)
+        theirs = run(model, **given, decoder_input_ids=targets.astype(np.int64)).logits
+        batch = {"encoder_inputs": tokens, "encoder_segments": real, "inputs": targets}
+        return [(theirs.numpy(), ours(config, params, batch)["targets"])]
+    batch = {"inputs": tokens, "segments": real}
+    if isinstance(config, EncoderConfig):
+        kinds = np.random.default_rng(1).integers(0, config.num_types, tokens.shape)
+        given["token_type_ids"], batch["types"] = kinds, kinds.astype(np.int32)
+        if config.trunk.attention == "local":  # its classifier does so unasked
+            first = np.zeros_like(tokens)
+            first[:, 0] = 1
+            given["global_attention_mask"] = batch["globals"] = first
+    theirs, found = run(model, **given), ours(config, params, batch)
+    pairs = []
+    if "targets" in found:
+        logits = getattr(theirs, "prediction_logits", None)
+        logits = (theirs.logits if logits is None else logits).numpy()
+        pairs.append((logits[real > 0], found["targets"][real > 0]))
+    if "label" in found:
+        logits = getattr(theirs, "seq_relationship_logits", None)
+        logits = (theirs.logits if logits is None else logits).numpy()
+        pairs.append((logits, found["label"]))
+    return pairs
+
+
+def error(theirs: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference, relative to the spread."""
+    assert theirs.shape == found.shape
+    return float(np.abs(theirs - found).max() / theirs.std())

@@ -72,6 +72,31 @@ def value_and_grad(config, params, batch, rng=None):
     return logits, grads
 
 
+def attention_reference(q, k, v, allowed, bias, out_grad, scale):
+    """Output and gradients of (q, k, v, bias) in float64, one head at a time."""
+    q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
+    out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    dbias = np.zeros((len(q), q.shape[2], q.shape[1], k.shape[1]))
+    for b, h in np.ndindex(len(q), q.shape[2]):
+        g = h * k.shape[2] // q.shape[2]  # consecutive query heads share a key head
+        scores = scale * q[b, :, h] @ k[b, :, g].T
+        if bias is not None:
+            scores += np.asarray(bias, np.float64)[b % len(bias), h]
+        weights = np.where(allowed[b], np.exp(scores), 0)
+        total = weights.sum(-1, keepdims=True)
+        weights /= np.where(total, total, 1)
+        out[b, :, h] = weights @ v[b, :, g]
+        dv[b, :, g] += weights.T @ out_grad[b, :, h]
+        dweights = out_grad[b, :, h] @ v[b, :, g].T
+        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True))
+        dq[b, :, h] = scale * dscores @ k[b, :, g]
+        dk[b, :, g] += scale * dscores.T @ q[b, :, h]
+        dbias[b, h] = dscores
+    if bias is not None and len(bias) == 1:
+        dbias = dbias.sum(0, keepdims=True)
+    return out, (dq, dk, dv) + (() if bias is None else (dbias,))
+
+
 def assert_trees_close(got, expected, close=1e-5):
     """Leaf by leaf, relative to the leaf's largest value."""
     got, expected = flat(got), flat(expected)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from laws import attention_reference
 
 from triform.models.algorithms import ALGORITHMS
 from triform.models.algorithms.dot import dot
@@ -12,31 +13,6 @@ from triform.models.mask import Mask
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 5, 7, 4, 16
 SCALE = WIDTH**-0.5  # a power of two: scaling is exact in every format
-
-
-def reference(q, k, v, allowed, bias, out_grad):
-    """Output and gradients of (q, k, v, bias) in float64, one head at a time."""
-    q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
-    out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
-    dbias = np.zeros((len(q), q.shape[2], q.shape[1], k.shape[1]))
-    for b, h in np.ndindex(len(q), q.shape[2]):
-        g = h * k.shape[2] // q.shape[2]  # consecutive query heads share a key head
-        scores = SCALE * q[b, :, h] @ k[b, :, g].T
-        if bias is not None:
-            scores += np.asarray(bias, np.float64)[b % len(bias), h]
-        weights = np.where(allowed[b], np.exp(scores), 0)
-        total = weights.sum(-1, keepdims=True)
-        weights /= np.where(total, total, 1)
-        out[b, :, h] = weights @ v[b, :, g]
-        dv[b, :, g] += weights.T @ out_grad[b, :, h]
-        dweights = out_grad[b, :, h] @ v[b, :, g].T
-        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True))
-        dq[b, :, h] = SCALE * dscores @ k[b, :, g]
-        dk[b, :, g] += SCALE * dscores.T @ q[b, :, h]
-        dbias[b, h] = dscores
-    if bias is not None and len(bias) == 1:
-        dbias = dbias.sum(0, keepdims=True)
-    return out, (dq, dk, dv) + (() if bias is None else (dbias,))
 
 
 def arrays(kv_heads=HEADS, seed=0):
@@ -96,7 +72,9 @@ def test_dot_equals_float64(name, bias_rows, kv_heads):
 
     out, grads = run(*args)
     allowed, bias = np.asarray(mask.allowed()), args[3] if bias_rows else None
-    expected, expected_grads = reference(*args[:3], allowed, bias, out_grad)
+    expected, expected_grads = attention_reference(
+        *args[:3], allowed, bias, out_grad, SCALE
+    )
     # Sums of at most 7 x 16 products of numbers of size 1 to 4, in float32.
     for got, want in zip((out, *grads), (expected, *expected_grads), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
@@ -141,7 +119,7 @@ def test_bfloat16_loses_only_the_rounding_of_weights_and_output(name):
     assert out.dtype == jnp.bfloat16
     exact = [np.asarray(x, np.float64) for x in (q, k, v)]
     allowed = np.asarray(MASKS[name].allowed())
-    expected, _ = reference(*exact, allowed, None, np.zeros(out.shape))
+    expected, _ = attention_reference(*exact, allowed, None, np.zeros(out.shape), SCALE)
     # Two roundings of relative size 2^-9, of the weights (which sum to 1) and the sum.
     bound = 2 * 2**-9 * np.abs(exact[2]).max()
     assert np.abs(np.asarray(out, np.float64) - expected).max() <= bound

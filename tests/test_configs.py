@@ -21,6 +21,7 @@ from triform.tasks import ClassificationConfig
 from triform.transforms import (
     Corpus,
     ImagesConfig,
+    LabelledConfig,
     MaskedConfig,
     MixtureConfig,
     PairsConfig,
@@ -204,9 +205,9 @@ ENCODER = {"model": EncoderConfig()}
 VISION = {"model": VisionConfig()}
 BOTH_WAYS = (Corpus("cldr", "en", "de"), Corpus("cldr", "de", "en"))
 MIXTURE = {"data": MixtureConfig(corpora=BOTH_WAYS)}
-IMAGES, MASKED, SPANS, WINDOWS = (
+IMAGES, LABELLED, MASKED, SPANS, WINDOWS = (
     {"data": kind()}
-    for kind in (ImagesConfig, MaskedConfig, SpansConfig, WindowsConfig)
+    for kind in (ImagesConfig, LabelledConfig, MaskedConfig, SpansConfig, WindowsConfig)
 )
 # (changes, what the message must hold besides the first key and its value)
 MISTAKES = (
@@ -236,6 +237,23 @@ MISTAKES = (
         "must be even with positions='rotary'",
     ),
     ({"model.trunk.rope_base": 1.0}, "must be above 1"),
+    (
+        {"model.trunk.attention": "local"},
+        "it looks at windows, and model.trunk.windows=()",
+    ),
+    ({"model.trunk.attention_options": ("block",)}, "names and values in turn"),
+    ({"model.trunk.attention_options": (8, 8)}, "names and values in turn"),
+    (
+        {"model.trunk.attention_options": ("block", 8)},
+        "attention='dot' has no option 'block'; it has none",
+    ),
+    (
+        {
+            "model.trunk.attention": "flash",
+            "model.trunk.attention_options": ("blocks", 8),
+        },
+        "attention='flash' has no option 'blocks'; it has path, block",
+    ),
     ({"model.trunk.rope_scaling": ("linear",)}, "linear and 1, llama3 and 4"),
     ({"model.trunk.rope_scaling": ("ntk", 2.0)}, "expected () or a name and its"),
     ({"model.trunk.norm": "batch"}, "expected one of layer, rms"),
@@ -316,6 +334,15 @@ MISTAKES = (
         "bounds sizes, which data.weights replace",
     ),
     ({"data.temperature": 0.0, **MIXTURE}, "must be positive"),
+    ({"data.global_tokens": "question", **MASKED}, "expected one of none, first"),
+    (
+        {"data.global_tokens": "question", **LABELLED},
+        "a question is the first of two texts; name the other in data.second",
+    ),
+    (
+        {"data.global_tokens": "first", **MASKED, **ENCODER},
+        "without windows all places see all; set model.trunk.windows or 'none'",
+    ),
     ({"data.buckets": (8,), **WINDOWS}, "must be (): all rows are full"),
     ({"data.documents": "packed", **WINDOWS}, "expected one of joined, separate"),
     ({"data.eval_stride": 65, **WINDOWS}, "must lie between 1 and max_len=64, or be"),

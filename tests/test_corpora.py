@@ -31,6 +31,10 @@ FACTS = {
         ("text", "label"),
         {"train": 8_467, "validation": 1_118, "test": 1_077},
     ),
+    "movie_reviews": (
+        ("text", "label"),
+        {"train": 1_600, "validation": 200, "test": 200},
+    ),
     "mnist": (("image", "label"), {"train": 60_000, "test": 10_000}),
     "flip_ss3": (
         ("sequence", "ss3", "mask"),
@@ -250,6 +254,11 @@ def _book(split: str) -> str:
     return json.dumps(book, ensure_ascii=False) + "\n"
 
 
+def _review(fold: int, label: str = "neg") -> str:
+    key = f"cv{fold - 1}00_{fold}"
+    return json.dumps({"id": key, "label": label, "text": "bad .\n"}) + "\n"
+
+
 def _clinc(intent: str = "alarm") -> bytes:
     return json.dumps({x: [["a", intent]] for x in clinc150.PARTS.values()}).encode()
 
@@ -272,6 +281,9 @@ SMALL = {
             "".join(f"bad {i} \n" for i in range(60)).encode()
         ),
         "rt-polarity.pos.txt.gz": gzip.compress(b"good\n"),
+    },
+    "movie_reviews": {
+        "reviews.jsonl.xz": lzma.compress("".join(map(_review, (1, 9, 10))).encode())
     },
     "mnist": {"mnist.npz": _npz()},
     "flip_ss3": {
@@ -341,6 +353,18 @@ def test_wikitext2_cuts_at_titles_only(tmp_path, alone):
             "data_full.json.gz",
             gzip.compress(_clinc("dance")),
             "has 'dance', none of the 150 intents",
+        ),
+        (
+            "movie_reviews",
+            "reviews.jsonl.xz",
+            lzma.compress(b'{"id": "cv000_1"}\n'),
+            "is not JSON lines of id, label and text",
+        ),
+        (
+            "movie_reviews",
+            "reviews.jsonl.xz",
+            lzma.compress(_review(1, label="mixed").encode()),
+            r"is not reviews of ten folds \('mixed'\)",
         ),
         ("mnist", "mnist.npz", b"plain", "mnist.npz is not "),
         ("mnist", "mnist.npz", _npz()[:-500], "mnist.npz is not "),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from triform.interop.families import model_config
+from triform.interop.families import family_of, model_config
 from triform.interop.mapping import parameters
 
 BERT = {"model_type": "bert", "architectures": ["BertForPreTraining"]}
@@ -33,6 +33,18 @@ PUBLISHED = {
             "type_vocab_size": 1,
         },
         124_645_632,
+    ),
+    # With the pooler, as transformers' LongformerModel of the published config.json.
+    "longformer-base-4096": (
+        {
+            "model_type": "longformer",
+            "architectures": ["LongformerModel"],
+            "vocab_size": 50265,
+            "max_position_embeddings": 4098,
+            "type_vocab_size": 1,
+            "attention_window": [512] * 12,
+        },
+        148_659_456,
     ),
     "gpt2": (GPT2, 124_439_808),
     "gpt2-medium": (
@@ -97,7 +109,7 @@ def test_sizes_are_the_published_ones(name):
     hf, count = PUBLISHED[name]
     config = model_config(hf)
     config.trunk.scan_layers = True  # the same parameters, faster to trace
-    shapes = parameters(config)
-    if hf["model_type"] in ("bert", "roberta"):
+    shapes = parameters(config, family_of(hf).reads)
+    if hf["model_type"] in ("bert", "roberta", "longformer"):
         shapes = {k: x for k, x in shapes.items() if k.split("/")[0] not in HEADS}
     assert sum(math.prod(x.shape) for x in shapes.values()) == count

@@ -405,7 +405,11 @@ def test_text_is_str_at_every_depth(tmp_path):
     ("name", "split", "message"),
     [
         ("cldr", "dev", "cldr: split 'dev': expected one of train, validation, test"),
-        ("nosuch", "train", "'nosuch': no such data set: expected one of cldr, mul"),
+        (
+            "nosuch",
+            "train",
+            "'nosuch': no such data set: expected one of cldr, listops",
+        ),
         ("nested", "dev", "nested: split 'dev': expected one of train"),
         ("nested", "train[:0]", r"split 'train\[:0\]' has no examples: .*train 3"),
     ],

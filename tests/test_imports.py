@@ -29,6 +29,7 @@ CONFIG_CLASSES = (  # where the dataclasses of the config tree are
 ALLOWED = (
     ("models.config", ()),
     ("models.mask", ()),
+    ("models.cache", ("models.mask",)),
     ("models.algorithms", ("models.algorithms.*",)),
     ("models.algorithms.*", ("models.mask", "models.algorithms.*")),
     ("models.positions", ("models.config",)),
@@ -39,7 +40,14 @@ ALLOWED = (
     ),
     (
         "models.transformer",
-        ("models.attention", "models.positions", "models.config", "models.mask"),
+        (
+            "models.algorithms",
+            "models.attention",
+            "models.cache",
+            "models.config",
+            "models.mask",
+            "models.positions",
+        ),
     ),
     ("models", ("models.*",)),
     # A family file; one may build on another.

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from hf_models import CASES, VOCAB, build, load, save
+from hf_models import (
+    CASES,
+    CLOSE,
+    both,
+    build,
+    draw,
+    error,
+    load,
+    ours,
+    rows,
+    run,
+    save,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -27,79 +39,13 @@ from triform.interop.mapping import entries, parameters
 from triform.interop.settings import rope
 from triform.interop.transfer import tensors
 from triform.interop.weights import write
-from triform.models import EncoderConfig, EncoderDecoderConfig, VisionConfig
+from triform.models import EncoderConfig, EncoderDecoderConfig
 from triform.models.config import TransformerConfig
 from triform.models.positions import (
     relative_bucket,
     rotary_frequencies,
     sinusoidal_table,
 )
-
-LENGTHS = np.array([20, 13, 5])
-# Of a difference to the standard deviation of the logits, float32.
-CLOSE = 1e-4
-
-
-def draw(shape, seed: int = 0) -> np.ndarray:
-    """Tokens that no model takes for padding."""
-    return np.random.default_rng(seed).integers(3, VOCAB - 1, shape).astype(np.int32)
-
-
-def rows(model) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, 1 where they are real), of LENGTHS, padded on the right."""
-    real = np.arange(LENGTHS.max()) < LENGTHS[:, None]
-    pad = model.config.pad_token_id or 0
-    return np.where(real, draw(real.shape), pad).astype(np.int32), real.astype(np.int32)
-
-
-def run(model, **inputs):
-    """The PyTorch model's output."""
-    with torch.no_grad():
-        return model(**{k: torch.tensor(x) for k, x in inputs.items()})
-
-
-def ours(config, params, batch) -> dict[str, np.ndarray]:
-    """Our model's logits."""
-    model = models.build(config)
-    apply = jax.jit(lambda params, batch: model.apply({"params": params}, batch))
-    return {k: np.asarray(x) for k, x in apply(params, batch).items()}
-
-
-def both(model, config, params) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Logits of both for the same padded batch, only those of real places."""
-    if isinstance(config, VisionConfig):
-        shape = (3, config.image_size, config.image_size, config.channels)
-        image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        theirs = run(model, pixel_values=image.transpose(0, 3, 1, 2)).logits
-        return [(theirs.numpy(), ours(config, params, {"image": image})["label"])]
-    tokens, real = rows(model)
-    given = {"input_ids": tokens.astype(np.int64), "attention_mask": real}
-    if isinstance(config, EncoderDecoderConfig):
-        targets = draw((3, 9), seed=1)
-        theirs = run(model, **given, decoder_input_ids=targets.astype(np.int64)).logits
-        batch = {"encoder_inputs": tokens, "encoder_segments": real, "inputs": targets}
-        return [(theirs.numpy(), ours(config, params, batch)["targets"])]
-    batch = {"inputs": tokens, "segments": real}
-    if isinstance(config, EncoderConfig):
-        kinds = np.random.default_rng(1).integers(0, config.num_types, tokens.shape)
-        given["token_type_ids"], batch["types"] = kinds, kinds.astype(np.int32)
-    theirs, found = run(model, **given), ours(config, params, batch)
-    pairs = []
-    if "targets" in found:
-        logits = getattr(theirs, "prediction_logits", None)
-        logits = (theirs.logits if logits is None else logits).numpy()
-        pairs.append((logits[real > 0], found["targets"][real > 0]))
-    if "label" in found:
-        logits = getattr(theirs, "seq_relationship_logits", None)
-        logits = (theirs.logits if logits is None else logits).numpy()
-        pairs.append((logits, found["label"]))
-    return pairs
-
-
-def error(theirs: np.ndarray, found: np.ndarray) -> float:
-    """The largest difference, relative to the spread."""
-    assert theirs.shape == found.shape
-    return float(np.abs(theirs - found).max() / theirs.std())
 
 
 @pytest.mark.parametrize(("i", "name"), list(enumerate(CASES)), ids=list(CASES))
@@ -385,6 +331,7 @@ def test_buffers_are_no_parameters(tmp_path):
 COPIES = {
     "gpt2": ("lm_head.weight", "transformer.wte.weight"),
     "bert": ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    "longformer": ("lm_head.decoder.bias", "lm_head.bias"),
     "llama-tied": ("lm_head.weight", "model.embed_tokens.weight"),
     "t5": ("encoder.embed_tokens.weight", "shared.weight"),
     "marian": ("model.decoder.embed_tokens.weight", "model.shared.weight"),
@@ -471,6 +418,11 @@ REFUSED = [
     ("bert", {"architectures": ["BertForMultipleChoice"]}, "BertForMultipleChoice"),
     ("bert", {"num_attention_heads": 3}, "num_heads=3"),
     ("roberta", {"hidden_act": "relu"}, "hidden_act='relu'"),
+    ("longformer", {"hidden_act": "relu"}, "hidden_act='relu'"),
+    ("longformer", {"attention_window": 7}, "attention_window=7"),
+    ("longformer", {"attention_window": [4, 8]}, "attention_window=[4, 8]"),
+    ("longformer", {"attention_window": [4, 0] * 2}, "attention_window=[4, 0, 4, 0]"),
+    ("longformer", {"attention_window": "all"}, "attention_window='all'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
     ("gpt2", {"activation_function": "quick_gelu"}, "'quick_gelu'"),

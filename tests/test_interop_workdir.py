@@ -39,6 +39,7 @@ from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 # Every family and kind of head.
 SOME = [
     *("bert", "bert-masked", "bert-tags", "roberta", "roberta-label"),
+    *("longformer", "longformer-label", "longformer-tags"),
     *("gpt2", "gpt2-untied", "llama-bias", "llama-yarn", "mistral", "qwen2-windows"),
     *("t5", "t5-gated", "vit", "marian", "marian-untied"),
 ]

@@ -101,6 +101,13 @@ KINDS = {
     ),
     "tagged": TaggedConfig(source="a", tokens="x", tags="x", max_len=16, batch_size=4),
 }
+KINDS |= {
+    f"{name}, {tokens}": dataclasses.replace(KINDS[name], global_tokens=tokens)
+    for name, tokens in (
+        *(("masked", "first"), ("masked words", "first"), ("tagged", "first")),
+        *(("labelled", "first"), ("labelled", "question")),
+    )
+}
 
 
 @pytest.fixture
@@ -116,7 +123,7 @@ def corpora(sources):
 
 def kind(name):
     config = KINDS[name]
-    limits = LIMITS | ({"targets": 300} if name == "tagged" else {})
+    limits = LIMITS | ({"targets": 300} if "tagged" in name else {})
     return opened(dataclasses.replace(config), limits=limits)
 
 
@@ -186,8 +193,8 @@ def test_equal_items_have_equal_digests(corpora, name):
     digests = {
         opened(c, limits=LIMITS | {"targets": 300}).digest for c in KINDS.values()
     }
-    # joined and separate, the two ways of masking, read the same text
-    assert len(digests) == len(KINDS) - 2
+    # joined and separate, the two ways of masking, and all marks read the same text
+    assert len(digests) == len([name for name in KINDS if "," not in name]) - 2
 
 
 def test_random_streams_of_items_and_of_the_epoch_differ():
@@ -661,6 +668,25 @@ def test_labelled_rows_are_written_as_documented(sources):
     p, q, r, s, t = (plain.first + ord(x) for x in "pqrst")
     batch = rows(opened(config, tok=plain))
     assert batch["inputs"][0].tolist() == [p, q, EOS, r, s, t, EOS, 0]
+
+
+def test_global_tokens_are_marked_and_change_nothing_else(corpora):
+    expected = {
+        "first": lambda ids: [1] + [0] * (len(ids) - 1),
+        "question": lambda ids: np.arange(len(ids)) < ids.tolist().index(SEP),
+    }
+    for name in [name for name in KINDS if ", " in name]:
+        plain, tokens = name.split(", ")
+        marked, bare = TrainBatches(Batches(kind(name)), 3)[0], {}
+        bare |= {key: x for key, x in marked.items() if key != "globals"}
+        equal(bare, TrainBatches(Batches(kind(plain)), 3)[0])
+        assert marked["globals"].dtype == np.int32
+        for row, ids in zip(marked["globals"], marked["inputs"], strict=True):
+            np.testing.assert_array_equal(row, expected[tokens](ids), name)
+    # Without [CLS], the first token and the text before the first end.
+    config = KINDS["labelled, question"]
+    row = rows(opened(config, tok=ByteTokenizer()))
+    assert row["globals"][3].sum() == row["inputs"][3].tolist().index(EOS) == 5
 
 
 def test_classes_come_from_the_source_or_the_training_split(sources):

@@ -114,6 +114,7 @@ class Transform:
     """
 
     unit = "tokens"  # what `real` counts
+    cut = False  # longer items are shortened in training too, not left out
     metrics: tuple[str, ...] = ()  # what `scalars` gives
     sizes: np.ndarray  # int64 [N]: places that an item needs; -1: one without text
     digest: str  # equal ones mean equal items

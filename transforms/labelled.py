@@ -13,20 +13,55 @@ from triform.transforms.base import Batch, Limits, Pass, TextConfig, Transform
 
 
 @dataclasses.dataclass
-class LabelledConfig(TextConfig):
+class EncodedConfig(TextConfig):
+    """Rows for an encoder: [CLS] text [SEP], or two texts."""
+
+    GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first")
+
+    # Which places see all and are seen by all past the model's windows (Beltagy et al.
+    # 2020, 3.1): "first", the class token; "question", the first of two texts too.
+    global_tokens: str = "none"
+
+    def marks(self) -> tuple[str, ...]:
+        """The batch's key for them, if there are any."""
+        return () if self.global_tokens == "none" else ("globals",)
+
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        super().validate()
+        self.require(
+            self.global_tokens in self.GLOBALS,
+            "global_tokens",
+            f"expected one of {', '.join(self.GLOBALS)}",
+        )
+
+
+@dataclasses.dataclass
+class LabelledConfig(EncodedConfig):
     """Numbers are predicted if the model's num_labels is 1, else classes."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]")
+    GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first", "question")
 
     first: str = "text"  # the feature that is read
     second: str = ""  # another one, read after it; empty: none
     label: str = "label"  # the feature that is predicted
+    cut: bool = False  # train on longer items, cut as in evaluation
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""
         fields = ("first", "second") if self.second else ("first",)
         texts = (Feature(field, self.source, getattr(self, field)) for field in fields)
         return (*texts, Feature("label", self.source, self.label, is_text=False))
+
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        super().validate()
+        self.require(
+            self.global_tokens != "question" or self.second != "",
+            "global_tokens",
+            "a question is the first of two texts; name the other in data.second",
+        )
 
 
 class Labelled(Transform):
@@ -38,6 +73,7 @@ class Labelled(Transform):
 
     def __init__(self, config: Any, split: str, tok: Tokenizer, limits: Limits):
         super().__init__(config, split, tok, limits)
+        self.cut = config.cut
         store = token_store.open_store(config, split, tok, config.features())
         self.digest = store.digest
         self.texts = list(store.tokens.values())
@@ -59,7 +95,7 @@ class Labelled(Transform):
     @staticmethod
     def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
         """Every key of a batch, zero."""
-        names = ("inputs", "segments", "types")
+        names = ("inputs", "segments", "types", *config.marks())
         batch = {name: np.zeros((rows, length), np.int32) for name in names}
         kind = np.float32 if limits.get("label") == 1 else np.int32
         label = np.zeros(rows, kind)
@@ -72,7 +108,7 @@ class Labelled(Transform):
         room = length - (self.tok.cls is not None) - len(texts)
         sizes = fitted([len(ids) for ids in texts], room)
         cut = [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
-        write_texts(batch, row, cut, self.tok)
+        write_texts(batch, row, cut, self.tok, self.config.global_tokens)
         batch["label"][row] = self._label[item]
         batch["label_weights"][row] = 1
 
@@ -136,11 +172,15 @@ def fitted(sizes: list[int], room: int) -> list[int]:
 
 
 def write_texts(
-    batch: Batch, row: int, texts: list[np.ndarray], tok: Tokenizer
+    batch: Batch,
+    row: int,
+    texts: list[np.ndarray],
+    tok: Tokenizer,
+    global_tokens: str,
 ) -> np.ndarray:
     """[CLS] first [SEP] second [SEP]; the places of the texts, ascending."""
     end = tok.eos if tok.sep is None else tok.sep
-    at, places = 0, []
+    at, question, places = 0, 0, []
     if tok.cls is not None:
         batch["inputs"][row, 0] = tok.cls
         at = 1
@@ -150,7 +190,11 @@ def write_texts(
         batch["inputs"][row, at + n] = end
         if i:
             batch["types"][row, at : at + n + 1] = 1
+        else:
+            question = at + n
         places.append(np.arange(at, at + n))
         at += n + 1
     batch["segments"][row, :at] = 1
+    if global_tokens != "none":
+        batch["globals"][row, : question if global_tokens == "question" else 1] = 1
     return np.concatenate(places)

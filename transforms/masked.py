@@ -11,8 +11,8 @@ from triform import token_store
 from triform.datasets import DataError
 from triform.token_store import Feature
 from triform.tokenizer import Tokenizer
-from triform.transforms.base import Batch, Limits, Pass, TextConfig, Transform
-from triform.transforms.labelled import fitted, write_texts
+from triform.transforms.base import Batch, Limits, Pass, Transform
+from triform.transforms.labelled import EncodedConfig, fitted, write_texts
 
 # The end of a sentence: a mark and closing quotes or brackets, then space, then a
 # capital letter, which may be quoted; but not after a title or an initial.
@@ -31,7 +31,7 @@ def sentences(text: Any) -> list:
 
 
 @dataclasses.dataclass
-class MaskedConfig(TextConfig):
+class MaskedConfig(EncodedConfig):
     """Documents, cut into runs of sentences; another masking every epoch."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]", "[MASK]")
@@ -121,6 +121,7 @@ class Masked(Transform):
         """Every key of a batch, zero."""
         places = config.predicted(length)
         widths = {"inputs": length, "segments": length, "types": length}
+        widths |= dict.fromkeys(config.marks(), length)
         widths |= {"predict": places, "targets": places}
         batch = {name: np.zeros((rows, n), np.int32) for name, n in widths.items()}
         batch["weights"] = np.zeros((rows, places), np.float32)
@@ -141,7 +142,7 @@ class Masked(Transform):
             batch["label_weights"][row] = 1
         else:
             texts = [self._between(self.start[item], self.stop[item])[: length - 2]]
-        places = write_texts(batch, row, texts, self.tok)
+        places = write_texts(batch, row, texts, self.tok, self.config.global_tokens)
         ids = batch["inputs"][row]
         count = max(1, round(self.config.mask_rate * len(places)))
         if self.config.whole_word:

@@ -9,12 +9,17 @@ from triform import token_store
 from triform.datasets import DataError
 from triform.token_store import Feature, each
 from triform.tokenizer import Tokenizer
-from triform.transforms.base import Batch, Limits, Pass, TextConfig, Transform
-from triform.transforms.labelled import check_classes, numbered, write_texts
+from triform.transforms.base import Batch, Limits, Pass, Transform
+from triform.transforms.labelled import (
+    EncodedConfig,
+    check_classes,
+    numbered,
+    write_texts,
+)
 
 
 @dataclasses.dataclass
-class TaggedConfig(TextConfig):
+class TaggedConfig(EncodedConfig):
     """Words are the items of a list, or the characters of a text; so are their tags."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]")
@@ -67,7 +72,7 @@ class Tagged(Transform):
     @staticmethod
     def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
         """Every key of a batch, zero."""
-        names = ("inputs", "segments", "targets")
+        names = ("inputs", "segments", "targets", *config.marks())
         batch = {name: np.zeros((rows, length), np.int32) for name in names}
         return batch | {"weights": np.zeros((rows, length), np.float32)}
 
@@ -77,7 +82,7 @@ class Tagged(Transform):
         first, last = self.words.first[item : item + 2]
         begins = self.words.offsets[first : last + 1]
         ids = self.words.ids[begins[0] : begins[-1]][:room]
-        places = write_texts(batch, row, [ids], self.tok)
+        places = write_texts(batch, row, [ids], self.tok, self.config.global_tokens)
         # Words that have a piece, and have it in the row.
         kept = (np.diff(begins) > 0) & (begins[:-1] - begins[0] < len(ids))
         at = places[0] + begins[:-1][kept] - begins[0]
