@@ -14,7 +14,7 @@ train: install
 	$(VENV)/bin/python train.py --config=configs/transformer_cldr.py --workdir=runs/transformer_cldr
 
 test: install
-	$(VENV)/bin/python -m pytest -n 2 tests
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,7 @@
 """ListOps of the Long Range Arena: the value of nested lists of 501 to 1,999 tokens.
 
     python train.py --config=configs/listops.py --workdir=DIR \
-        --config.model.trunk.attention=dot
+        --config.model.trunk.attention=flash
 
 The full recipe is that of Tay et al. 2021 (google-research/long-range-arena,
 listops/configs/base_listops_config.py): 6 layers of width 512, 8 heads, 5,000 steps of
@@ -9,6 +9,9 @@ listops/configs/base_listops_config.py): 6 layers of width 512, 8 heads, 5,000 s
 attention weights are not dropped, so that every algorithm of attention trains alike,
 and the head is BERT's pooler. They report 36.37 % of the test expressions right with
 dot-product attention; who always answers the same digit has 17 %.
+
+Longformer: attention=local with --config.model.trunk.windows="(256,)" and
+--config.data.global_tokens=first. Performer: attention=performer.
 
 Not yet run to the end: no result.
 """

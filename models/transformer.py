@@ -1,7 +1,6 @@
 """FeedForward, Block and Stack: the trunk of every family."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,33 +18,14 @@ from triform.models.positions import Relative, RelativeBias, rotation
 Array = jax.Array
 
 
-def with_slope(fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """An element-wise function that finds its derivative when it is computed.
-
-    Autodiff keeps the input and works the error function or exponential out again in
-    the backward pass; this keeps the derivative instead, and multiplies.
-    """
-
-    def forward(x: Array) -> tuple[Array, Array]:
-        y, back = jax.vjp(fn, x)
-        return y, back(jnp.ones_like(y))[0]
-
-    wrapped = jax.custom_vjp(fn)
-    wrapped.defvjp(forward, lambda slope, grad: (slope * grad,))
-    return wrapped
-
-
-_gelu = with_slope(functools.partial(nn.gelu, approximate=False))
-_gelu_tanh = with_slope(functools.partial(nn.gelu, approximate=True))
-_silu = with_slope(nn.silu)
 # name: (activation, gated). Gated units: Shazeer 2020, "GLU Variants".
 FFNS = {
     "relu": (nn.relu, False),
-    "silu": (_silu, False),
-    "gelu": (_gelu, False),
-    "gelu_tanh": (_gelu_tanh, False),
-    "geglu": (_gelu_tanh, True),
-    "swiglu": (_silu, True),
+    "silu": (nn.silu, False),
+    "gelu": (functools.partial(nn.gelu, approximate=False), False),
+    "gelu_tanh": (functools.partial(nn.gelu, approximate=True), False),
+    "geglu": (functools.partial(nn.gelu, approximate=True), True),
+    "swiglu": (nn.silu, True),
 }
 
 

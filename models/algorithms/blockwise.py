@@ -12,10 +12,12 @@ of a block contiguous, and 256 x 256 was the best of the blocks from 64 to 1,024
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from triform.models.algorithms.blocks import (
@@ -113,7 +115,7 @@ def _kept(rng: Array, i: Array, j: Array, shape, plan: _Plan) -> Array:
 
 
 def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
-    order, count = visible_blocks(mask, plan.queries, plan.keys)
+    order, count = _visible(mask, plan)
     lead = (*q.shape[:3], plan.queries)
 
     def row(_, i: Array):
@@ -121,7 +123,7 @@ def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
 
         def visit(t: Array, carry):
             out, peak, total = carry
-            j = order[i, t]
+            j = 0 if count is None else order[i, t]
             key, value = (_cut(x, j, plan.keys, 2) for x in (k, v))
             scores = _scores(query, key, bias, mask, i, j, plan)
             higher = jnp.maximum(peak, scores.max(-1))
@@ -143,13 +145,35 @@ def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
             jnp.full(lead, _FLOOR),
             jnp.zeros(lead, _F32),
         )
-        out, peak, total = lax.fori_loop(0, count[i], visit, start)
+        out, peak, total = _visits(count, i, visit, start)
         total = jnp.maximum(total, jnp.finfo(_F32).tiny)
         return None, ((out / total[..., None]).astype(q.dtype), peak + jnp.log(total))
 
-    _, (out, log_total) = lax.scan(row, None, jnp.arange(len(order)))
+    _, (out, log_total) = _rows(row, None, order)
     out = _joined(out)
     return out, (q, k, v, bias, mask, rng, out, log_total)
+
+
+def _visits(count: Array, i: Array, visit: Callable, start: Any) -> Any:
+    """What visits of all visible blocks of keys make of `start`."""
+    if count is None:
+        return visit(0, start)
+    return lax.fori_loop(0, count[i], visit, start)
+
+
+def _rows(row: Callable, carry: Any, order: Array) -> tuple[Any, Any]:
+    """scan of `row` over the blocks of queries; one block alone needs no loop."""
+    if len(order) > 1:
+        return lax.scan(row, carry, jnp.arange(len(order)))
+    carry, out = row(carry, 0)
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
+def _visible(mask: Mask, plan: _Plan) -> tuple[Array, Array | None]:
+    """visible_blocks, with no count of a single block of keys: it is always visited."""
+    if mask.kv_positions.shape[1] > plan.keys:
+        return visible_blocks(mask, plan.queries, plan.keys)
+    return np.zeros((mask.q_positions.shape[1] // plan.queries, 1), np.int32), None
 
 
 def _joined(x: Array) -> Array:
@@ -160,7 +184,7 @@ def _joined(x: Array) -> Array:
 
 def _backward(plan: _Plan, kept, grad: Array):
     q, k, v, bias, mask, rng, out, log_total = kept
-    order, count = visible_blocks(mask, plan.queries, plan.keys)
+    order, count = _visible(mask, plan)
     # Of a row of the softmax: sum of weights times their gradients (Dao et al., B.4).
     centre = jnp.einsum("bkgle,bkgle->bkgl", grad, out, preferred_element_type=_F32)
 
@@ -170,7 +194,7 @@ def _backward(plan: _Plan, kept, grad: Array):
 
         def visit(t: Array, carry):
             dq, dk, dv, dbias = carry
-            j = order[i, t]
+            j = 0 if count is None else order[i, t]
             key, value = (_cut(x, j, plan.keys, 2) for x in (k, v))
             scores = _scores(query, key, bias, mask, i, j, plan)
             weights = jnp.exp(scores - log_total[i][..., None])
@@ -196,12 +220,12 @@ def _backward(plan: _Plan, kept, grad: Array):
             return dq, dk, dv, dbias
 
         start = (jnp.zeros(query.shape, _F32), *carry)
-        dq, *carry = lax.fori_loop(0, count[i], visit, start)
+        dq, *carry = _visits(count, i, visit, start)
         return tuple(carry), dq.astype(q.dtype)
 
     zeros = (jnp.zeros(x.shape, _F32) for x in (k, v))
     dbias = None if bias is None else jnp.zeros(bias.shape, _F32)
-    (dk, dv, dbias), dq = lax.scan(row, (*zeros, dbias), jnp.arange(len(order)))
+    (dk, dv, dbias), dq = _rows(row, (*zeros, dbias), order)
     dbias = None if bias is None else dbias.astype(bias.dtype)
     return _joined(dq), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None, None
 
