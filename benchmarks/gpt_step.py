@@ -5,7 +5,9 @@
 Both do all of a step on random tokens: forward, cross-entropy, backward, clipping,
 AdamW, and reading the loss. nanoGPT's modules are re-created here with torch.nn, in
 its shapes and with its choices (no biases, erf gelu, scaled_dot_product_attention).
-Machines are noisy, so steps are timed in turns and what counts is the ratio.
+Machines are noisy, so steps are timed in turns and what counts is the ratio. On 2 cores
+of an AMD EPYC, with flash: 1.08 for char (54.4 against 50.3 ms), 1.19 for full (2,575
+against 2,171 ms).
 """
 
 import argparse
