@@ -7,7 +7,13 @@ PRETRAINED is a workdir of configs/bert_books.py:cpu. Without init_from the same
 starts from scratch; --config.data.tokenizer.path=PRETRAINED/tokenizer.json gives it the
 same tokens.
 
-Not yet compared over seeds: no result. By sweep.py:
+Measured on 2 cores of an AMD EPYC beside other jobs, 5 seeds each, test accuracy, mean
+and standard deviation; pre-trained are 3,000 steps of bert_books.py:cpu:
+
+    clinc150        pre-trained 79.6 +- 1.6 %    from scratch 76.4 +- 5.2 %
+    mr_sentiment    not yet compared
+
+By sweep.py:
 
     python sweep.py --config=configs/bert_finetune.py:clinc150 --workdir=DIR \
         --sweep=init_from=PRETRAINED, --sweep=seed=0,1,2,3,4 \
