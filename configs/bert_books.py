@@ -25,7 +25,7 @@ from triform.transforms import MaskedConfig
 
 def get_config(variant: str = "base") -> ExperimentConfig:
     """Variants: 'base', 'large', 'roberta' (whole words, no second sentence), 'cpu'
-    (half an hour on 2 cores), 'smoke'.
+    (an hour on 2 cores), 'smoke'.
     """
     trunk = TransformerConfig(
         num_layers=12,

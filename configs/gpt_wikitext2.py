@@ -22,7 +22,7 @@ from triform.transforms import WindowsConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (for an accelerator), 'cpu' (minutes on 2 cores), 'smoke'."""
+    """Variants: '' (for an accelerator), 'cpu' (for 2 cores), 'smoke'."""
     trunk = TransformerConfig(
         num_layers=8,
         d_model=512,

@@ -28,7 +28,7 @@ from triform.transforms import LabelledConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (for an accelerator), 'cpu' (half an hour on 2 cores), 'smoke'."""
+    """Variants: '' (for an accelerator), 'cpu' (for 2 cores), 'smoke'."""
     trunk = TransformerConfig(
         num_layers=6,
         d_model=512,

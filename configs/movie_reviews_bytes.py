@@ -32,7 +32,7 @@ from triform.transforms import LabelledConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (for an accelerator), 'cpu' (half an hour on 2 cores; the first
+    """Variants: '' (for an accelerator), 'cpu' (for 2 cores; the first
     1,024 bytes), 'smoke'.
     """
     trunk = TransformerConfig(

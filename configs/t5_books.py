@@ -20,7 +20,7 @@ from triform.transforms import SpansConfig
 
 
 def get_config(variant: str = "cpu") -> ExperimentConfig:
-    """Variants: 'cpu' (20 minutes on 2 cores), 'smoke'."""
+    """Variants: 'cpu' (for 2 cores), 'smoke'."""
     trunk = TransformerConfig(
         num_layers=3,
         d_model=192,

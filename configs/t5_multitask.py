@@ -19,7 +19,7 @@ from triform.transforms import Corpus, MixtureConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (half an hour on 2 cores), 'smoke'."""
+    """Variants: '' (for 2 cores), 'smoke'."""
     pretraining = t5_books.get_config("smoke" if variant == "smoke" else "cpu")
     model = pretraining.model
     model.trunk.dropout = 0.1

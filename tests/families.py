@@ -25,6 +25,10 @@ T5 = {
     **{"attention_scale": 1.0, "init": "t5"},
 }
 LEARNED = {"positions": "learned", "ffn": "gelu"}
+PERFORMER = {
+    "attention": "performer",
+    "attention_options": ("features", 6, "chunk", 2),
+}
 
 
 def trunk(**fields):
@@ -49,7 +53,12 @@ DECODERS = {
         **LLAMA, scan_layers=True, rope_scaling=("yarn", 4.0, 32.0, 1.0, 8, 0.0)
     ),
     "relative, windows": lm(**T5, windows=(2, 0)),
-    "performer": lm(**LLAMA, attention="performer", attention_options=("features", 8)),
+    "performer": lm(**LLAMA, **PERFORMER),
+    "performer, scanned, grouped": lm(
+        **{**LEARNED, "norm_position": "pre", "scan_layers": True},
+        **PERFORMER,
+        num_kv_heads=1,
+    ),
     "local": lm(**LLAMA, attention="local", windows=(3,)),
     "scanned windows, grouped": lm(
         **{**LLAMA, "num_layers": 4, "windows": (2, 0), "scan_layers": True},
@@ -67,6 +76,9 @@ T5S = {
         embedding_scale="none",
     ),
     "marian": EncoderDecoderConfig(trunk(ffn="silu"), VOCAB, head_bias=True),
+    "performer pairs": EncoderDecoderConfig(
+        trunk(**PERFORMER, norm_position="pre"), VOCAB
+    ),
 }
 ENCODERS = {
     "bert": EncoderConfig(trunk(**LEARNED, init="normal"), VOCAB),

@@ -97,6 +97,83 @@ def attention_reference(q, k, v, allowed, bias, out_grad, scale):
     return out, (dq, dk, dv) + (() if bias is None else (dbias,))
 
 
+def assert_decoding_equals_the_full_pass(config, batch, prompt, slots, close):
+    """Law 3: tokens fed one by one, and in pieces with the rows exchanged on the way.
+
+    `slots` [B, S] are the positions of what is fed in each slot, -1: an empty one.
+    """
+    model, params, real = models.build(config), init(config, batch), slots >= 0
+    tokens = np.take_along_axis(batch["inputs"], slots.clip(0), 1)
+    fed = np.where(real, tokens, 9 % config.vocab_size)  # any id in empty slots
+    order = np.roll(np.arange(len(slots)), 1)
+
+    @jax.jit
+    def run(params):
+        def call(*args, method="__call__"):
+            return model.apply({"params": params}, *args, method=method)
+
+        def step(cache, slot):
+            tokens, positions = slot
+            slot = tokens[:, None], positions[:, None]
+            logits, cache = call(*slot, cache, method="extend")
+            return cache, logits[:, 0]
+
+        cache, *begin = call(prompt, slots.shape[1], method="start")
+        _, single = jax.lax.scan(step, cache, (fed.T, slots.T))
+        # Four slots, then less and more than one token, of exchanged rows.
+        found, rows, at = [], np.arange(len(slots)), 0
+        for size in (4, 1, 3):
+            piece = fed[rows, at : at + size], slots[rows, at : at + size]
+            logits, cache = call(*piece, cache, method="extend")
+            found.append(logits[np.argsort(rows)])
+            cache = cache.map_rows(lambda x: x[order])
+            rows, at = rows[order], at + size
+        full = call(batch)["targets"]
+        return full, single.swapaxes(0, 1), jnp.concatenate(found, 1), begin
+
+    full, single, pieces, begin = run(params)
+    expected = np.take_along_axis(np.asarray(full), slots.clip(0)[..., None], 1)
+    for got in (single, pieces):
+        np.testing.assert_allclose(got[real], expected[real], **close)
+        assert np.isfinite(got).all()  # in empty slots too
+    return begin
+
+
+def assert_prompts_are_continued(config, batch, places, sizes, close):
+    """Law 3: start(prompt), then extend by `sizes` tokens at a time, is the full pass.
+
+    `places` [B, L] say which token of its row is in each place of the prompt, -1: none.
+    """
+    model, params = models.build(config), init(config, batch)
+    tokens = np.take_along_axis(batch["inputs"], places.clip(0), 1)
+    prompt = {
+        "inputs": np.where(places >= 0, tokens, 9).astype(np.int32),
+        "segments": (places >= 0).astype(np.int32),
+    }
+
+    @jax.jit
+    def run(params):
+        def call(*args, **kwargs):
+            return model.apply({"params": params}, *args, **kwargs)
+
+        cache, tokens, at = call(prompt, sum(sizes) + 1, method="start")
+        # First the prompt's last token.
+        logits, cache = call(tokens[:, None], at[:, None], cache, method="extend")
+        found = [logits]
+        for size in sizes:
+            where = at[:, None] + 1 + jnp.arange(size)
+            tokens = jnp.take_along_axis(batch["inputs"], where, 1)
+            logits, cache = call(tokens, where, cache, method="extend")
+            found.append(logits)
+            at = where[:, -1]
+        return call(batch)["targets"], jnp.concatenate(found, 1)
+
+    full, found = run(params)
+    for row, last in enumerate(places.max(1)):
+        wanted = full[row, last : last + 1 + sum(sizes)]
+        np.testing.assert_allclose(found[row], wanted, **close)
+
+
 def assert_trees_close(got, expected, close=1e-5):
     """Leaf by leaf, relative to the leaf's largest value."""
     got, expected = flat(got), flat(expected)

@@ -1,11 +1,10 @@
 """Law 3 where rows are longer than blocks and windows: rings, and blocks of queries."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import LLAMA, lm, with_trunk
-from laws import init
+from laws import assert_prompts_are_continued, init
 
 from triform import models
 from triform.models.transformer import Cache
@@ -32,41 +31,13 @@ def long_batch(rows=3):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_equals_the_full_pass(name):
     """Prompts padded on either side and within; then one token and three at a time."""
-    config = CONFIGS[name]
-    model, batch = models.build(config), long_batch()
-    params = init(config, batch)
     places = np.full((3, PROMPT), -1)
     places[0, :20] = np.arange(20)
     places[1, PROMPT - 3 :] = np.arange(3)
     places[2, ::2] = np.arange(PROMPT // 2)
-    prompt = {
-        "inputs": np.take_along_axis(batch["inputs"], places.clip(0), 1),
-        "segments": (places >= 0).astype(np.int32),
-    }
-    last = places.max(1)
-
-    @jax.jit
-    def run(params):
-        def call(*args, **kwargs):
-            return model.apply({"params": params}, *args, **kwargs)
-
-        full = call(batch)["targets"]
-        cache, tokens, at = call(prompt, LENGTH, method="start")
-        logits, cache = call(tokens[:, None], at[:, None], cache, method="extend")
-        found = [logits]
-        for size in (1, 3, 3):
-            at = at[:, None] + 1 + jnp.arange(size)
-            tokens = jnp.take_along_axis(batch["inputs"], at, 1)
-            logits, cache = call(tokens, at, cache, method="extend")
-            found.append(logits)
-            at = at[:, -1]
-        return full, jnp.concatenate(found, 1)
-
-    full, found = run(params)
-    for row, first in enumerate(last):
-        np.testing.assert_allclose(
-            found[row], full[row, first : first + 8], rtol=2e-5, atol=1e-5
-        )
+    close = {"rtol": 2e-5, "atol": 1e-5}
+    batch = long_batch()
+    assert_prompts_are_continued(CONFIGS[name], batch, places, (1, 3, 3), close)
 
 
 @pytest.mark.parametrize("name", ["local", "local, scanned", "local, dilated"])

@@ -5,11 +5,9 @@ loop, remat equals not; past and padding.
 """
 
 import dataclasses
-import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import (
@@ -27,7 +25,14 @@ from families import (
     trunk,
     with_trunk,
 )
-from laws import CLOSE, assert_trees_close, init, value_and_grad
+from laws import (
+    CLOSE,
+    assert_decoding_equals_the_full_pass,
+    assert_prompts_are_continued,
+    assert_trees_close,
+    init,
+    value_and_grad,
+)
 
 from triform import models
 from triform.models import (
@@ -142,82 +147,26 @@ SLOTS = np.array(
 )
 
 
+# Products of a few layers, in another order.
+NEAR = {"rtol": 2e-5, "atol": 1e-5}
+
+
 @pytest.mark.parametrize("name", [*DECODERS, *T5S])
 def test_cached_decoding_equals_the_full_pass(name):
-    config = FAMILIES[name]
-    model, batch = models.build(config), batch_of(config)
-    params, real = init(config, batch), SLOTS >= 0
-    fed = np.where(real, np.take_along_axis(batch["inputs"], SLOTS.clip(0), 1), 9)
+    batch = batch_of(FAMILIES[name])
     # A prompt, if the model reads one, is a token that is read and never fed again.
-    prompt = batch | {"inputs": np.full((len(fed), 1), 9, np.int32)}
-
-    @jax.jit
-    def run(params):
-        def call(*args, method="__call__"):
-            return model.apply({"params": params}, *args, method=method)
-
-        def step(cache, slot):
-            tokens, positions = slot
-            slot = tokens[:, None], positions[:, None]
-            logits, cache = call(*slot, cache, method="extend")
-            return cache, logits[:, 0]
-
-        start = call(prompt, SLOTS.shape[1], method="start")[0]
-        _, single = jax.lax.scan(step, start, (fed.T, SLOTS.T))
-        cache, chunked, at = start, [], 0
-        for size in (4, 1, 3):
-            part = slice(at, at + size)
-            logits, cache = call(fed[:, part], SLOTS[:, part], cache, method="extend")
-            chunked.append(logits)
-            at += size
-        return (
-            call(batch)["targets"],
-            single.swapaxes(0, 1),
-            jnp.concatenate(chunked, 1),
-        )
-
-    full, single, chunked = run(params)
-    expected = np.take_along_axis(np.asarray(full), SLOTS.clip(0)[..., None], 1)
-    for got in (single, chunked):
-        np.testing.assert_allclose(got[real], expected[real], rtol=2e-5, atol=1e-5)
-        assert np.isfinite(got).all()
+    prompt = batch | {"inputs": np.full((len(SLOTS), 1), 9, np.int32)}
+    assert_decoding_equals_the_full_pass(FAMILIES[name], batch, prompt, SLOTS, NEAR)
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_prompts_of_any_padding_are_continued_alike(name):
-    """start(prompt), then extend from its last token on, is the full pass."""
-    config = FAMILIES[name]
-    model, batch = models.build(config), batch_of(config)
-    params = init(config, batch)
-    # Which token of its row is in each place: padded on the left, on the right, on both
-    # sides, and within.
+    # Padded on the right, on the left, on both sides, and within.
     places = np.array(
         [[0, 1, 2, -1, -1], [-1, -1, -1, -1, 0], [-1, 0, 1, 2, -1], [0, -1, 1, -1, 2]]
     )
-    batch = {k: np.concatenate([x, x[:1]]) for k, x in batch.items()}
-    tokens = np.take_along_axis(batch["inputs"], places.clip(0), 1)
-    prompt = {
-        "inputs": np.where(places >= 0, tokens, 9).astype(np.int32),
-        "segments": (places >= 0).astype(np.int32),
-    }
-
-    @jax.jit
-    def run(params):
-        call = functools.partial(model.apply, {"params": params})
-        cache, first, at = call(prompt, LENGTH, method="start")
-        found = []
-        for _ in range(2):
-            logits, cache = call(first[:, None], at[:, None], cache, method="extend")
-            found.append(logits[:, 0])
-            at = at + 1
-            first = jnp.take_along_axis(batch["inputs"], at[:, None], 1)[:, 0]
-        return call(batch)["targets"], jnp.stack(found, 1)
-
-    full, found = run(params)
-    for r, last in enumerate(places.max(1)):
-        np.testing.assert_allclose(
-            found[r], full[r, last : last + 2], rtol=2e-5, atol=1e-5
-        )
+    batch = batch_of(FAMILIES[name], rows=4)
+    assert_prompts_are_continued(FAMILIES[name], batch, places, (1, 1), NEAR)
 
 
 # --- Law 4 ---

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from laws import CLOSE, assert_trees_close, flat, init, program, value_and_grad
+from laws import (
+    CLOSE,
+    assert_decoding_equals_the_full_pass,
+    assert_trees_close,
+    flat,
+    init,
+    program,
+    value_and_grad,
+)
 
 from triform import models
 from triform.models import EncoderDecoderConfig
@@ -105,51 +113,17 @@ SLOTS = np.array(
         [-1, 0, -1, 1, 2, -1, 3, 4],
     ]
 )
-CHUNKS = (4, 1, 3)  # whole prefixes, then less and more than one token
 
 
 @pytest.mark.parametrize("name", DECODED)
 def test_cached_decoding_equals_the_full_pass(tiny_config, pair_batch, name):
     config = tiny_config(**DECODED[name])
-    model = models.build(config)
     batch = pair_batch([5, 2, 4, 1], [5] * 4, 5)
-    params = init(config, batch)
-    real = SLOTS >= 0
-    fed = np.where(
-        real, np.take_along_axis(batch["inputs"], SLOTS.clip(0), 1), 9
-    )  # any id in empty slots
-
-    @jax.jit
-    def run(params):
-        def call(*args, method="__call__"):
-            return model.apply({"params": params}, *args, method=method)
-
-        def step(cache, slot):
-            tokens, positions = slot
-            slot = tokens[:, None], positions[:, None]
-            logits, cache = call(*slot, cache, method="extend")
-            return cache, logits[:, 0]
-
-        start, *begin = call(batch, SLOTS.shape[1], method="start")
-        _, single = jax.lax.scan(step, start, (fed.T, SLOTS.T))
-        cache, chunked, at = start, [], 0
-        for size in CHUNKS:
-            part = slice(at, at + size)
-            logits, cache = call(fed[:, part], SLOTS[:, part], cache, method="extend")
-            chunked.append(logits)
-            at += size
-        full = call(batch)["targets"]
-        chunked = jnp.concatenate(chunked, 1)
-        return full, single.swapaxes(0, 1), chunked, begin
-
-    full, single, chunked, (first, place) = run(params)
+    first, place = assert_decoding_equals_the_full_pass(
+        config, batch, batch, SLOTS, CLOSE
+    )
     np.testing.assert_array_equal(first, batch["inputs"][:, 0])
     np.testing.assert_array_equal(place, 0)
-    expected = np.take_along_axis(np.asarray(full), SLOTS.clip(0)[..., None], 1)
-    np.testing.assert_allclose(single[real], expected[real], **CLOSE)
-    np.testing.assert_allclose(chunked[real], expected[real], **CLOSE)
-    assert np.isfinite(single).all()  # in empty slots too
-    assert np.isfinite(chunked).all()
 
 
 # --- Law 4: packed = separate, scan = loop, remat = not, past and padding ---

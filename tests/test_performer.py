@@ -8,18 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import (
+    FAMILIES,
     LENGTH,
-    VOCAB,
+    PERFORMER,
     applied,
     batch_of,
     lm,
     real_places,
-    trunk,
 )
 from hypothesis import given, settings
 from laws import init
 
-from triform import models
 from triform.models import EncoderDecoderConfig
 from triform.models.algorithms.features import EPSILON, projection
 from triform.models.algorithms.performer import PerformerState, performer
@@ -361,104 +360,15 @@ def test_memory_grows_with_the_length_alone(causal, backward):
     assert long < 4 * 2048**2  # float32 weights of one head
 
 
-# --- Models (laws 3 and 4) ---
+# --- Models: law 4; law 3 is in test_families.py ---
 
-KIND = {
-    "attention": "performer",
-    "attention_options": ("features", 6, "chunk", 2),
-    "norm_position": "pre",
-}
-MODELS = {
-    "looped, rotary": lm(**KIND, positions="rotary", num_layers=1),
-    "scanned, grouped": lm(
-        **KIND, positions="learned", scan_layers=True, num_kv_heads=1
-    ),
-    "encoder-decoder": EncoderDecoderConfig(trunk(**KIND, num_layers=1), VOCAB),
-}
 # Exponents of features are up to 20 or so: 1e-6 each.
 NEAR = {"rtol": 1e-4, "atol": 5e-5}
-# Position in each slot, -1: empty. Padded on the right, on the left, and within.
-SLOTS = np.array(
-    [
-        [0, 1, 2, 3, 4, 5, -1, -1],
-        [-1, -1, 0, 1, 2, 3, 4, 5],
-        [0, 1, -1, 2, 3, -1, 4, 5],
-    ]
-)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_cached_decoding_equals_the_full_pass(name):
-    """Token by token, and in pieces with the rows exchanged on the way."""
-    config = MODELS[name]
-    model, batch = models.build(config), batch_of(config)
-    params, real = init(config, batch), SLOTS >= 0
-    fed = np.where(real, np.take_along_axis(batch["inputs"], SLOTS.clip(0), 1), 9)
-    order = np.array([2, 0, 1])
-    # A prompt, if the model reads one, is a token that is read and never fed again.
-    prompt = batch | {"inputs": np.full((len(fed), 1), 9, np.int32)}
-
-    @jax.jit
-    def run(params):
-        def call(*args, method="__call__"):
-            return model.apply({"params": params}, *args, method=method)
-
-        def step(cache, slot):
-            tokens, positions = slot
-            slot = tokens[:, None], positions[:, None]
-            logits, cache = call(*slot, cache, method="extend")
-            return cache, logits[:, 0]
-
-        start = call(prompt, SLOTS.shape[1], method="start")[0]
-        _, single = jax.lax.scan(step, start, (fed.T, SLOTS.T))
-
-        def piece(cache, slot):
-            logits, cache = call(*slot, cache, method="extend")
-            return cache.map_rows(lambda x: x[order]), logits
-
-        halves = [jnp.stack([x[:, :4], x[order, 4:]]) for x in (fed, SLOTS)]
-        _, (first, second) = jax.lax.scan(piece, start, tuple(halves))
-        pieces = jnp.concatenate([first, second[np.argsort(order)]], 1)
-        return call(batch)["targets"], single.swapaxes(0, 1), pieces
-
-    full, single, pieces = run(params)
-    expected = np.take_along_axis(np.asarray(full), SLOTS.clip(0)[..., None], 1)
-    for got in (single, pieces):
-        np.testing.assert_allclose(got[real], expected[real], **NEAR)
-        assert np.isfinite(got).all()
-
-
-def test_prompts_of_any_padding_are_continued_alike():
-    """start(prompt), then extend from its last token on, is the full pass."""
-    config = MODELS["scanned, grouped"]
-    model, batch = models.build(config), batch_of(config, rows=4)
-    params = init(config, batch)
-    places = np.array(
-        [[0, 1, 2, -1, -1], [-1, -1, -1, -1, 0], [-1, 0, 1, 2, -1], [0, -1, 1, -1, 2]]
-    )
-    tokens = np.take_along_axis(batch["inputs"], places.clip(0), 1)
-    prompt = {
-        "inputs": np.where(places >= 0, tokens, 9).astype(np.int32),
-        "segments": (places >= 0).astype(np.int32),
-    }
-
-    @jax.jit
-    def run(params):
-        call = functools.partial(model.apply, {"params": params})
-        cache, first, at = call(prompt, LENGTH, method="start")
-        after = jnp.take_along_axis(batch["inputs"], at[:, None] + 1, 1)
-        fed = jnp.concatenate([first[:, None], after], 1)
-        places = jnp.stack([at, at + 1], 1)
-        return call(batch)["targets"], call(fed, places, cache, method="extend")[0]
-
-    full, found = run(params)
-    for r, last in enumerate(places.max(1)):
-        np.testing.assert_allclose(found[r], full[r, last : last + 2], **NEAR)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_decoding_carries_no_more_for_longer_texts(scanned):
-    config = lm(**KIND, scan_layers=scanned).trunk
+    config = lm(**PERFORMER, scan_layers=scanned).trunk
     sizes = [
         [x.shape for x in jax.tree.leaves(Cache.empty(config, 3, n).blocks)]
         for n in (8, 8000)
@@ -468,10 +378,10 @@ def test_decoding_carries_no_more_for_longer_texts(scanned):
     assert {shape[int(scanned)] for shape in sizes[0]} == {3}
 
 
-@pytest.mark.parametrize("name", ["looped, rotary", "encoder-decoder"])
+@pytest.mark.parametrize("name", ["performer", "performer pairs"])
 def test_packed_equals_separate(packed, name):
     """In a batch of rows of one sequence each and a row of all of them."""
-    config, lengths, sources = MODELS[name], (3, 2, 5), ()
+    config, lengths, sources = FAMILIES[name], (3, 2, 5), ()
     batch = batch_of(config)
     batch["segments"] = real_places(*lengths)
     batch["positions"] = np.arange(LENGTH, dtype=np.int32)[None].repeat(3, 0)
