@@ -10,6 +10,7 @@ from triform.models.algorithms import ALGORITHMS, has_globals
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
 from triform.models.positions import Relative, rotate
+from triform.models.product import dot_general
 
 Array = jax.Array
 
@@ -92,6 +93,7 @@ class Attention(nn.Module):
                 use_bias=cfg.bias != "none",
                 dtype=dtype,
                 kernel_init=kernel_init(cfg, name.partition("_")[0]),
+                dot_general=dot_general,
                 name=name,
             )(y)
 
@@ -129,6 +131,7 @@ class Attention(nn.Module):
             use_bias=cfg.bias == "all",
             dtype=dtype,
             kernel_init=kernel_init(cfg, "out"),
+            dot_general=dot_general,
             name="out",
         )(out)
         return out, cache

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from triform.models.config import TransformerConfig
+from triform.models.product import dot_general
 
 Array = jax.Array
 
@@ -23,9 +24,7 @@ def head(trunk: TransformerConfig, size: int, bias: bool = False) -> nn.Dense:
 
     They are accumulated in float32: in bfloat16 the best ones would tie.
     """
-    accumulate = functools.partial(
-        jax.lax.dot_general, preferred_element_type=jnp.float32
-    )
+    accumulate = functools.partial(dot_general, preferred_element_type=jnp.float32)
     init = nn.initializers.normal(0.02)
     dtype = jnp.dtype(trunk.dtype)
     return nn.Dense(
@@ -36,7 +35,8 @@ def head(trunk: TransformerConfig, size: int, bias: bool = False) -> nn.Dense:
 def tied_logits(x: Array, table: nn.Embed) -> Array:
     """float32 [B, L, V]: x [B, L, D] times the transposed table."""
     weights = table.embedding.astype(x.dtype)
-    return jnp.einsum("bld,vd->blv", x, weights, preferred_element_type=jnp.float32)
+    axes = ((x.ndim - 1,), (0,)), ((), ())
+    return dot_general(x, weights.T, axes, preferred_element_type=jnp.float32)
 
 
 def places(tokens: Array) -> Array:

@@ -17,6 +17,7 @@ from triform.models.config import ModelConfig, TransformerConfig
 from triform.models.embedding import embedding, head, places, tied_logits
 from triform.models.mask import Mask
 from triform.models.positions import PositionEmbedding
+from triform.models.product import dot_general
 from triform.models.transformer import FFNS, Stack, make_norm
 
 Array = jax.Array
@@ -75,9 +76,13 @@ class MaskedHead(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B, P, D] -> [B, P, D]."""
         cfg = self.config
-        init = kernel_init(cfg, "dense")
-        dtype = jnp.dtype(cfg.dtype)
-        x = nn.Dense(cfg.d_model, dtype=dtype, kernel_init=init, name="dense")(x)
+        x = nn.Dense(
+            cfg.d_model,
+            dtype=jnp.dtype(cfg.dtype),
+            kernel_init=kernel_init(cfg, "dense"),
+            dot_general=dot_general,
+            name="dense",
+        )(x)
         return make_norm(cfg, "norm")(FFNS[cfg.ffn][0](x))
 
 

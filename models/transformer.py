@@ -14,15 +14,27 @@ from triform.models.cache import KVCache, RingCache
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
 from triform.models.positions import Relative, RelativeBias, rotation
+from triform.models.product import dot_general
 
 Array = jax.Array
+
+
+def gelu(x: Array) -> Array:
+    """Exact (Hendrycks & Gimpel 2016).
+
+    In float32 by erf, for which XLA has one formula: nn.gelu takes erfc, of which it
+    works out two and picks one. With fewer bits 1 + erf would be too coarse.
+    """
+    if x.dtype != jnp.float32:
+        return nn.gelu(x, approximate=False)
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 # name: (activation, gated). Gated units: Shazeer 2020, "GLU Variants".
 FFNS = {
     "relu": (nn.relu, False),
     "silu": (nn.silu, False),
-    "gelu": (functools.partial(nn.gelu, approximate=False), False),
+    "gelu": (gelu, False),
     "gelu_tanh": (functools.partial(nn.gelu, approximate=True), False),
     "geglu": (functools.partial(nn.gelu, approximate=True), True),
     "swiglu": (nn.silu, True),
@@ -149,6 +161,7 @@ class FeedForward(nn.Module):
                 use_bias=cfg.bias == "all",
                 dtype=jnp.dtype(cfg.dtype),
                 kernel_init=kernel_init(cfg, name),
+                dot_general=dot_general,
                 name=name,
             )
 

@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
     settings = {
         _M_ARENA_MAX: 1,  # only the main arena can hold blocks above 32 MB
         _M_MMAP_MAX: 0,
-        _M_TRIM_THRESHOLD: 2**31 - 1,
+        _M_TRIM_THRESHOLD: -1,  # never: 2**31 - 1 gave large programs' pages back
         _M_TOP_PAD: 2**28,
     }
     return all(mallopt(name, value) == 1 for name, value in settings.items())

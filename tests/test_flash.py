@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from laws import attention_reference
 
 from triform.models.algorithms.blocks import block_size, pad_mask, visible_blocks
-from triform.models.algorithms.blockwise import blockwise
+from triform.models.algorithms.blockwise import blockwise, planned
 from triform.models.algorithms.dot import dot
 from triform.models.algorithms.flash import choose, flash
 from triform.models.algorithms.local import local
@@ -30,25 +30,28 @@ class Case:
     keys: int
     heads: int
     groups: int
-    bias_rows: int
-    causal: bool
-    window: int
-    dilation: int
-    segments: bool
-    globals: bool
-    pattern: bool
-    shuffled: bool
-    dtype: str
-    seed: int
+    bias_rows: int = 0
+    causal: bool = False
+    window: int = 0
+    dilation: int = 1
+    segments: bool = False
+    globals: bool = False
+    pattern: bool = False
+    shuffled: bool = False
+    aligned: bool = False
+    dtype: str = "float32"
+    seed: int = 0
 
     def mask(self) -> Mask:
         """Ragged rows: empty slots, packed segments, positions in any order."""
         rng = np.random.default_rng(self.seed)
 
         def side(length: int):
-            where = np.arange(length) + (self.keys - length)
+            where = np.arange(length)
+            if not self.aligned:
+                where += self.keys - length
             where = np.broadcast_to(where, (BATCH, length)).astype(np.int32)
-            if self.shuffled:  # and some slots are empty
+            if self.shuffled and not self.aligned:  # and some slots are empty
                 where = rng.permuted(where, axis=1)
                 where[rng.random(where.shape) < 0.2] = -1
             segments = np.sort(rng.integers(0, 4, where.shape), 1)[:, ::-1]
@@ -67,6 +70,7 @@ class Case:
             window=self.window,
             dilation=self.dilation,
             pattern=(lambda i, j: (i // 5) % 3 == j % 3) if self.pattern else None,
+            aligned=self.aligned,
         )
 
     def arrays(self):
@@ -95,6 +99,7 @@ CASES = st.builds(
     globals=st.booleans(),
     pattern=st.booleans(),
     shuffled=st.booleans(),
+    aligned=st.booleans(),
     dtype=st.sampled_from(("float32", "bfloat16")),
     seed=st.integers(0, 2**16),
 )
@@ -156,6 +161,34 @@ def test_blocks_that_hold_something_visible_are_visited(case):
         assert (np.diff(row[:n]) > 0).all()
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(case=CASES)
+def test_spans_written_out_hold_all_that_is_visible(case):
+    mask = case.mask()
+    plan = planned(mask, BLOCK, SCALE, 0.0)
+    assert (plan.spans is None) == (max(case.queries, case.keys) > 4 * BLOCK)
+    if plan.spans is None:
+        return
+    allowed = np.asarray(mask.allowed())
+    for number, (start, keys) in enumerate(plan.spans):
+        rows = allowed[:, number * plan.queries : (number + 1) * plan.queries].copy()
+        assert 0 <= start < start + keys <= case.keys
+        rows[:, :, start : start + keys] = False
+        assert not rows.any()
+
+
+def test_spans_leave_out_what_is_known_to_be_invisible():
+    where = np.arange(256, dtype=np.int32)[None]
+    mask = Mask(where, where, causal=True, aligned=True)
+
+    def spans(mask):
+        return planned(mask, 256, 1.0, 0.0).spans
+
+    assert spans(mask) == ((0, 64), (0, 128), (0, 192), (0, 256))
+    assert spans(mask.replace(window=65))[2:] == ((64, 128), (128, 128))
+    assert spans(mask.replace(aligned=False)) == ((0, 256),)
+
+
 PACKED = np.repeat([1, 2, 3], (20, 20, 24))[None].astype(np.int32)
 
 
@@ -178,8 +211,9 @@ def test_blocks_that_hold_nothing_are_not(mask, most):
     assert int(count.sum()) <= most
 
 
-def test_dropped_weights_keep_the_expectation_and_their_gradient():
-    case = Case(24, 24, 2, 2, 0, True, 0, 1, False, False, False, False, "float32", 0)
+@pytest.mark.parametrize("length", [24, 40])  # written out; in loops
+def test_dropped_weights_keep_the_expectation_and_their_gradient(length):
+    case = Case(length, length, 2, 2, causal=True, aligned=True)
     q, k, v, _, grad = case.arrays()
     mask, rate = case.mask(), 0.3
 
@@ -200,7 +234,8 @@ def test_dropped_weights_keep_the_expectation_and_their_gradient():
     # The kept weights of one draw, read off values that are one-hot, are a function of
     # which the backward pass must know the same.
     rng = jax.random.key(3)
-    eye = jnp.broadcast_to(jnp.eye(24)[None, :, None], (BATCH, 24, 2, 24))
+    eye = jnp.eye(length)[None, :, None]
+    eye = jnp.broadcast_to(eye, (BATCH, length, 2, length))
     weights = jnp.einsum("blhe,bshe->bhls", q, k) * SCALE
     seen = jnp.where(mask.allowed()[:, None], weights, -jnp.inf)
     kept = drop(rng, q, k, eye).transpose(0, 2, 1, 3) / jax.nn.softmax(seen)
@@ -243,7 +278,7 @@ def test_memory_grows_with_the_length_not_its_square():
 
 
 def test_global_tokens_look_through_their_own_projections():
-    case = Case(31, 31, 4, 4, 0, False, 3, 1, True, True, False, False, "float32", 0)
+    case = Case(31, 31, 4, 4, window=3, segments=True, globals=True)
     q, k, v, _, _ = case.arrays()
     others = [x + 1 for x in (v, q, k)]
     mask = case.mask()
@@ -266,7 +301,7 @@ def test_global_tokens_look_through_their_own_projections():
 
 @pytest.mark.parametrize("heads", [0, 1, 4])
 def test_dilated_heads_take_longer_steps(heads):
-    case = Case(31, 31, 4, 4, 0, True, 3, 1, False, False, False, False, "float32", 0)
+    case = Case(31, 31, 4, 4, causal=True, window=3)
     q, k, v, _, _ = case.arrays()
     mask = case.mask()
     out = local(q, k, v, mask, scale=SCALE, dilation=4, dilated_heads=heads)
@@ -278,7 +313,7 @@ def test_dilated_heads_take_longer_steps(heads):
 
 
 def test_local_without_windows_and_with_wrong_heads():
-    case = Case(31, 31, 4, 2, 0, True, 0, 1, False, False, False, False, "float32", 0)
+    case = Case(31, 31, 4, 2, causal=True)
     q, k, v, _, _ = case.arrays()
     mask = case.mask()
     assert mask.window == 0  # unlimited, then

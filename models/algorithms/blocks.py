@@ -42,21 +42,19 @@ def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
     )
 
 
-def part(mask: Mask, q_block: Array, queries: int, kv_block: Array, keys: int) -> Mask:
-    """The mask of one block of queries and one of keys."""
+def part(mask: Mask, query: Array, queries: int, key: Array, keys: int) -> Mask:
+    """The mask of so many queries and keys, from places `query` and `key` on."""
 
-    def cut(x: Array | None, block: Array, size: int) -> Array | None:
-        if x is None:
-            return None
-        return jax.lax.dynamic_slice_in_dim(x, block * size, size, 1)
+    def cut(x: Array | None, start: Array, size: int) -> Array | None:
+        return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, 1)
 
     return mask.replace(
-        q_positions=cut(mask.q_positions, q_block, queries),
-        kv_positions=cut(mask.kv_positions, kv_block, keys),
-        q_segments=cut(mask.q_segments, q_block, queries),
-        kv_segments=cut(mask.kv_segments, kv_block, keys),
-        q_global=cut(mask.q_global, q_block, queries),
-        kv_global=cut(mask.kv_global, kv_block, keys),
+        q_positions=cut(mask.q_positions, query, queries),
+        kv_positions=cut(mask.kv_positions, key, keys),
+        q_segments=cut(mask.q_segments, query, queries),
+        kv_segments=cut(mask.kv_segments, key, keys),
+        q_global=cut(mask.q_global, query, queries),
+        kv_global=cut(mask.kv_global, key, keys),
     )
 
 

@@ -6,10 +6,12 @@ anew from each query's log-total. Memory grows with L and S, not with their prod
 time with the number of blocks that hold anything visible.
 
 Heads stand before places ([B, H, L, E]), so that a block's matrix products read what
-lies together. In a prototype of these loops on 2 CPU cores (float32, forward and
+lies together. In a prototype of the loops on 2 CPU cores (float32, forward and
 backward of 6 causal heads of 64, at 256, 1,024 and 4,096 places) that, with blocks of
 256 x 256, was the fastest of both orders and of blocks of 128 to 512 queries and 128 to
-1,024 keys. benchmarks/attention.py measures what stands here.
+1,024 keys. Few blocks are written out instead, each row of them with all of its keys at
+once, and of causal ones only those that hold something: 16 rows of 256 places took
+42 ms so, and 74 ms as one block. benchmarks/attention.py measures what stands here.
 """
 
 import dataclasses
@@ -34,6 +36,10 @@ from triform.models.mask import Mask
 Array = jax.Array
 
 BLOCK = 256
+# Up to so many blocks of queries and of keys are written out, without loops.
+SHORT = 4
+# Causal inputs that short are cut into as many, of this many queries at least.
+LEAST = 32
 # Scores of what is not seen, and the least that a maximum may be: the exponential of
 # their difference is zero, also where a query sees nothing at all.
 _UNSEEN, _FLOOR = -1e30, -1e29
@@ -42,12 +48,16 @@ _F32 = jnp.float32
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static: sizes of the blocks, factor of the scores, rate of dropout."""
+    """What is static: sizes of the blocks, factor of the scores, rate of dropout; and,
+    of short inputs, for each block of queries the first of the keys that it may see and
+    how many follow: no loops are needed then.
+    """
 
     queries: int
     keys: int
     scale: float
     dropout: float
+    spans: tuple[tuple[int, int], ...] | None
 
 
 def blockwise(
@@ -67,8 +77,9 @@ def blockwise(
     The weights that dropout keeps are drawn block by block, so not those of `dot`.
     """
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
-    bq, bk = block_size(length, block), block_size(k.shape[1], block)
-    plan = _Plan(bq, bk, scale, dropout if rng is not None else 0.0)
+    mask = _without_batch(mask)
+    plan = planned(mask, block, scale, dropout if rng is not None else 0.0)
+    bq, bk = plan.queries, plan.keys
     # [B, L, H, E] -> [B, K, G, L, E]; of one group a view.
     q = pad_axis(q.swapaxes(1, 2), 2, bq)
     q = q.reshape(q.shape[0], groups, heads // groups, *q.shape[2:])
@@ -82,169 +93,225 @@ def blockwise(
     return out.swapaxes(1, 2)
 
 
+def _without_batch(mask: Mask) -> Mask:
+    """What is known of positions while tracing, written as constants."""
+    if not mask.aligned:
+        return mask
+
+    def places(x: Array) -> np.ndarray:
+        return np.arange(x.shape[1], dtype=np.int32)[None]
+
+    return mask.replace(
+        q_positions=places(mask.q_positions), kv_positions=places(mask.kv_positions)
+    )
+
+
+def planned(mask: Mask, block: int, scale: float, dropout: float) -> _Plan:
+    """How the inputs that `mask` describes are cut into blocks of at most `block`."""
+    queries, keys = mask.q_positions.shape[1], mask.kv_positions.shape[1]
+    if max(queries, keys) > SHORT * block:
+        bq, bk = block_size(queries, block), block_size(keys, block)
+        return _Plan(bq, bk, scale, dropout, None)
+    known = mask.aligned and mask.q_global is None and mask.kv_global is None
+    if known and mask.causal:
+        # Smaller blocks of queries leave out more of what is not seen.
+        block = min(block, max(LEAST, -(-queries // SHORT)))
+    bq = block_size(queries, block)
+    reach = mask.window * mask.dilation if known and mask.window else queries + keys
+    spans = []
+    for first in range(0, queries, bq):
+        start = min(max(first - reach + 1, 0), keys - 1)
+        stop = first + bq + (0 if known and mask.causal else reach)
+        spans.append((start, max(min(stop, keys) - start, 1)))
+    return _Plan(bq, keys, scale, dropout, tuple(spans))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attention(q, k, v, bias, mask, rng, plan):
     return _forward(q, k, v, bias, mask, rng, plan)[0]
 
 
-def _cut(x: Array, block: Array, size: int, axis: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, block * size, size, axis)
+def _cut(x: Array, start: Array, size: int, axis: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _put(x: Array, new: Array, block: Array, axis: int) -> Array:
-    return lax.dynamic_update_slice_in_dim(x, new, block * new.shape[axis], axis)
+def _put(x: Array, new: Array, start: Array, axis: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, new, start, axis)
 
 
-def _scores(q: Array, k: Array, bias, mask: Mask, i: Array, j: Array, plan) -> Array:
-    """float32 [B, K, G, l, s] of block q [B, K, G, l, E] and block k [B, K, s, E]."""
-    scores = jnp.einsum(
-        "bkgle,bkse->bkgls", q * plan.scale, k, preferred_element_type=_F32
-    )
-    if bias is not None:
-        cut = _cut(_cut(bias, i, plan.queries, 3), j, plan.keys, 4)
-        scores += cut.astype(_F32)
-    seen = part(mask, i, plan.queries, j, plan.keys).allowed()
-    # Made once for all heads: fused into what follows, each would work it out again.
-    unseen = lax.optimization_barrier(jnp.where(seen, 0.0, _UNSEEN).astype(_F32))
-    return scores + unseen[:, None, None]
+def _added(bias, mask: Mask, query: Array, i: Array, key: Array, j: Array) -> Array:
+    """What is added to the scores of queries from place i on and keys from j on:
+    float32, broadcasts to [B, K, G, l, s].
+    """
+    sizes = query.shape[3], key.shape[2]
+    seen = part(mask, i, sizes[0], j, sizes[1]).allowed()
+    unseen = jnp.where(seen, 0.0, _UNSEEN).astype(_F32)[:, None, None]
+    if bias is None:
+        return unseen
+    return unseen + _cut(_cut(bias, i, sizes[0], 3), j, sizes[1], 4).astype(_F32)
+
+
+def _alone(x: Array) -> Array:
+    """x, made once for all heads: fused into what follows, each would make it anew."""
+    return lax.optimization_barrier(x)
+
+
+def _turned(x: Array) -> Array:
+    """[B, K, G, l, s] -> [B, K, s, G, l]."""
+    return jnp.moveaxis(x, 4, 2)
+
+
+def _merged(x: Array) -> Array:
+    """[B, K, G, l, ...] -> [B, K, G l, ...]: all that look at the same keys."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _product(formula: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(formula, a, b, preferred_element_type=_F32)
+
+
+def _sums(weights: Array, x: Array) -> Array:
+    """float32 [B, K, G, l, E]: for each query the weighted sum over x [B, K, s, E]."""
+    out = _product("bkms,bkse->bkme", _merged(weights.astype(x.dtype)), x)
+    return out.reshape(*weights.shape[:-1], -1)
 
 
 def _kept(rng: Array, i: Array, j: Array, shape, plan: _Plan) -> Array:
-    """float32: 0 where dropout takes a weight of block (i, j), else 1 / (1 - rate)."""
+    """float32: 0 where dropout takes a weight of the block that starts at query i and
+    key j, else 1 / (1 - rate).
+    """
     key = jax.random.fold_in(jax.random.fold_in(rng, i), j)
     keep = jax.random.bernoulli(key, 1 - plan.dropout, shape)
     return keep.astype(_F32) / (1 - plan.dropout)
 
 
 def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
-    order, count = _visible(mask, plan)
-    lead = (*q.shape[:3], plan.queries)
-
-    def row(_, i: Array):
+    def row(_, i: Array, visits: Callable):
         query = _cut(q, i, plan.queries, 3)
 
-        def visit(t: Array, carry):
+        def visit(carry, j: Array, keys: int):
             out, peak, total = carry
-            j = 0 if count is None else order[i, t]
-            key, value = (_cut(x, j, plan.keys, 2) for x in (k, v))
-            scores = _scores(query, key, bias, mask, i, j, plan)
+            key, value = (_cut(x, j, keys, 2) for x in (k, v))
+            scores = _product("bkme,bkse->bkms", _merged(query * plan.scale), key)
+            scores = scores.reshape(*query.shape[:-1], keys)
+            scores += _alone(_added(bias, mask, query, i, key, j))
             higher = jnp.maximum(peak, scores.max(-1))
             weights = jnp.exp(scores - higher[..., None])
             shrink = jnp.exp(peak - higher)
             total = total * shrink + weights.sum(-1)
             if plan.dropout:
                 weights *= _kept(rng, i, j, weights.shape, plan)
-            out = out * shrink[..., None] + jnp.einsum(
-                "bkgls,bkse->bkgle",
-                weights.astype(value.dtype),
-                value,
-                preferred_element_type=_F32,
-            )
+            out = out * shrink[..., None] + _sums(weights, value)
             return out, higher, total
 
+        lead = query.shape[:-1]
         start = (
             jnp.zeros((*lead, v.shape[-1]), _F32),
             jnp.full(lead, _FLOOR),
             jnp.zeros(lead, _F32),
         )
-        out, peak, total = _visits(count, i, visit, start)
+        out, peak, total = visits(visit, start)
         total = jnp.maximum(total, jnp.finfo(_F32).tiny)
         return None, ((out / total[..., None]).astype(q.dtype), peak + jnp.log(total))
 
-    _, (out, log_total) = _rows(row, None, order)
-    out = _joined(out)
+    _, (out, log_total) = _rows(row, None, mask, plan)
     return out, (q, k, v, bias, mask, rng, out, log_total)
 
 
-def _visits(count: Array, i: Array, visit: Callable, start: Any) -> Any:
-    """What visits of all visible blocks of keys make of `start`."""
-    if count is None:
-        return visit(0, start)
-    return lax.fori_loop(0, count[i], visit, start)
+def _rows(row: Callable, carry: Any, mask: Mask, plan: _Plan) -> tuple[Any, Any]:
+    """Every block of queries in turn: (carry, outputs joined along the queries).
 
+    row(carry, i, visits) -> (carry, outputs [B, K, G, l, ...]) is told the first query
+    i; visits(visit, start) is visit(start, first key, keys), of all that it may see.
+    """
+    if plan.spans is not None:
+        parts = []
+        for number, span in enumerate(plan.spans):
+            visits = functools.partial(lambda span, visit, x: visit(x, *span), span)
+            carry, out = row(carry, number * plan.queries, visits)
+            parts.append(out)
+        return carry, jax.tree.map(lambda *x: jnp.concatenate(x, 3), *parts)
+    order, count = visible_blocks(mask, plan.queries, plan.keys)
 
-def _rows(row: Callable, carry: Any, order: Array) -> tuple[Any, Any]:
-    """scan of `row` over the blocks of queries; one block alone needs no loop."""
-    if len(order) > 1:
-        return lax.scan(row, carry, jnp.arange(len(order)))
-    carry, out = row(carry, 0)
-    return carry, jax.tree.map(lambda x: x[None], out)
+    def step(carry, i: Array):
+        def visits(visit: Callable, start: Any) -> Any:
+            def body(t: Array, x: Any) -> Any:
+                return visit(x, order[i, t] * plan.keys, plan.keys)
 
+            return lax.fori_loop(0, count[i], body, start)
 
-def _visible(mask: Mask, plan: _Plan) -> tuple[Array, Array | None]:
-    """visible_blocks, with no count of a single block of keys: it is always visited."""
-    if mask.kv_positions.shape[1] > plan.keys:
-        return visible_blocks(mask, plan.queries, plan.keys)
-    return np.zeros((mask.q_positions.shape[1] // plan.queries, 1), np.int32), None
+        return row(carry, i * plan.queries, visits)
+
+    carry, out = lax.scan(step, carry, jnp.arange(len(order)))
+    return carry, jax.tree.map(_joined, out)
 
 
 def _joined(x: Array) -> Array:
-    """[blocks, B, K, G, l, E] -> [B, K, G, L, E]."""
+    """[blocks, B, K, G, l, ...] -> [B, K, G, L, ...]."""
     x = jnp.moveaxis(x, 0, 3)
-    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+    return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
 def _backward(plan: _Plan, kept, grad: Array):
     q, k, v, bias, mask, rng, out, log_total = kept
-    order, count = _visible(mask, plan)
     # Of a row of the softmax: sum of weights times their gradients (Dao et al., B.4).
     centre = jnp.einsum("bkgle,bkgle->bkgl", grad, out, preferred_element_type=_F32)
 
-    def row(carry, i: Array):
-        query, upper = (_cut(x, i, plan.queries, 3) for x in (q, grad))
-        middle = _cut(centre, i, plan.queries, 3)[..., None]
+    def row(carry, i: Array, visits: Callable):
+        query, upper, middle, normal = (
+            _cut(x, i, plan.queries, 3) for x in (q, grad, centre, log_total)
+        )
 
-        def visit(t: Array, carry):
+        # Scores stand with the keys first, [B, K, s, G, l]: two of the three products
+        # that sum over them then read them as they lie.
+        def products(x: Array, y: Array) -> Array:
+            found = _product("bkse,bkme->bksm", x, _merged(y))
+            return found.reshape(*found.shape[:3], *y.shape[2:4])
+
+        def visit(carry, j: Array, keys: int):
             dq, dk, dv, dbias = carry
-            j = 0 if count is None else order[i, t]
-            key, value = (_cut(x, j, plan.keys, 2) for x in (k, v))
-            scores = _scores(query, key, bias, mask, i, j, plan)
-            weights = jnp.exp(scores - log_total[i][..., None])
-            dweights = jnp.einsum(
-                "bkgle,bkse->bkgls", upper, value, preferred_element_type=_F32
-            )
+            key, value = (_cut(x, j, keys, 2) for x in (k, v))
+            added = _alone(_turned(_added(bias, mask, query, i, key, j)))
+            scores = products(key, query * plan.scale) + added
+            weights = jnp.exp(scores - normal[:, :, None])
+            dweights = products(value, upper)
             used = weights
             if plan.dropout:
-                keep = _kept(rng, i, j, weights.shape, plan)
+                shape = (*query.shape[:-1], keys)
+                keep = _turned(_kept(rng, i, j, shape, plan))
                 used, dweights = weights * keep, dweights * keep
-            dscores = weights * (dweights - middle)
-            dv = _put(dv, _cut(dv, j, plan.keys, 2) + _keys(used, upper), j, 2)
+            dscores = weights * (dweights - middle[:, :, None])
+            dv = _put(dv, _cut(dv, j, keys, 2) + _keys(used, upper), j, 2)
             if dbias is not None:
-                dbias = _add_bias(dbias, dscores, i, j, plan)
+                dbias = _add_bias(dbias, jnp.moveaxis(dscores, 2, 4), i, j)
             dscores *= plan.scale
-            dk = _put(dk, _cut(dk, j, plan.keys, 2) + _keys(dscores, query), j, 2)
-            dq += jnp.einsum(
-                "bkgls,bkse->bkgle",
-                dscores.astype(key.dtype),
-                key,
-                preferred_element_type=_F32,
-            )
-            return dq, dk, dv, dbias
+            dk = _put(dk, _cut(dk, j, keys, 2) + _keys(dscores, query), j, 2)
+            scores = dscores.reshape(*dscores.shape[:3], -1).astype(key.dtype)
+            found = _product("bksm,bkse->bkme", scores, key)
+            return dq + found.reshape(query.shape), dk, dv, dbias
 
         start = (jnp.zeros(query.shape, _F32), *carry)
-        dq, *carry = _visits(count, i, visit, start)
+        dq, *carry = visits(visit, start)
         return tuple(carry), dq.astype(q.dtype)
 
     zeros = (jnp.zeros(x.shape, _F32) for x in (k, v))
     dbias = None if bias is None else jnp.zeros(bias.shape, _F32)
-    (dk, dv, dbias), dq = _rows(row, (*zeros, dbias), order)
+    (dk, dv, dbias), dq = _rows(row, (*zeros, dbias), mask, plan)
     dbias = None if bias is None else dbias.astype(bias.dtype)
-    return _joined(dq), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None, None
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), dbias, None, None
 
 
 def _keys(weights: Array, x: Array) -> Array:
-    """float32 [B, K, s, E]: for each key the sum over its queries."""
-    return jnp.einsum(
-        "bkgls,bkgle->bkse", weights.astype(x.dtype), x, preferred_element_type=_F32
-    )
+    """float32 [B, K, s, E]: for each key the weighted sum [B, K, s, G, l] of x."""
+    weights = weights.reshape(*weights.shape[:3], -1).astype(x.dtype)
+    return _product("bksm,bkme->bkse", weights, _merged(x))
 
 
-def _add_bias(dbias: Array, dscores: Array, i: Array, j: Array, plan: _Plan) -> Array:
+def _add_bias(dbias: Array, dscores: Array, i: Array, j: Array) -> Array:
     if len(dbias) == 1:
         dscores = dscores.sum(0, keepdims=True)
-    old = _cut(_cut(dbias, i, plan.queries, 3), j, plan.keys, 4)
-    at = (0, 0, 0, i * plan.queries, j * plan.keys)
-    return lax.dynamic_update_slice(dbias, old + dscores, at)
+    old = _cut(_cut(dbias, i, dscores.shape[3], 3), j, dscores.shape[4], 4)
+    return lax.dynamic_update_slice(dbias, old + dscores, (0, 0, 0, i, j))
 
 
 _attention.defvjp(_forward, _backward)
