@@ -7,7 +7,10 @@ The perplexity is a word's: exp(all nats of the validation text / its 217,646 wo
 end of every article. Each token is predicted once; all but the first of the text see at
 least max_len - eval_stride tokens before them. Nothing else was trained on.
 
-Not yet run to the end: no result.
+Measured on 2 cores of an AMD EPYC beside other jobs: `cpu`, 1,500 steps in 16 min
+9 s (about one pass over the training text), 19 min 13 s of CPU time: 321.4 a word on
+the validation split (44.1 a token, of 4,000), and it was still falling. The full recipe
+has not been run.
 """
 
 from triform.configs.base import ExperimentConfig

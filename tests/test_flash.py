@@ -18,7 +18,7 @@ from triform.models.algorithms.flash import choose, flash
 from triform.models.algorithms.local import local
 from triform.models.mask import Mask, Refused
 
-BATCH, WIDTH, BLOCK = 2, 8, 8
+BATCH, WIDTH = 2, 8
 SCALE = WIDTH**-0.5
 
 
@@ -39,6 +39,7 @@ class Case:
     pattern: bool = False
     shuffled: bool = False
     aligned: bool = False
+    block: int = 8
     dtype: str = "float32"
     seed: int = 0
 
@@ -100,6 +101,7 @@ CASES = st.builds(
     pattern=st.booleans(),
     shuffled=st.booleans(),
     aligned=st.booleans(),
+    block=st.sampled_from((8, 16)),
     dtype=st.sampled_from(("float32", "bfloat16")),
     seed=st.integers(0, 2**16),
 )
@@ -136,12 +138,14 @@ def test_block_by_block_equals_float64(case):
     allowed = np.broadcast_to(allowed, (BATCH, *allowed.shape[1:]))
     expected, grads = attention_reference(q, k, v, allowed, bias, grad, SCALE)
     plain = run(dot, case)
-    found = run(lambda *x, **rest: blockwise(*x, block=BLOCK, **rest), case)
+    found = run(lambda *x, **rest: blockwise(*x, block=case.block, **rest), case)
     unit = float(jnp.finfo(case.dtype).eps)
+    largest = max(float(jnp.abs(x).max()) for x in (q, k, v, grad))
     for got, simple, want in zip(found, plain, (expected, *grads), strict=True):
         assert np.isfinite(got).all()
-        size = max(1.0, np.abs(want).max())
-        # Gradients are differences of sums of WIDTH products.
+        # Gradients are differences of sums of WIDTH products, times keys or queries:
+        # where a query sees one key they are zero, and roundings are all that is left.
+        size = max(largest, np.abs(want).max())
         allowed_error = max(2 * np.abs(simple - want).max(), WIDTH * unit * size)
         assert np.abs(got - want).max() <= allowed_error
 
@@ -150,7 +154,7 @@ def test_block_by_block_equals_float64(case):
 @given(case=CASES)
 def test_blocks_that_hold_something_visible_are_visited(case):
     mask = case.mask()
-    bq, bk = block_size(case.queries, BLOCK), block_size(case.keys, BLOCK)
+    bq, bk = block_size(case.queries, case.block), block_size(case.keys, case.block)
     padded = pad_mask(mask, bq, bk)
     order, count = (np.asarray(x) for x in visible_blocks(padded, bq, bk))
     allowed = np.asarray(padded.allowed())
@@ -165,8 +169,8 @@ def test_blocks_that_hold_something_visible_are_visited(case):
 @given(case=CASES)
 def test_spans_written_out_hold_all_that_is_visible(case):
     mask = case.mask()
-    plan = planned(mask, BLOCK, SCALE, 0.0)
-    assert (plan.spans is None) == (max(case.queries, case.keys) > 4 * BLOCK)
+    plan = planned(mask, case.block, SCALE, 0.0)
+    assert (plan.spans is None) == (max(case.queries, case.keys) > 2 * case.block)
     if plan.spans is None:
         return
     allowed = np.asarray(mask.allowed())
@@ -211,7 +215,7 @@ def test_blocks_that_hold_nothing_are_not(mask, most):
     assert int(count.sum()) <= most
 
 
-@pytest.mark.parametrize("length", [24, 40])  # written out; in loops
+@pytest.mark.parametrize("length", [16, 24])  # written out; in loops
 def test_dropped_weights_keep_the_expectation_and_their_gradient(length):
     case = Case(length, length, 2, 2, causal=True, aligned=True)
     q, k, v, _, grad = case.arrays()
@@ -219,7 +223,7 @@ def test_dropped_weights_keep_the_expectation_and_their_gradient(length):
 
     def drop(rng, q, k, v):
         return blockwise(
-            *(q, k, v, mask), scale=SCALE, rng=rng, dropout=rate, block=BLOCK
+            *(q, k, v, mask), scale=SCALE, rng=rng, dropout=rate, block=case.block
         )
 
     @jax.jit

@@ -36,10 +36,11 @@ from triform.models.mask import Mask
 Array = jax.Array
 
 BLOCK = 256
-# Up to so many blocks of queries and of keys are written out, without loops.
-SHORT = 4
-# Causal inputs that short are cut into as many, of this many queries at least.
-LEAST = 32
+# Up to so many blocks of queries and of keys are written out, without loops: 1,024
+# places took as long either way, and five times the memory.
+SHORT = 2
+# Causal inputs that short are cut into so many rows, of so many queries at least.
+ROWS, LEAST = 4, 32
 # Scores of what is not seen, and the least that a maximum may be: the exponential of
 # their difference is zero, also where a query sees nothing at all.
 _UNSEEN, _FLOOR = -1e30, -1e29
@@ -115,7 +116,7 @@ def planned(mask: Mask, block: int, scale: float, dropout: float) -> _Plan:
     known = mask.aligned and mask.q_global is None and mask.kv_global is None
     if known and mask.causal:
         # Smaller blocks of queries leave out more of what is not seen.
-        block = min(block, max(LEAST, -(-queries // SHORT)))
+        block = min(block, max(LEAST, -(-queries // ROWS)))
     bq = block_size(queries, block)
     reach = mask.window * mask.dilation if known and mask.window else queries + keys
     spans = []
