@@ -295,7 +295,10 @@ def _backward(plan: _Plan, kept, grad: Array):
         dq, *carry = visits(visit, start)
         return tuple(carry), dq.astype(q.dtype)
 
-    zeros = (jnp.zeros(x.shape, _F32) for x in (k, v))
+    # Known to be zeros, what is put among them would become a padded product, and of
+    # some of those (4 rows of 6 heads, 256 x 256 by 256 x 64, padded to 1,024 rows and
+    # added to something) jaxlib 0.10.2's library for CPUs writes past the end.
+    zeros = lax.optimization_barrier([jnp.zeros(x.shape, _F32) for x in (k, v)])
     dbias = None if bias is None else jnp.zeros(bias.shape, _F32)
     (dk, dv, dbias), dq = _rows(row, (*zeros, dbias), mask, plan)
     dbias = None if bias is None else dbias.astype(bias.dtype)
