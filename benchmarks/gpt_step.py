@@ -6,11 +6,9 @@ Both do all of a step on random tokens: forward, cross-entropy, backward, clippi
 AdamW, and reading the loss. nanoGPT's modules are re-created here with torch.nn, in
 its shapes and with its choices (no biases, erf gelu, scaled_dot_product_attention).
 Machines are noisy, so steps are timed in turns and what counts is the ratio. On 2
-shared cores of an AMD EPYC, with flash, two runs each: 1.04 and 1.22 for char (64.3
-against 62.1 ms, 73.5 against 60.0), 0.93 and 0.84 for full (2,266 against 2,441 ms,
-2,172 against 2,576). Neighbours slow PyTorch's full step more: with none, in a run that
-took turns with variants of the code, 1.02 (1,786 against 1,752 ms), and 1.04 for char
-(41.6 against 40.1 ms).
+shared cores of an AMD EPYC, with flash, three runs each: 1.06, 1.04 and 1.22 for char,
+1.03, 0.93 and 0.84 for full (47.5 against 44.6 ms and 2,132 against 2,064 in the first,
+when the neighbours were quietest).
 """
 
 import argparse
