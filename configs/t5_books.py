@@ -6,8 +6,8 @@ Next: configs/t5_multitask.py. The tokenizer is also trained on what comes there
 
 Measured on 2 cores of an AMD EPYC beside other jobs: after 2,000 steps 4.66 nats a
 token and 32.0 % of the tokens right on the validation split, little more than the
-sentinels (31.9 % after 1,000): Adam at this rate moves the table, whose entries are of
-size 1, too slowly. With the paper's Adafactor (rate 0.01, linear) the training loss was
+sentinels (31.9 % after 1,000), perhaps because Adam moves a table whose entries are of
+size 1 too slowly. With the paper's Adafactor (rate 0.01, linear) the training loss was
 4.73 after 500 steps, where it was 4.98; that has not been run to the end.
 """
 
