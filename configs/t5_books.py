@@ -53,7 +53,7 @@ def get_config(variant: str = "cpu") -> ExperimentConfig:
                 )
             ),
         ),
-        # Raffel et al. 2020, 3.1.2: Adafactor at 0.01. The table's entries are of size 1.
+        # Raffel et al. 2020, 3.1.2: Adafactor at 0.01.
         optim=OptimConfig(
             name="adafactor",
             learning_rate=0.01,

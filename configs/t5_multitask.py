@@ -6,8 +6,8 @@
 PRETRAINED is a workdir of configs/t5_books.py:cpu.
 
 Measured on 2 cores of an AMD EPYC beside other jobs, after 2,000 steps from a workdir
-of that kind (trained with Adam), on all test examples: sentiment 50.6 % exact (chance), intent 2.3 %,
-translation BLEU 2.4. It is far from trained: its loss was still falling,
+of that kind (trained with Adam), on all test examples: sentiment 50.6 % exact (chance),
+intent 2.3 %, translation BLEU 2.4. It is far from trained: its loss was still falling,
 and its pre-training had learned little.
 """
 
