@@ -84,7 +84,13 @@ def _of_seed(features: int, width: int, orthogonal: bool, seed: int) -> np.ndarr
 def _at_right_angles(normal, features: int, xp):
     """The norms of the first M rows, the directions of QR of the rest, E by E."""
     width = normal.shape[1]
-    q, r = xp.linalg.qr(normal[features:].reshape(-1, width, width))
+    blocks = normal[features:].reshape(-1, width, width)
+    if xp is np:
+        q, r = np.linalg.qr(blocks)
+    else:
+        # One by one: of a batch on CPUs each of jaxlib's threads waits for others to
+        # take their share, and two layers at once wait for each other for ever.
+        q, r = jax.lax.map(jnp.linalg.qr, blocks)
     # LAPACK takes signs from the first entries: unless R's diagonal is made positive, q
     # is not uniform (Mezzadri 2007, 5) and the estimate of the kernel is biased.
     q = q * xp.sign(xp.diagonal(r, axis1=1, axis2=2))[:, None]
