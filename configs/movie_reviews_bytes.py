@@ -32,9 +32,7 @@ from triform.transforms import LabelledConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (for an accelerator), 'cpu' (for 2 cores; the first
-    1,024 bytes), 'smoke'.
-    """
+    """Variants: '' (for an accelerator), 'cpu' (for 2 cores), 'smoke'."""
     trunk = TransformerConfig(
         num_layers=4,
         d_model=256,
@@ -73,12 +71,11 @@ def get_config(variant: str = "") -> ExperimentConfig:
         steps=1300,
     )
     if variant == "cpu":
-        trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 64, 2, 128
-        trunk.max_len = config.data.max_len = 1024
-        config.data.batch_size = 8
-        config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 100
-        config.evaluation.every = config.checkpoint.every = 250
-        config.steps = 1000
+        trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 64, 1, 128
+        config.data.batch_size = 4
+        config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 200
+        config.evaluation.every = config.checkpoint.every = 200
+        config.steps = 2000
     elif variant == "smoke":
         trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 16, 2, 32
         trunk.max_len = config.data.max_len = 32

@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     model.trunk.dropout = 0.1
     config = ExperimentConfig(
         model=model,
-        task=TokenPredictionConfig(label_smoothing=0.1),
+        task=TokenPredictionConfig(label_smoothing=0.0),
         data=MixtureConfig(
             corpora=(
                 Corpus("mr_sentiment", "text", "label", "sentiment: "),
@@ -43,13 +43,13 @@ def get_config(variant: str = "") -> ExperimentConfig:
             buckets=(16, 32),
             tokenizer=pretraining.data.tokenizer,
         ),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=200, clip_norm=1.0),
+        optim=pretraining.optim,
         decode=DecodeConfig(method="greedy", max_len=40),
         evaluation=EvaluationConfig(
             every=1000, metrics=("exact_match", "bleu"), examples=100
         ),
         checkpoint=CheckpointConfig(every=500, keep_newest=2),
-        steps=2000,
+        steps=4000,
     )
     if variant == "smoke":
         config.data.train_split = config.data.eval_split = "validation[:16]"
