@@ -13,7 +13,13 @@ dot-product attention; who always answers the same digit has 17 %.
 Longformer: attention=local with --config.model.trunk.windows="(256,)" and
 --config.data.global_tokens=first. Performer: attention=performer.
 
-Not yet run to the end: no result.
+Measured, variant `cpu` (2 layers of width 64, 1,000 steps of 4 to 10 expressions, one
+seed), on 2 cores of an AMD EPYC beside another training, right of the 2,000 test
+expressions by the checkpoint that is best on validation: flash 36.6 % in 16 minutes,
+local 31.8 % in 15, performer 17.4 % in 9. The paper has, after 160,000 expressions,
+36.37 for the Transformer, 35.63 for Longformer and 18.01 for Performer; here they are
+some 6,200. dot has flash's losses, 2.2813 after 100 steps and 1.9277 after 200, and was
+stopped there: it takes twice as long. The full recipe was not run.
 """
 
 from triform.configs.base import ExperimentConfig
