@@ -5,10 +5,11 @@
 
 PRETRAINED is a workdir of configs/t5_books.py:cpu.
 
-Measured on 2 cores of an AMD EPYC beside other jobs, after 2,000 steps from a workdir
-of that kind (trained with Adam), on all test examples: sentiment 50.6 % exact (chance),
-intent 2.3 %, translation BLEU 2.4. It is far from trained: its loss was still falling,
-and its pre-training had learned little.
+Measured on 2 cores of an AMD EPYC, one seed, after 4,000 steps (1.3 a second where
+nothing else ran) from 2,000 of that kind, on all test examples, decoded greedily:
+sentiment 72.4 % exact, intent 88.4 %, translation BLEU 30.9 (sacreBLEU's 13a, cased).
+With Adam at 1e-3, rsqrt, and label smoothing of 0.1, pre-training with Adam too, 2,000
+steps came to 50.6 %, 2.3 % and 2.4.
 """
 
 from triform.configs import t5_books
