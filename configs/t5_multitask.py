@@ -16,7 +16,6 @@ from triform.configs import t5_books
 from triform.configs.base import ExperimentConfig
 from triform.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
-from triform.runtime.optim import OptimConfig
 from triform.scoring import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
 from triform.transforms import Corpus, MixtureConfig
