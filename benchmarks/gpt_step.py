@@ -6,9 +6,9 @@ Both do all of a step on random tokens: forward, cross-entropy, backward, clippi
 AdamW, and reading the loss. nanoGPT's modules are re-created here with torch.nn, in
 its shapes and with its choices (no biases, erf gelu, scaled_dot_product_attention).
 Machines are noisy, so steps are timed in turns and what counts is the ratio. On 2
-shared cores of an AMD EPYC, with flash, three runs each: 1.06, 1.04 and 1.22 for char,
-1.03, 0.93 and 0.84 for full (47.5 against 44.6 ms and 2,132 against 2,064 in the first,
-when the neighbours were quietest).
+shared cores of an AMD EPYC, with flash, three runs each: 0.98, 0.95 and 0.97 for char
+(--rounds=20), 0.98, 1.01 and 1.02 for full (--rounds=6); in the first ones 38.2 against
+39.0 ms, and 1,778 against 1,809.
 """
 
 import argparse

@@ -7,8 +7,8 @@ The `cpu` variant has nanoGPT's shape and schedule (4 layers, 4 heads, width 128
 context 64, batch 12, 2,000 steps) and twice its learning rate, which by our one run
 each was better: 1.824 against 1.897 nats a character, on the whole validation split
 (111,540 characters, windows of 64). Measured on 2 cores of an AMD EPYC: 1 min 59 s from
-start to end, 5 evaluations included; a step with attention=flash takes 1.06 times
-PyTorch's (benchmarks/gpt_step.py: 47.5 against 44.6 ms, medians of 16 rounds).
+start to end, 5 evaluations included; a step with attention=flash takes 0.98 of
+PyTorch's time (benchmarks/gpt_step.py: 38.2 against 39.0 ms, medians of 20 rounds).
 
 The full recipe (6 layers, width 384, context 256, 5,000 steps of 64), in bfloat16 on an
 H200 beside six other jobs: its best was 1.463 at step 1,750, from where on it overfits
