@@ -18,7 +18,7 @@ Longformer: attention=local with --config.model.trunk.windows="(256,)" and
 --config.data.global_tokens=first. Performer: attention=performer.
 
 Not yet run to the end: no result. Variant `cpu` on 2 cores of an AMD EPYC: a step of 4
-reviews takes 2.8 s with flash and 0.9 s with local; performer was at chance after 534.
+reviews takes 2.8 s with flash and 0.9 s with local; performer was at chance after 400.
 """
 
 from triform.configs.base import ExperimentConfig

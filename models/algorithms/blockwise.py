@@ -153,7 +153,7 @@ def _added(bias, mask: Mask, query: Array, i: Array, key: Array, j: Array) -> Ar
 
 
 def _alone(x: Array) -> Array:
-    """x, made on its own: fused into what follows, each head would make it anew."""
+    """x, made on its own: not once for every head, nor as a part of a product."""
     return lax.optimization_barrier(x)
 
 
@@ -291,8 +291,8 @@ def _backward(plan: _Plan, kept, grad: Array):
             if plan.spans is None:
                 found = _product("bksm,bkse->bkme", scores, key)
             else:
-                # Turned first: of few and small ones XLA's library takes only products
-                # that need no turning, and the others took 1 to 3 % of a step.
+                # Turned first, not by the product: that was 1 to 3 % of the steps of
+                # benchmarks/gpt_step.py; with the blocks of loops it was slower.
                 scores = _alone(scores.swapaxes(2, 3))
                 found = _product("bkms,bkse->bkme", scores, key)
             return dq + found.reshape(query.shape), dk, dv, dbias
