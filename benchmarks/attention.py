@@ -8,12 +8,12 @@ backward. Memory is that of the compiled program's temporaries; a case that need
 than --limit_gb is compiled and not run. Steps of all algorithms are timed in turns, and
 what counts are ratios: machines are noisy.
 
-On 2 cores of an AMD EPYC, float32: flash was faster than dot from 256 on (5.3 against
-7.2 ms with backward; 41 against 127 at 1,024) and took 1/92 of its memory at 8,192.
-local was faster than flash from 1,024 on, and 10.2 times as fast at 16,384; performer
-from 8,192 on, forward alone from 4,096. Microseconds a place, forward and backward, at
-4,096 and at 32,768: local 46 and 57 in one run, 51 and 49 in another; performer 141 and
-180, 161 and 148.
+On 2 cores of an AMD EPYC, float32: flash was faster than dot from 256 on (3.9 against
+5.0 ms with backward; 50 against 122 at 1,024) and took 1/85 of its memory at 8,192.
+local was faster than flash from 1,024 on, and 12.4 times as fast at 16,384; performer
+from 4,096 on. Microseconds a place, forward and backward, at 4,096, 8,192 and 16,384:
+local 49, 48 and 43, performer 132, 117 and 104. An earlier commit, at 4,096 and at
+32,768: local 46 and 57, 51 and 49; performer 141 and 180, 161 and 148.
 """
 
 import argparse
