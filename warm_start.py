@@ -30,6 +30,7 @@ class Report:
     source: str
     restored: dict[str, Shape]
     adapted: dict[str, tuple[Shape, Shape]]
+    copied: dict[str, str]  # from an array that is also restored, by its name
     skipped: dict[str, Shape]
     new: dict[str, Shape]
 
@@ -48,6 +49,8 @@ class Report:
                 f"{size(self.restored.values())}",
                 *(["  restored in another shape:"] if changed else []),
                 *lines(changed),
+                *(["  copied:"] if self.copied else []),
+                *(f"    {name} from {origin}" for name, origin in self.copied.items()),
                 f"  skipped: {len(self.skipped)} saved arrays without a place, "
                 f"{size(self.skipped.values())}",
                 *lines(self.skipped),
@@ -83,28 +86,31 @@ def saved_params(init_from: str) -> tuple[Tree, str]:
 def start(experiment: Experiment, init_from: str) -> tuple[Any, Report]:
     """(first state of a run with what fits of another's parameters, report), placed."""
     saved, source = saved_params(init_from)
-    trunk = experiment.config.model.trunk
-    if trunk.scan_layers:
-        saved = stacked_layers(saved, cycle(trunk), np)
+    model = experiment.config.model
+    if model.trunk.scan_layers:
+        saved = stacked_layers(saved, cycle(model.trunk), np)
     saved = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(saved)}
     placement = experiment.placement
     shapes = jax.eval_shape(experiment.make_state)
     places = placement.shardings(shapes)
     params = jax.jit(experiment.init_params, out_shardings=places.params)()
-    report = Report(source, {}, {}, {}, {})
+    report = Report(source, {}, {}, {}, {}, {})
 
     def choose(path: tuple, fresh: jax.Array) -> jax.Array:
         name = path_name(path)
-        found = saved.get(name)
+        origin = name if name in saved else model.origin(name)
+        found = saved.get(origin)
         if found is not None and found.shape != fresh.shape:
-            fitted = experiment.config.model.adapt(name, found, fresh.shape)
+            fitted = model.adapt(name, found, fresh.shape)
             if fitted is not None:
                 report.adapted[name] = (found.shape, fresh.shape)
             found = fitted
         if found is None:
             report.new[name] = fresh.shape
             return fresh
-        if name not in report.adapted:
+        if origin != name:
+            report.copied[name] = origin
+        elif name not in report.adapted:
             report.restored[name] = fresh.shape
         return jax.device_put(np.asarray(found, fresh.dtype), fresh.sharding)
 

@@ -154,6 +154,8 @@ def obstacles(config: EncoderConfig, name: str) -> list[str]:
         "trunk.bias": ("all",),
         "trunk.ffn": UNGATED,
     }
+    if config.num_labels:
+        wanted["pool"] = ("token",)
     if config.num_tags:
         wanted["num_labels"] = (0,)
     if name == "Bert":

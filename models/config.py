@@ -11,6 +11,7 @@ BIASES = ("all", "qkv", "none")
 # Scaling of rotary positions: name and how many numbers follow it.
 ROPE_SCALINGS = {"linear": 1, "llama3": 4, "yarn": 5}
 DTYPES = ("float32", "bfloat16")
+POOLS = ("token", "mean")  # what stands for a row: its first place, or all of them
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -173,6 +174,14 @@ class ModelConfig:
         None if that has no meaning: then it is initialised.
         """
         return None
+
+    def origin(self, name: str) -> str:
+        """Whose saved values a parameter starts from that has none of its own.
+
+        The projections of global tokens start as those of the others (Beltagy et al.
+        2020, 3.1). The name itself: of nobody else.
+        """
+        return name.replace("_global/", "/")
 
     def require(self, ok: bool, name: str, rule: str) -> None:
         """ValueError with the value and the rule, unless ok."""

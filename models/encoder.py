@@ -2,18 +2,20 @@
 
 What is predicted is named as the batch names it: `targets` place by place (masked
 tokens, or the tag of every token), `label` of the whole row (next sentence, class,
-number), from a pooled first token.
+number), from the pooled first token or the mean of all.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from triform.models.attention import kernel_init
-from triform.models.config import ModelConfig, TransformerConfig
+from triform.models.config import POOLS, ModelConfig, TransformerConfig
 from triform.models.embedding import embedding, head, places, tied_logits
 from triform.models.mask import Mask
 from triform.models.positions import PositionEmbedding
@@ -34,6 +36,7 @@ class EncoderConfig(ModelConfig):
     masked_head: bool = True  # predicts masked tokens
     num_tags: int = 0  # classes of a tag for every token, instead; 0: none
     num_labels: int = 2  # classes of a label for the row, 1: a number; 0: none
+    pool: str = "token"  # what the label is read off: the first token, or the mean
 
     def longest(self) -> int:
         """Tokens that a row may have."""
@@ -49,11 +52,23 @@ class EncoderConfig(ModelConfig):
         }
         return {k: n for k, n in found.items() if n}
 
+    def adapt(self, name: str, saved: Any, shape: tuple[int, ...]) -> Any | None:
+        """Learned positions of longer rows repeat the saved ones (Beltagy et al. 2020,
+        5), of shorter rows are the first of them.
+        """
+        if name != "positions/table/embedding" or saved.shape[1:] != shape[1:]:
+            return None
+        offset = self.position_offset
+        rows = np.resize(saved[offset:], (shape[0] - offset, *shape[1:]))
+        return np.concatenate([saved[:offset], rows])
+
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
         self.require_vocabulary()
         for name in ("num_types", "position_offset", "num_tags", "num_labels"):
             self.require(getattr(self, name) >= 0, name, "must be at least 0")
+        rule = f"expected one of {', '.join(POOLS)}"
+        self.require(self.pool in POOLS, "pool", rule)
         self.require(
             not (self.masked_head and self.num_tags),
             "num_tags",
@@ -138,7 +153,8 @@ class Encoder(nn.Module):
         if cfg.num_tags:
             out["targets"] = self.tag_head(self.dropout(x, deterministic=plain))
         if cfg.num_labels:
-            pooled = nn.tanh(self.pooler(x[:, 0]))
+            pooled = x[:, 0] if cfg.pool == "token" else mean(x, batch.get("segments"))
+            pooled = nn.tanh(self.pooler(pooled))
             pooled = self.dropout(pooled, deterministic=plain)
             out["label"] = self.label_head(pooled)
         return out
@@ -168,3 +184,14 @@ class Encoder(nn.Module):
             aligned="positions" not in batch,
         )
         return self.encoder(x, mask)[0]
+
+
+def mean(x: Array, segments: Array | None) -> Array:
+    """[B, D]: the mean of x [B, L, D] over the places that are no padding (segment 0).
+
+    Summed in float32.
+    """
+    shown = jnp.ones(x.shape[:2]) if segments is None else segments > 0
+    shown = shown.astype(jnp.float32)[..., None]
+    total = jnp.sum(x * shown, 1) / jnp.maximum(jnp.sum(shown, 1), 1)
+    return total.astype(x.dtype)

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from triform.models.config import ModelConfig, TransformerConfig
+from triform.models.config import POOLS, ModelConfig, TransformerConfig
 from triform.models.embedding import head
 from triform.models.mask import Mask
 from triform.models.positions import PositionEmbedding
 from triform.models.transformer import Stack
 
 Array = jax.Array
-POOLS = ("token", "mean")
 
 
 @dataclasses.dataclass(unsafe_hash=True)

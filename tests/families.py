@@ -88,6 +88,9 @@ ENCODERS = {
     "classifier": EncoderConfig(
         trunk(**LEARNED, norm_position="pre"), VOCAB, masked_head=False, num_labels=5
     ),
+    "mean classifier": EncoderConfig(
+        trunk(**LEARNED, norm_position="pre"), VOCAB, num_labels=5, pool="mean"
+    ),
     "tagger": EncoderConfig(
         trunk(**LEARNED), VOCAB, masked_head=False, num_tags=3, num_labels=0
     ),

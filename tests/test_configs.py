@@ -274,6 +274,7 @@ MISTAKES = (
         ({f"model.{name}": -1, **ENCODER}, "must be at least 0")
         for name in ("num_types", "position_offset", "num_tags", "num_labels")
     ),
+    ({"model.pool": "cls", **ENCODER}, "expected one of token, mean"),
     ({"model.num_tags": 3, **ENCODER}, "set masked_head=False or num_tags=0"),
     (
         {"model.num_labels": 0, "model.masked_head": False, **ENCODER},

@@ -57,6 +57,7 @@ CHANGED = {
         "position_offset": 1,
         "masked_head": False,
         "num_labels": 3,
+        "pool": "mean",
     },
     "tagger": {"num_tags": 4},
     "vit": {"patch_size": 6, "num_labels": 4, "pool": "mean", "channels": 2},

@@ -309,6 +309,12 @@ WHY_NOT = [
         ("num_types=0", "bert"),
     ),
     (
+        EncoderConfig(
+            TransformerConfig(**SIZES, positions="learned"), 300, pool="mean"
+        ),
+        ("pool='mean': expected 'token'", "bert"),
+    ),
+    (
         VisionConfig(
             TransformerConfig(
                 **SIZES | {"max_len": 9}, positions="learned", norm_position="pre"

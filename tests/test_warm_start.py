@@ -155,6 +155,35 @@ def test_positions_of_images_are_resized(workdir):
     assert "(17, 8) -> (37, 8)" in str(report)
 
 
+def test_longer_rows_repeat_the_positions_that_were_learned(workdir):
+    source, params = workdir(encoder())
+    name, config = "positions/table/embedding", encoder()
+    config.model.trunk.max_len, config.model.position_offset = 37, 2
+    state, report = start(config, source)
+    assert report.adapted == {name: ((16, 8), (37, 8))}
+    old, new = flat(params)[name], flat(state.params)[name]
+    np.testing.assert_array_equal(new[:16], old)
+    np.testing.assert_array_equal(new[16:30], old[2:])  # the first two are no places
+    np.testing.assert_array_equal(new[30:], old[2:9])
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_global_projections_start_as_the_others(workdir, scanned):
+    source, params = workdir(encoder())
+    config = encoder(masked=False)
+    trunk = config.model.trunk
+    trunk.attention, trunk.windows, trunk.scan_layers = "local", (3,), scanned
+    config.data.global_tokens = "first"
+    state, report = start(config, source)
+    assert len(report.copied) == (6 if scanned else 12) and not report.new
+    found = flat(looped_layers(jax.device_get(state.params)))
+    for name, x in flat(params).items():
+        part, kind = name.rsplit("/", 1)
+        if part.endswith(("/query", "/key", "/value")):
+            np.testing.assert_array_equal(found[f"{part}_global/{kind}"], x)
+    assert "query_global/kernel from encoder/" in str(report)
+
+
 def test_nothing_in_common_is_refused(workdir):
     source, _ = workdir(vision(16))
     config = language_model(positions="learned")
