@@ -14,6 +14,7 @@ from triform import models
 from triform.models import (
     EncoderDecoderConfig,
 )
+from triform.models.encoder import mean
 from triform.models.mask import Mask
 from triform.models.positions import (
     RELATIVE_BUCKETS,
@@ -29,6 +30,13 @@ from triform.runtime import optim
 from triform.runtime.partition import AXES, spec_for
 
 # --- Formulas ---
+
+
+def test_the_mean_leaves_padding_out():
+    x = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    segments = np.array([[1, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(mean(jnp.asarray(x), segments), [[1, 2], [0, 0]])
+    np.testing.assert_array_equal(mean(jnp.asarray(x), None), [[2, 3], [8, 9]])
 
 
 def test_rotation_turns_pairs_by_the_angle_of_their_position():

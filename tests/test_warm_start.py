@@ -178,7 +178,7 @@ def test_global_projections_start_as_the_others(workdir, scanned):
     assert len(report.copied) == (6 if scanned else 12) and not report.new
     found = flat(looped_layers(jax.device_get(state.params)))
     for name, x in flat(params).items():
-        part, kind = name.rsplit("/", 1)
+        part, _, kind = name.rpartition("/")
         if part.endswith(("/query", "/key", "/value")):
             np.testing.assert_array_equal(found[f"{part}_global/{kind}"], x)
     assert "query_global/kernel from encoder/" in str(report)
