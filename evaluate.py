@@ -16,8 +16,11 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from triform import cli, decode, scoring, transforms
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data import datasets
+from triform.data.codecs.text import Tokenizer
+from triform.data.datasets import Dataset
+from triform.data.store import load_tokenizer
 from triform.experiment import (
     Experiment,
     checkpoint_dir,
@@ -25,11 +28,10 @@ from triform.experiment import (
     open_workdir,
 )
 from triform.input_pipeline import Batches
-from triform.runtime import metrics
+from triform.models import decode
+from triform.runtime import launch, metrics
 from triform.runtime.checkpoint import Checkpointer
-from triform.token_store import load_tokenizer
-from triform.tokenizer import Tokenizer
-from triform.transforms import Transform
+from triform.scores import text as scores
 
 
 @dataclasses.dataclass
@@ -51,16 +53,16 @@ class Split:
 
     name: str
     batches: Batches
-    transform: Transform
+    dataset: Dataset
 
     @classmethod
     def open(cls, config: ExperimentConfig, tok: Tokenizer | None, name: str):
         """DataError if it does not exist or holds what the model cannot read."""
         limits = config.model.limits()
-        transform = transforms.open(config.data, name, tok, limits)
-        batches = Batches(transform)
+        dataset = datasets.open(config.data, name, tok, limits)
+        batches = Batches(dataset)
         batches.buckets(cut=True)
-        return cls(name, batches, transform)
+        return cls(name, batches, dataset)
 
 
 class Evaluator:
@@ -88,10 +90,10 @@ class Evaluator:
         experiment, config = self.experiment, self.experiment.config
         start = time.perf_counter()
         total, count, written = None, 0, {}
-        items = len(split.transform.sizes)
+        items = len(split.dataset.sizes)
 
         def chosen(item: int) -> bool:
-            return not limit or split.transform.group(item)[1] < limit
+            return not limit or split.dataset.group(item)[1] < limit
 
         bar = tqdm(total=items, desc=prefix, disable=None, leave=False)
         for ids, batch in split.batches.evaluation():
@@ -110,7 +112,7 @@ class Evaluator:
             bar.update(len(ids))
         bar.close()
         found = {name: m.value() for name, m in total.items()}
-        found |= split.transform.scalars(float(total["loss"].total))
+        found |= split.dataset.scalars(float(total["loss"].total))
         found |= {"examples": count, "cut": split.batches.cut()}
         texts = {i: text for i, text in sorted(written.items()) if chosen(i)}
         scores, samples = self._score(split, texts)
@@ -120,17 +122,17 @@ class Evaluator:
 
     def _score(
         self, split: Split, written: dict[int, str]
-    ) -> tuple[scoring.Scores, str]:
+    ) -> tuple[scores.Scores, str]:
         if not written:
             return {}, ""
         config = self.experiment.config.evaluation
-        texts = {i: split.transform.text(i) for i in written}
+        texts = {i: split.dataset.text(i) for i in written}
         groups: dict[str, list[int]] = {}
         for i in written:
-            groups.setdefault(split.transform.group(i)[0], []).append(i)
+            groups.setdefault(split.dataset.group(i)[0], []).append(i)
         scores = {}
         for group, ids in groups.items():
-            found = scoring.score(
+            found = scores.score(
                 config, [written[i] for i in ids], [texts[i][1] for i in ids]
             )
             lead = f"{group}/" if group else ""
@@ -183,7 +185,7 @@ def write_samples(workdir: str, name: str, samples: str) -> None:
 def main(argv: list[str]) -> None:
     """Loads a checkpoint of --workdir, prints its scores as one JSON object."""
     flag = flags.FLAGS
-    workdir = cli.folder_flag("workdir")
+    workdir = launch.folder_flag("workdir")
     config = open_workdir(workdir)
     if flag.beam_size:
         config.decode.method, config.decode.beam_size = "beam", flag.beam_size
@@ -191,7 +193,7 @@ def main(argv: list[str]) -> None:
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
         params, which = experiment.load_params(checkpointer, flag.checkpoint)
     split = flag.split or config.data.eval_split
-    tok = load_tokenizer(workdir) if transforms.needs_tokenizer(config.data) else None
+    tok = load_tokenizer(workdir) if datasets.needs_tokenizer(config.data) else None
     opened = Split.open(config, tok, split)
     print(f"{workdir}: {which}, split {split}", file=sys.stderr)
     result = Evaluator(experiment, tok)(params, opened, split)
@@ -209,4 +211,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
     flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
-    cli.launch(main)
+    launch.launch(main)

@@ -11,11 +11,12 @@ import numpy as np
 import optax
 from flax import struct
 
-from triform import models, tasks, transforms
-from triform.cli import UserError
-from triform.configs.base import ExperimentConfig, from_json
+from triform import models, tasks
+from triform.configs.schema import ExperimentConfig, from_json
+from triform.data import datasets
 from triform.runtime import metrics, optim
 from triform.runtime.checkpoint import Checkpointer
+from triform.runtime.errors import UserError
 from triform.runtime.metrics import Mean
 from triform.runtime.partition import PLACEMENTS
 
@@ -70,7 +71,7 @@ class Experiment:
     def empty_batch(self, rows: int, length: int) -> dict[str, np.ndarray]:
         """What every batch of the data holds, zero."""
         config = self.config
-        return transforms.empty(config.data, rows, length, config.model.limits())
+        return datasets.empty(config.data, rows, length, config.model.limits())
 
     def abstract_state(self) -> TrainState:
         """Shapes and placement of the state as it is saved."""

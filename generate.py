@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from triform import cli, decode
-from triform.configs.base import ExperimentConfig
-from triform.decode import METHODS
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import Tokenizer
+from triform.data.store import load_tokenizer
 from triform.evaluate import make_generate, one_line
 from triform.experiment import (
     Experiment,
@@ -23,9 +23,11 @@ from triform.experiment import (
     for_these_devices,
     open_workdir,
 )
+from triform.models import decode
+from triform.models.decode import METHODS
+from triform.runtime import launch
 from triform.runtime.checkpoint import Checkpointer
-from triform.token_store import load_tokenizer
-from triform.tokenizer import Tokenizer
+from triform.runtime.errors import UserError
 
 OVERRIDES = ("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p")
 STRETCH = 8  # tokens between two looks at what has been written
@@ -54,7 +56,7 @@ def sources(
     longest = max(len(x) for x in ids) + 1
     if longest > data.max_len:
         where = next(i for i, x in enumerate(ids) if len(x) + 1 == longest)
-        raise cli.UserError(
+        raise UserError(
             f"input line {first + where + 1} ({lines[where][:40]!r}): {longest} "
             f"tokens, the model reads at most data.max_len={data.max_len}; shorten or "
             "split it"
@@ -150,7 +152,7 @@ class Continuation:
 def main(argv: list[str]) -> None:
     """One output an input line, or live text of a single prompt."""
     flag = flags.FLAGS
-    workdir = cli.folder_flag("workdir")
+    workdir = launch.folder_flag("workdir")
     config = open_workdir(workdir)
     given = [name for name in OVERRIDES if flag[name].value is not None]
     # What only one method reads implies it.
@@ -162,13 +164,13 @@ def main(argv: list[str]) -> None:
         setattr(config.decode, name, flag[name].value)
     experiment = Experiment(for_these_devices(config))
     if not hasattr(experiment.model, "extend"):
-        raise cli.UserError(
+        raise UserError(
             f"{workdir}: model={type(config.model).__name__} writes no text; "
             "score it with evaluate.py"
         )
     translates = "encoder_inputs" in config.model.reads
     if not translates and config.decode.method == "beam":
-        raise cli.UserError(
+        raise UserError(
             "--method=beam: prompts are continued by greedy or sample; set one of them"
         )
     with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
@@ -260,4 +262,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", None, "Instead of decode.temperature.")
     flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
-    cli.launch(main)
+    launch.launch(main)

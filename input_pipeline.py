@@ -1,6 +1,6 @@
-"""Source -> transform -> batches. Batch t is a function of (seed, t).
+"""Source -> dataset -> batches. Batch t is a function of (seed, t).
 
-A transform (see transforms/) writes one item of a split into one row. What is written
+A dataset (see dataset/) writes one item of a split into one row. What is written
 here holds for all of them: which items make a batch, in which order, what is checked,
 and that evaluation sees every item once. The position of a run is one integer, the
 step, on any number of devices.
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from triform.datasets import DataError
-from triform.transforms.base import EVALUATION, Batch, Limits, Pass, Transform
+from triform.data.datasets.base import EVALUATION, Batch, Dataset, Epoch, Limits
+from triform.runtime.errors import DataError
 
 # Key of a batch: what must be raised if it holds an id that the model has not.
 RAISED = {
     "inputs": "model.vocab_size or use the tokenizer of this model",
-    "types": "model.num_types",
+    "token_type_ids": "model.num_types",
     "label": "model.num_labels",
 }
 
@@ -29,18 +29,18 @@ class Batches:
     Each item belongs to the shortest bucket that holds it.
     """
 
-    def __init__(self, transform: Transform):
-        self.transform, self.config = transform, transform.config
-        empty = np.flatnonzero(transform.sizes < 0)
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.config = dataset, dataset.config
+        empty = np.flatnonzero(dataset.sizes < 0)
         if len(empty) and not self.config.drop_empty:
             raise DataError(
-                f"{transform.describe(int(empty[0]))}: a text is empty; mend the "
+                f"{dataset.describe(int(empty[0]))}: a text is empty; mend the "
                 "corpus or set data.drop_empty=True"
             )
 
     def buckets(self, cut: bool) -> dict[int, np.ndarray]:
         """Row length -> items, ascending. Over-long ones are in the last if `cut`."""
-        lengths, sizes = self.config.lengths(), self.transform.sizes
+        lengths, sizes = self.config.lengths(), self.dataset.sizes
         which = np.searchsorted(
             lengths, np.minimum(sizes, lengths[-1]) if cut else sizes
         )
@@ -50,26 +50,26 @@ class Batches:
         }
         if not any(map(len, result.values())):
             raise DataError(
-                f"{self.transform.title()}: none of its {len(sizes)} items fits into "
+                f"{self.dataset.title()}: none of its {len(sizes)} items fits into "
                 f"data.max_len={lengths[-1]}; raise it"
             )
         return {n: items for n, items in result.items() if len(items)}
 
-    def collate(self, length: int, items: np.ndarray, turn: Pass) -> Batch:
+    def collate(self, length: int, items: np.ndarray, epoch: Epoch) -> Batch:
         """The batch of these items with rows of `length`, checked.
 
         Always the full number of rows of that length: missing ones have weight 0.
         """
-        transform, rows = self.transform, self.config.rows(length)
-        batch = transform.empty(self.config, rows, length, transform.limits)
+        dataset, rows = self.dataset, self.config.rows(length)
+        batch = dataset.empty(self.config, rows, length, dataset.limits)
         for row, item in enumerate(items.tolist()):
-            transform.write(batch, row, item, turn)
-        check_batch(batch, transform.limits, lambda row: transform.describe(items[row]))
+            dataset.write(batch, row, item, epoch)
+        check_batch(batch, dataset.limits, lambda row: dataset.describe(items[row]))
         return batch
 
     def cut(self) -> int:
         """How many items are longer than the longest row: evaluation shortens them."""
-        return int((self.transform.sizes > self.config.lengths()[-1]).sum())
+        return int((self.dataset.sizes > self.config.lengths()[-1]).sum())
 
     def evaluation(self) -> Iterator[tuple[np.ndarray, Batch]]:
         """(items, batch) in a fixed order, every item exactly once."""
@@ -89,9 +89,9 @@ class TrainBatches:
 
     def __init__(self, batches: Batches, seed: int):
         self.batches, self.seed = batches, seed
-        self.buckets = batches.buckets(cut=batches.transform.cut)
+        self.buckets = batches.buckets(cut=batches.dataset.cut)
         kept = sum(map(len, self.buckets.values()))
-        self.left_out = len(batches.transform.sizes) - kept
+        self.left_out = len(batches.dataset.sizes) - kept
         self._epoch = (0, self.plan(0))
         self.per_epoch = len(self._epoch[1])
 
@@ -106,21 +106,23 @@ class TrainBatches:
 
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """(row length, items) of every batch of an epoch."""
-        turn = self._turn(epoch)
-        rng = turn.rng()
+        epoch = self._epoch_of(epoch)
+        rng = epoch.rng()
         slots = []
         for length, items in self.buckets.items():
-            order = self.batches.transform.order(items, turn, rng)
+            order = self.batches.dataset.order(items, epoch, rng)
             rows = self.batches.config.rows(length)
             slots += [(length, order[i : i + rows]) for i in range(0, len(order), rows)]
         return [slots[i] for i in rng.permutation(len(slots))]
 
-    def _turn(self, epoch: int) -> Pass:
-        return Pass(self.seed, epoch, train=True)
+    def _epoch_of(self, epoch: int) -> Epoch:
+        return Epoch(self.seed, epoch, train=True)
 
     def __getitem__(self, step: int) -> Batch:
         length, items = self.ids(step)
-        return self.batches.collate(length, items, self._turn(step // self.per_epoch))
+        return self.batches.collate(
+            length, items, self._epoch_of(step // self.per_epoch)
+        )
 
     def shapes(self) -> list[int]:
         """The row lengths that occur, ascending."""
@@ -128,7 +130,7 @@ class TrainBatches:
 
     def fill(self) -> float:
         """Share of the places of an epoch that its items need."""
-        config, sizes = self.batches.config, self.batches.transform.sizes
+        config, sizes = self.batches.config, self.batches.dataset.sizes
         plan = self.plan(0)
         needed = sum(int(np.minimum(sizes[items], n).sum()) for n, items in plan)
         return needed / max(1, sum(n * config.rows(n) for n, _ in plan))
@@ -200,12 +202,12 @@ class Prefetch:
 
 def report(train: TrainBatches) -> str:
     """One paragraph: items, buckets, steps an epoch, share of places in use."""
-    config, transform = train.batches.config, train.batches.transform
+    config, dataset = train.batches.config, train.batches.dataset
     visited = dict.fromkeys(train.buckets, 0)
     for length, items in train.plan(0):
         visited[length] += len(items)
     lines = [
-        f"data: {transform.title()}, {sum(visited.values()):,} rows and "
+        f"data: {dataset.title()}, {sum(visited.values()):,} rows and "
         f"{train.per_epoch:,} batches an epoch"
     ]
     for length, count in visited.items():
@@ -214,7 +216,7 @@ def report(train: TrainBatches) -> str:
             lines.append(f"  length {length}: {count:,} rows, {rows} a batch")
     if config.lengths()[-1]:
         lines[0] += f", {train.fill():.1%} of their places are in use"
-    if transform.cut and train.batches.cut():
+    if dataset.cut and train.batches.cut():
         lines.append(
             f"  {train.batches.cut():,} longer than data.max_len={config.max_len}, cut"
         )

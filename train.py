@@ -22,9 +22,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from triform import cli, transforms, warm_start
-from triform.configs import base
-from triform.configs.base import ExperimentConfig
+from triform import workdir as workdirs
+from triform.configs import schema
+from triform.configs.schema import ExperimentConfig
+from triform.data import datasets
+from triform.data.codecs.text import Tokenizer
+from triform.data.store import build_tokenizer, load_tokenizer
 from triform.evaluate import Evaluator, Split, summary, write_samples
 from triform.experiment import (
     Experiment,
@@ -38,13 +41,12 @@ from triform.input_pipeline import (
     TrainBatches,
     report,
 )
-from triform.progress import Progress
-from triform.runtime import metrics
+from triform.runtime import launch, metrics
 from triform.runtime.checkpoint import Checkpointer
+from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
 from triform.runtime.partition import parameter_table
-from triform.token_store import build_tokenizer, load_tokenizer
-from triform.tokenizer import Tokenizer
+from triform.runtime.progress import Progress
 
 INTERRUPTED = 75  # EX_TEMPFAIL: try again
 # What a workdir's parameters and step numbers mean: never changed on resuming.
@@ -86,12 +88,12 @@ def print_plan(experiment: Experiment) -> None:
 def check_workdir(workdir: str, config: ExperimentConfig) -> None:
     """On resuming prints what differs, and refuses what may not."""
     old = saved_config(workdir)
-    changed = base.differences(old, config) if old is not None else {}
+    changed = schema.differences(old, config) if old is not None else {}
     for name, (before, after) in changed.items():
         print(f"config: {name} was {before!r}, is now {after!r}")
     for name, (before, after) in changed.items():
         if name == "seed" or (name.startswith(FIXED) and name not in FREE):
-            raise cli.UserError(
+            raise UserError(
                 f"workdir={workdir!r}: it belongs to another experiment ({name} is "
                 f"{before!r} there, {after!r} here); name another workdir or change it "
                 "back"
@@ -106,7 +108,7 @@ def claim_workdir(
         tok.save(workdir)
     path = os.path.join(workdir, "config.json")
     with open(path + ".tmp", "w") as f:
-        f.write(base.to_json(config))
+        f.write(schema.to_json(config))
     os.replace(path + ".tmp", path)
 
 
@@ -116,7 +118,7 @@ def lock(workdir: str) -> Any:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise cli.UserError(
+        raise UserError(
             f"workdir={workdir!r}: another train.py runs in it; wait for it, stop it, "
             "or name another workdir"
         ) from error
@@ -159,7 +161,7 @@ def batches_from(
     for step in range(first, experiment.config.steps):
         length, _ = train.ids(step)
         batch = train[step]
-        yield experiment.put(batch), length, train.batches.transform.real(batch)
+        yield experiment.put(batch), length, train.batches.dataset.real(batch)
 
 
 def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> None:
@@ -168,9 +170,9 @@ def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> N
         if not np.isfinite(scalars[name]):
             _, ids = train.ids(step - 1)
             shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-            raise cli.UserError(
+            raise UserError(
                 f"step {step}: {name} is {scalars[name]} on examples {shown} of "
-                f"{train.batches.transform.split}; nothing was saved since. Lower "
+                f"{train.batches.dataset.split}; nothing was saved since. Lower "
                 "optim.learning_rate, set optim.clip_norm=1 or lengthen "
                 "optim.warmup_steps, and start again from the last checkpoint"
             )
@@ -213,7 +215,7 @@ def train_loop(
         config.log_every,
         experiment.schedule,
         meta["window"],
-        train.batches.transform.unit,
+        train.batches.dataset.unit,
     )
     source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
     pending = None
@@ -305,7 +307,7 @@ def prepare_data(
     """Tokenizer, training batches, evaluation and test split, checked."""
     tok = find_tokenizer(config, workdir)
     limits = config.model.limits()
-    opened = transforms.open(config.data, config.data.train_split, tok, limits)
+    opened = datasets.open(config.data, config.data.train_split, tok, limits)
     train = TrainBatches(Batches(opened), config.seed)
     evaluation = Split.open(config, tok, config.data.eval_split)
     test = Split.open(config, tok, config.data.test_split)
@@ -317,12 +319,12 @@ def prepare_data(
 def find_tokenizer(config: ExperimentConfig, workdir: str) -> Tokenizer | None:
     """The workdir's; else the one named; else that of init_from; else a new one."""
     data = config.data
-    if not transforms.needs_tokenizer(data):
+    if not datasets.needs_tokenizer(data):
         return None
     if saved_config(workdir) is not None:
         return load_tokenizer(workdir)
     if config.init_from and not data.tokenizer.path:
-        return load_tokenizer(warm_start.parse(config.init_from)[0])
+        return load_tokenizer(workdirs.parse(config.init_from)[0])
     return build_tokenizer(data, config.model.vocab_size)
 
 
@@ -331,7 +333,7 @@ def restore_or_init(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The newest intact state, or a new one, and what is saved beside it."""
     config = experiment.config
-    data = {"seed": config.seed, "tokens": train.batches.transform.digest}
+    data = {"seed": config.seed, "tokens": train.batches.dataset.digest}
     source = config.init_from
     if imported(checkpointer):
         source = f"{checkpointer.directory.parent}:0"
@@ -341,26 +343,26 @@ def restore_or_init(
     if restored is None:
         meta = {"data": data | {"step": 0}, "window": {}}
         if source:
-            state, found = warm_start.start(experiment, source)
+            state, found = workdirs.start(experiment, source)
             print(found)
         else:
             state = experiment.placement.init(experiment.make_state)
     else:
         saved, meta = restored
         if meta["data"]["tokens"] != data["tokens"]:
-            raise cli.UserError(
+            raise UserError(
                 f"{checkpointer.directory}: it was trained on other data than today's "
                 f"{config.data.source!r} (the corpus, its generator, its features or "
                 "the tokenizer changed); restore them or name another workdir"
             )
         if meta["data"]["seed"] != data["seed"]:
-            raise cli.UserError(
+            raise UserError(
                 f"seed={data['seed']}: it was trained with {meta['data']['seed']}; set "
                 "that or name another workdir"
             )
         state = experiment.placement.load(saved)
         print(f"resuming after step {meta['data']['step']}")
-    return state, meta | {"config": base.to_json(config)}
+    return state, meta | {"config": schema.to_json(config)}
 
 
 def imported(checkpointer: Checkpointer) -> bool:
@@ -371,17 +373,15 @@ def imported(checkpointer: Checkpointer) -> bool:
 
 def main(argv: list[str]) -> int:
     """config -> mesh -> data -> state -> loop -> eval -> save."""
-    config = cli.config_flag()
+    config = launch.config_flag()
     experiment = Experiment(config)
     if flags.FLAGS.dry_run:
         print_plan(experiment)
         return 0
-    workdir = cli.folder_flag("workdir")
+    workdir = launch.folder_flag("workdir")
     interrupt = Interrupt()
     if jax.process_count() > 1:
-        raise cli.UserError(
-            f"{jax.process_count()} processes: train.py runs on one host"
-        )
+        raise UserError(f"{jax.process_count()} processes: train.py runs on one host")
     os.makedirs(workdir, exist_ok=True)
     held = lock(workdir)
     check_workdir(workdir, config)
@@ -452,4 +452,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
     flags.mark_flag_as_required("config")
-    cli.launch(main)
+    launch.launch(main)

@@ -12,15 +12,15 @@ evaluations every 4,000): 35.6 % and 79.5 %, 3.69 nats. `base`, `large` and `rob
 were dry-run only.
 """
 
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets import MaskedLMConfig
 from triform.models import EncoderConfig
 from triform.models.config import TransformerConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import PretrainingConfig, TokenPredictionConfig
-from triform.tokenizer import TokenizerConfig
-from triform.transforms import MaskedConfig
 
 
 def get_config(variant: str = "base") -> ExperimentConfig:
@@ -44,7 +44,7 @@ def get_config(variant: str = "base") -> ExperimentConfig:
     config = ExperimentConfig(
         model=EncoderConfig(trunk, vocab_size=30_522),
         task=PretrainingConfig(),
-        data=MaskedConfig(
+        data=MaskedLMConfig(
             source="classic_books",
             test_split="validation",
             max_len=512,

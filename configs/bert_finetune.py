@@ -21,13 +21,13 @@ By sweep.py:
 """
 
 from triform.configs import bert_books
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets import SequenceClassificationConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import ClassificationConfig
-from triform.tokenizer import TokenizerConfig
-from triform.transforms import LabelledConfig
 
 
 def get_config(variant: str = "clinc150") -> ExperimentConfig:
@@ -38,7 +38,7 @@ def get_config(variant: str = "clinc150") -> ExperimentConfig:
     config = ExperimentConfig(
         model=model,
         task=ClassificationConfig(),
-        data=LabelledConfig(
+        data=SequenceClassificationConfig(
             source="clinc150",
             first="text",
             label="intent",

@@ -6,15 +6,15 @@ Shapes and initialisation are the paper's, the text is C4 in place of WebText. C
 and dry-run only: 124,439,808, 354,823,168, 774,030,080 and 1,557,611,200 parameters.
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import CausalLMConfig
 from triform.models import LanguageModelConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
-from triform.transforms import WindowsConfig
 
 # Layers, width, heads.
 SHAPES = {
@@ -53,7 +53,7 @@ def get_config(variant: str = "small") -> ExperimentConfig:
     config = ExperimentConfig(
         model=LanguageModelConfig(trunk, vocab_size=50_257),
         task=TokenPredictionConfig(label_smoothing=0.0),
-        data=WindowsConfig(source="c4/en", max_len=1024, batch_size=512),
+        data=CausalLMConfig(source="c4/en", max_len=1024, batch_size=512),
         optim=OptimConfig(
             name="adamw",
             learning_rate=6e-4,

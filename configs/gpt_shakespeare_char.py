@@ -16,16 +16,16 @@ H200 beside six other jobs: its best was 1.463 at step 1,750, from where on it o
 random windows of the same split.
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets import CausalLMConfig
 from triform.models import LanguageModelConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
-from triform.tokenizer import TokenizerConfig
-from triform.transforms import WindowsConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     config = ExperimentConfig(
         model=LanguageModelConfig(trunk, vocab_size=68),  # 65 characters, 3 specials
         task=TokenPredictionConfig(label_smoothing=0.0),
-        data=WindowsConfig(
+        data=CausalLMConfig(
             source="tinyshakespeare",
             test_split="validation",
             max_len=256,

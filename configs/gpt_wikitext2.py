@@ -13,15 +13,15 @@ the validation split (44.1 a token, of 4,000), and it was still falling. The ful
 has not been run.
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import CausalLMConfig
 from triform.models import LanguageModelConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
-from triform.transforms import WindowsConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     config = ExperimentConfig(
         model=LanguageModelConfig(trunk, vocab_size=8000),
         task=TokenPredictionConfig(label_smoothing=0.0),
-        data=WindowsConfig(
+        data=CausalLMConfig(
             source="wikitext2",
             test_split="validation",
             max_len=256,

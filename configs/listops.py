@@ -22,15 +22,15 @@ some 6,200. dot has flash's losses, 2.2813 after 100 steps and 1.9277 after 200,
 stopped there: it takes twice as long. The full recipe was not run.
 """
 
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets import SequenceClassificationConfig
 from triform.models import EncoderConfig
 from triform.models.config import TransformerConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import ClassificationConfig
-from triform.tokenizer import TokenizerConfig
-from triform.transforms import LabelledConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
             trunk, vocab_size=20, num_types=0, masked_head=False, num_labels=10
         ),
         task=ClassificationConfig(),
-        data=LabelledConfig(
+        data=SequenceClassificationConfig(
             source="listops",
             first="text",
             label="label",

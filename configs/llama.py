@@ -6,15 +6,15 @@ Shapes are the published ones, the text is C4. Counted and dry-run only: 1,235,8
 and 8,030,261,248 parameters.
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import CausalLMConfig
 from triform.models import LanguageModelConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
-from triform.transforms import WindowsConfig
 
 # Layers, width, heads, key/value heads, feed-forward width, vocabulary, tied head.
 SHAPES = {
@@ -54,7 +54,7 @@ def get_config(variant: str = "1b") -> ExperimentConfig:
     config = ExperimentConfig(
         model=LanguageModelConfig(trunk, vocab, tie_head=tied),
         task=TokenPredictionConfig(label_smoothing=0.0, z_loss=1e-4),
-        data=WindowsConfig(
+        data=CausalLMConfig(
             source="c4/en", max_len=8192, batch_size=512, documents="separate"
         ),
         optim=OptimConfig(

@@ -47,15 +47,15 @@ to all counts, has 78.5 % of validation and 83.5 % of test; of whole reviews 79.
 87.5 %.
 """
 
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets import MaskedLMConfig, SequenceClassificationConfig
 from triform.models import EncoderConfig
 from triform.models.config import TransformerConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import ClassificationConfig, TokenPredictionConfig
-from triform.tokenizer import TokenizerConfig
-from triform.transforms import LabelledConfig, MaskedConfig
 
 STAGES = ("pretrain", "sentences", "cpu")
 
@@ -81,7 +81,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
             trunk, vocab_size=261, num_types=0, masked_head=False, num_labels=2
         ),
         task=ClassificationConfig(),
-        data=LabelledConfig(
+        data=SequenceClassificationConfig(
             source="movie_reviews",
             first="text",
             label="label",
@@ -134,7 +134,7 @@ def _stage(config: ExperimentConfig, variant: str) -> None:
         config.model.masked_head, config.model.num_labels = True, 0
         config.task = TokenPredictionConfig(label_smoothing=0.0)
         trunk.max_len = 256
-        config.data = MaskedConfig(
+        config.data = MaskedLMConfig(
             source="movie_reviews",
             next_sentence=False,
             short_rate=0.0,

@@ -6,16 +6,16 @@ Counted and dry-run only: 60,506,624 parameters (small), 222,903,552 (base), 737
 (large), 76,961,152 (v1_1_small).
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets import SpanCorruptionConfig
 from triform.models import EncoderDecoderConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
-from triform.tokenizer import TokenizerConfig
-from triform.transforms import SpansConfig
 
 # Layers a side, width, heads, head width, feed-forward width.
 SHAPES = {
@@ -69,7 +69,7 @@ def get_config(variant: str = "small") -> ExperimentConfig:
             embedding_scale="none" if gated else "head",
         ),
         task=TokenPredictionConfig(label_smoothing=0.0, z_loss=1e-4),
-        data=SpansConfig(
+        data=SpanCorruptionConfig(
             source="c4/en",
             test_split="validation",
             max_len=512,

@@ -9,16 +9,16 @@ token and 32.7 % of the tokens right on the validation split. Adam at 2e-3 with 
 schedule came to 4.66 and 32.0 %.
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets import SpanCorruptionConfig
 from triform.models import EncoderDecoderConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
-from triform.tokenizer import TokenizerConfig
-from triform.transforms import SpansConfig
 
 
 def get_config(variant: str = "cpu") -> ExperimentConfig:
@@ -41,7 +41,7 @@ def get_config(variant: str = "cpu") -> ExperimentConfig:
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=8000, embedding_scale="head"),
         task=TokenPredictionConfig(label_smoothing=0.0, z_loss=1e-4),
-        data=SpansConfig(
+        data=SpanCorruptionConfig(
             source="classic_books",
             test_split="validation",
             max_len=64,

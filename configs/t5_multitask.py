@@ -13,12 +13,12 @@ steps came to 50.6 %, 2.3 % and 2.4.
 """
 
 from triform.configs import t5_books
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import Corpus, MixtureConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
-from triform.transforms import Corpus, MixtureConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:

@@ -8,14 +8,14 @@ orders of float32 sums: 0.983 and 0.985, 0.973 and 0.978. With sinusoids spaced 
 tensor2tensor rather than as in the paper: 0.993 and 0.987, in 3 min 35 s alone.
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import Seq2SeqConfig
 from triform.models import EncoderDecoderConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
-from triform.transforms import PairsConfig
+from triform.scores.text import EvaluationConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     )
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=1500),
-        data=PairsConfig(
+        data=Seq2SeqConfig(
             source="cldr", max_len=40, batch_size=64, buckets=(6, 8, 10, 12, 15, 19, 25)
         ),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=400, schedule="rsqrt"),

@@ -20,15 +20,15 @@ The other direction: --config.data.inputs=de --config.data.targets=en
 --config.evaluation.language=en.
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets import Seq2SeqConfig
 from triform.models import EncoderDecoderConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
-from triform.tokenizer import TokenizerConfig
-from triform.transforms import PairsConfig
+from triform.scores.text import EvaluationConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     )
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=10_000),
-        data=PairsConfig(
+        data=Seq2SeqConfig(
             source="multi30k_translate",
             max_len=64,
             batch_size=128,  # 8,192 places a side and batch

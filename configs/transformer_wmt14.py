@@ -10,15 +10,15 @@ splitting, which scores a little higher than sacreBLEU); big 213 M, 28.4; 8 P100
 Ours count 63,082,496 and 214,245,376 parameters: the paper does not say how it counts.
 """
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import Seq2SeqConfig
 from triform.models import EncoderDecoderConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import TokenPredictionConfig
-from triform.transforms import PairsConfig
 
 
 def get_config(variant: str = "base") -> ExperimentConfig:
@@ -29,7 +29,7 @@ def get_config(variant: str = "base") -> ExperimentConfig:
     config = ExperimentConfig(
         model=EncoderDecoderConfig(trunk, vocab_size=37_000),  # 5.1
         task=TokenPredictionConfig(label_smoothing=0.1),  # 5.4
-        data=PairsConfig(
+        data=Seq2SeqConfig(
             source="wmt14_translate/de-en",
             max_len=256,
             batch_size=100,  # about 25,000 source and 25,000 target tokens (5.1)

@@ -7,14 +7,14 @@ baselines", in outline. Counted and dry-run only: 86,567,656 parameters (b16),
 304,326,632 (l16), 632,045,800 (h14).
 """
 
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import ImagesConfig
 from triform.models import VisionConfig
 from triform.models.config import TransformerConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import ClassificationConfig
-from triform.transforms import ImagesConfig
 
 # Layers, width, heads, feed-forward width, patch, image.
 SHAPES = {

@@ -7,14 +7,14 @@ after 6,000 steps, in 21 min 17 s from start to end, 22 min 54 s of CPU time. Th
 training images are 55,000 of the 60,000; the others chose nothing but the checkpoint.
 """
 
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import ImagesConfig
 from triform.models import VisionConfig
 from triform.models.config import TransformerConfig
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import ClassificationConfig
-from triform.transforms import ImagesConfig
 
 
 def get_config(variant: str = "") -> ExperimentConfig:

@@ -15,12 +15,10 @@ from collections.abc import Sequence
 
 import jax
 
-from triform.cli import UserError
-from triform.datasets import DataError
 from triform.experiment import open_workdir
 from triform.interop.workdir import export_model, import_model
 from triform.models import EncoderDecoderConfig, LanguageModelConfig
-from triform.runtime.checkpoint import CheckpointError
+from triform.runtime.errors import TriformError, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return 130
-    except (UserError, DataError, CheckpointError) as error:
+    except TriformError as error:
         text = str(error)
     except OSError as error:
         if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -201,7 +201,7 @@ def rows(config: EncoderConfig, name: str) -> list[Row]:
     attention = f"{layer}/self_attention"
     found = [
         *table("embedding", f"{name}.embeddings.word_embeddings"),
-        *table("types", f"{name}.embeddings.token_type_embeddings"),
+        *table("token_type_embedding", f"{name}.embeddings.token_type_embeddings"),
         *table("positions/table", f"{name}.embeddings.position_embeddings"),
         *norm("embedding_norm", f"{name}.embeddings.LayerNorm"),
         *linear(f"{attention}/query", f"{theirs}.attention.self.query"),
@@ -286,5 +286,5 @@ LONGFORMER = _family(
     defaults=DEFAULTS
     | {"vocab_size": 30522, "pad_token_id": 1, "attention_window": 512},
     renamed=((r"^longformer\.pooler\.dense\.", "classifier.dense."),),
-    reads=("globals",),
+    reads=("global_attention_mask",),
 )

@@ -2,28 +2,28 @@
 
 from typing import Any
 
-from triform.configs.base import ExperimentConfig
-from triform.decode import DecodeConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import (
+    CausalLMConfig,
+    ImagesConfig,
+    MaskedLMConfig,
+    Seq2SeqConfig,
+    SequenceClassificationConfig,
+    TokenClassificationConfig,
+)
 from triform.models import (
     EncoderConfig,
     EncoderDecoderConfig,
     LanguageModelConfig,
     VisionConfig,
 )
-from triform.scoring import EvaluationConfig
+from triform.models.decode import DecodeConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import (
     ClassificationConfig,
     PretrainingConfig,
     RegressionConfig,
     TokenPredictionConfig,
-)
-from triform.transforms import (
-    ImagesConfig,
-    LabelledConfig,
-    MaskedConfig,
-    PairsConfig,
-    TaggedConfig,
-    WindowsConfig,
 )
 
 LENGTH = 512  # tokens in a row at most, unless the model has fewer
@@ -38,24 +38,24 @@ def _encoder(config: EncoderConfig) -> tuple[Any, Any]:
     if config.masked_head:
         both = config.num_labels > 0
         task = PretrainingConfig() if both else TokenPredictionConfig(0.0)
-        return MaskedConfig(**rows, next_sentence=both), task
+        return MaskedLMConfig(**rows, next_sentence=both), task
     if config.num_tags:
-        return TaggedConfig(**rows), TokenPredictionConfig(0.0)
+        return TokenClassificationConfig(**rows), TokenPredictionConfig(0.0)
     single = config.num_labels == 1
     task = RegressionConfig() if single else ClassificationConfig()
-    return LabelledConfig(**rows), task
+    return SequenceClassificationConfig(**rows), task
 
 
 def _language_model(config: LanguageModelConfig) -> tuple[Any, Any]:
     length = min(config.longest(), LENGTH)
-    return WindowsConfig(max_len=length), TokenPredictionConfig(0.0)
+    return CausalLMConfig(max_len=length), TokenPredictionConfig(0.0)
 
 
 def _encoder_decoder(config: EncoderDecoderConfig) -> tuple[Any, Any]:
     length = min(config.longest(), LENGTH)
     # Short sources are not padded to the longest.
     buckets = tuple(n for n in (32, 64, 128, 256) if n < length)
-    return PairsConfig(max_len=length, buckets=buckets), TokenPredictionConfig(0.0)
+    return Seq2SeqConfig(max_len=length, buckets=buckets), TokenPredictionConfig(0.0)
 
 
 def _vision(config: VisionConfig) -> tuple[Any, Any]:
@@ -76,7 +76,7 @@ def experiment_config(config: Any) -> ExperimentConfig:
     """An experiment around a model config; sources are to be named before training."""
     data, task = NATURAL[type(config)](config)
     evaluation = EvaluationConfig()
-    if not isinstance(data, PairsConfig):
+    if not isinstance(data, Seq2SeqConfig):
         evaluation.metrics = ()  # there is no text to compare
     return ExperimentConfig(
         model=config,

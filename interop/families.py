@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from triform.cli import UserError
 from triform.interop.bert import BERT, LONGFORMER, ROBERTA
 from triform.interop.gpt2 import GPT2
 from triform.interop.llama import LLAMA, MISTRAL, QWEN2
@@ -11,6 +10,7 @@ from triform.interop.mapping import Family
 from triform.interop.marian import MARIAN
 from triform.interop.t5 import T5
 from triform.interop.vit import VIT
+from triform.runtime.errors import UserError
 
 # The first that fits is what a model of ours becomes.
 _ORDER = (BERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN2, T5, MARIAN, VIT)

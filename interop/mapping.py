@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from triform import models
-from triform.cli import UserError
 from triform.models.transformer import cycle
 from triform.models.vision import VisionConfig
-from triform.runtime.optim import path_name
+from triform.runtime.errors import UserError
+from triform.runtime.paths import path_name
 
 Shape = tuple[int, ...]
 Place = tuple[str, int | None]  # path of a parameter, and its element if it is stacked

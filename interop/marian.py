@@ -18,7 +18,7 @@ from triform.models.config import TransformerConfig
 
 EPS = 1e-5  # of every norm, no setting
 
-# Pairs of settings that are one here.
+# Seq2Seq of settings that are one here.
 _EQUAL = (
     ("decoder_layers", "encoder_layers"),
     ("decoder_ffn_dim", "encoder_ffn_dim"),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from triform.cli import UserError
+from triform.runtime.errors import UserError
 
 # Their name of an activation -> ours; several of theirs are the same function.
 ACTIVATIONS = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import sentencepiece
 
-from triform import tokenizer
-from triform.cli import UserError
+from triform.data.codecs import text as tokenizer
+from triform.runtime.errors import UserError
 
 # Files that go into a workdir and back as they are.
 KEPT = (

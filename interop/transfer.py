@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from triform.cli import UserError
 from triform.interop import families
 from triform.interop.mapping import Entry, Family, Shape, canonical, entries, parameters
 from triform.interop.weights import DTYPES, Tensor, Weights
+from triform.runtime.errors import UserError
 
 Parameters = dict[str, np.ndarray]
 ALIGNMENT = 64  # bytes; XLA takes an array that is aligned to it without copying

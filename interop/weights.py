@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from triform.cli import UserError
+from triform.runtime.errors import UserError
 
 Shape = tuple[int, ...]
 

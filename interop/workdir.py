@@ -13,9 +13,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from triform import tokenizer, transforms
-from triform.cli import UserError
-from triform.configs.base import ExperimentConfig, to_json
+from triform.configs.schema import ExperimentConfig, to_json
+from triform.data import datasets
+from triform.data.codecs import text as tokenizer
 from triform.experiment import (
     Experiment,
     checkpoint_dir,
@@ -29,6 +29,7 @@ from triform.interop.transfer import Import, tensors
 from triform.interop.weights import SHARD, Weights, write
 from triform.models import EncoderConfig, EncoderDecoderConfig, VisionConfig
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
+from triform.runtime.errors import UserError
 
 HF_CONFIG = "hf_config.json"  # the config.json that was imported
 GENERATION = "generation_config.json"
@@ -222,7 +223,7 @@ def _meaning(config: Any) -> Any:
 def _require_parameters(config: ExperimentConfig, family: Family) -> None:
     """UserError if the model's batches left parameters of the family unused."""
     data = config.data
-    has = transforms.empty(data, 1, data.lengths()[0], config.model.limits())
+    has = datasets.empty(data, 1, data.lengths()[0], config.model.limits())
     if missing := [key for key in family.reads if key not in has]:
         shown = getattr(data, "global_tokens", "none")
         raise UserError(

@@ -9,8 +9,8 @@ from flax import linen as nn
 from triform.models.algorithms import ALGORITHMS, has_globals
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
+from triform.models.matmul import dot_general
 from triform.models.positions import Relative, rotate
-from triform.models.product import dot_general
 
 Array = jax.Array
 

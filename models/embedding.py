@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from triform.models.config import TransformerConfig
-from triform.models.product import dot_general
+from triform.models.matmul import dot_general
 
 Array = jax.Array
 

@@ -18,8 +18,8 @@ from triform.models.attention import kernel_init
 from triform.models.config import POOLS, ModelConfig, TransformerConfig
 from triform.models.embedding import embedding, head, places, tied_logits
 from triform.models.mask import Mask
+from triform.models.matmul import dot_general
 from triform.models.positions import PositionEmbedding
-from triform.models.product import dot_general
 from triform.models.transformer import FFNS, Stack, make_norm
 
 Array = jax.Array
@@ -46,7 +46,7 @@ class EncoderConfig(ModelConfig):
         """How many ids each key of a batch may hold."""
         found = {
             "inputs": self.vocab_size,
-            "types": self.num_types,
+            "token_type_ids": self.num_types,
             "targets": self.vocab_size if self.masked_head else self.num_tags,
             "label": self.num_labels,
         }
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         cfg, trunk = self.config, self.config.trunk
         self.embedding = embedding(trunk, cfg.vocab_size)
         if cfg.num_types:
-            self.types = embedding(trunk, cfg.num_types)
+            self.token_type_embedding = embedding(trunk, cfg.num_types)
         self.positions = PositionEmbedding(trunk)
         if trunk.norm_position == "post":  # pre-norm blocks bring their own
             self.embedding_norm = make_norm(trunk, None)
@@ -146,8 +146,8 @@ class Encoder(nn.Module):
         out = {}
         if cfg.masked_head:
             chosen = x
-            if "predict" in batch:
-                chosen = jnp.take_along_axis(x, batch["predict"][..., None], 1)
+            if "masked_positions" in batch:
+                chosen = jnp.take_along_axis(x, batch["masked_positions"][..., None], 1)
             chosen = self.masked_head(chosen)
             out["targets"] = tied_logits(chosen, self.embedding) + self.masked_bias
         if cfg.num_tags:
@@ -170,11 +170,13 @@ class Encoder(nn.Module):
             )
         x = self.embedding(tokens)
         if cfg.num_types:
-            x += self.types(batch.get("types", jnp.zeros_like(tokens)))
+            x += self.token_type_embedding(
+                batch.get("token_type_ids", jnp.zeros_like(tokens))
+            )
         x = self.positions(x, positions + cfg.position_offset)
         if cfg.trunk.norm_position == "post":
             x = self.embedding_norm(x)
-        marked = batch.get("globals")
+        marked = batch.get("global_attention_mask")
         marked = None if marked is None else marked > 0
         mask = Mask.self_attention(
             positions,

@@ -13,8 +13,8 @@ from triform.models.attention import Attention, kernel_init
 from triform.models.cache import KVCache, RingCache
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
+from triform.models.matmul import dot_general
 from triform.models.positions import Relative, RelativeBias, rotation
-from triform.models.product import dot_general
 
 Array = jax.Array
 

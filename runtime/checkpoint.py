@@ -29,16 +29,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from triform.runtime.checksum import checksums
+from triform.runtime.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 _FULL = ("No space left", "Disk quota exceeded")
 GROUP = 1 << 26  # bytes that are read at a time, or one array
 # What may fail while the stored bytes are fine.
 _NOT_CORRUPT = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be saved or restored; the message says what to do."""
 
 
 class _Corrupt(Exception):

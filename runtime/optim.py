@@ -8,12 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from triform.runtime.paths import path_name
+
 Schedule = Callable[[jax.Array | int], jax.Array]
-
-
-def path_name(path: tuple) -> str:
-    """'decoder/layer_0/feed_forward/up/kernel' of a jax key path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def rsqrt(peak: float, warmup: int, total: int, floor: float) -> Schedule:

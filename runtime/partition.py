@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from triform.runtime.optim import path_name
+from triform.runtime.paths import path_name
 
 Tree = Any
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -176,7 +176,11 @@ class MeshPlacement:
             return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
         # Classes are no places, nor are the few that are chosen among them.
-        chosen = ("predict", "targets", "weights") if "predict" in batch else ()
+        chosen = (
+            ("masked_positions", "targets", "weights")
+            if "masked_positions" in batch
+            else ()
+        )
         whole = ("label", *chosen)
         return {name: place(name, x) for name, x in batch.items()}
 

@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from triform import datasets  # noqa: E402
+from triform.data import sources as source_table  # noqa: E402
 from triform.models import EncoderDecoderConfig  # noqa: E402
 from triform.models.algorithms import ALGORITHMS  # noqa: E402
 from triform.models.config import TransformerConfig  # noqa: E402
@@ -34,7 +34,7 @@ def shared_data():
     """
 
     def find(folder: str) -> str:
-        path = datasets.local_copy(folder)
+        path = source_table.local_copy(folder)
         if not path:
             reason = f"{folder}: not in $TRIFORM_DATA nor in ../shared/data"
             if os.environ.get("TRIFORM_REQUIRE_DATA") == "1":
@@ -203,9 +203,9 @@ def sources(monkeypatch, tmp_path):
         def label_names(name, feature, *, data_dir="", manual_dir=""):
             return classes.get(f"{name}:{feature}", ())
 
-        monkeypatch.setattr(datasets, "label_names", label_names, raising=False)
-        monkeypatch.setattr(datasets, "load", load)
-        monkeypatch.setattr(datasets, "fingerprint", fingerprint)
+        monkeypatch.setattr(source_table, "label_names", label_names, raising=False)
+        monkeypatch.setattr(source_table, "load", load)
+        monkeypatch.setattr(source_table, "fingerprint", fingerprint)
         return loads
 
     monkeypatch.setenv("TRIFORM_CACHE", str(tmp_path / "cache"))

@@ -129,7 +129,7 @@ def batch_of(config, rows=3, seed=0):
         batch["encoder_inputs"] = rng.integers(3, VOCAB, shape).astype(np.int32)
         batch["encoder_segments"] = np.ones(shape, np.int32)
     if getattr(config, "num_types", 0) > 1:
-        batch["types"] = rng.integers(0, 2, shape).astype(np.int32)
+        batch["token_type_ids"] = rng.integers(0, 2, shape).astype(np.int32)
     return batch
 
 

@@ -272,11 +272,11 @@ def both(model, config, params) -> list[tuple[np.ndarray, np.ndarray]]:
     batch = {"inputs": tokens, "segments": real}
     if isinstance(config, EncoderConfig):
         kinds = np.random.default_rng(1).integers(0, config.num_types, tokens.shape)
-        given["token_type_ids"], batch["types"] = kinds, kinds.astype(np.int32)
+        given["token_type_ids"], batch["token_type_ids"] = kinds, kinds.astype(np.int32)
         if config.trunk.attention == "local":  # its classifier does so unasked
             first = np.zeros_like(tokens)
             first[:, 0] = 1
-            given["global_attention_mask"] = batch["globals"] = first
+            given["global_attention_mask"] = batch["global_attention_mask"] = first
     theirs, found = run(model, **given), ours(config, params, batch)
     pairs = []
     if "targets" in found:

@@ -8,8 +8,8 @@ import pytest
 from triform import models
 from triform.experiment import TrainState
 from triform.runtime import metrics
-from triform.runtime.optim import path_name
 from triform.runtime.partition import PmapPlacement
+from triform.runtime.paths import path_name
 
 # Float32 sums of the same few terms in another order.
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}

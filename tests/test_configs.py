@@ -13,21 +13,21 @@ import traceback
 import jax
 import pytest
 
-from triform.configs import base
-from triform.configs.base import ExperimentConfig, differences, from_json, to_json
+from triform.configs import schema
+from triform.configs.schema import ExperimentConfig, differences, from_json, to_json
+from triform.data.datasets import (
+    CausalLMConfig,
+    Corpus,
+    ImagesConfig,
+    MaskedLMConfig,
+    MixtureConfig,
+    Seq2SeqConfig,
+    SequenceClassificationConfig,
+    SpanCorruptionConfig,
+)
 from triform.experiment import Experiment
 from triform.models import EncoderConfig, LanguageModelConfig, VisionConfig
 from triform.tasks import ClassificationConfig
-from triform.transforms import (
-    Corpus,
-    ImagesConfig,
-    LabelledConfig,
-    MaskedConfig,
-    MixtureConfig,
-    PairsConfig,
-    SpansConfig,
-    WindowsConfig,
-)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted(
@@ -207,7 +207,13 @@ BOTH_WAYS = (Corpus("cldr", "en", "de"), Corpus("cldr", "de", "en"))
 MIXTURE = {"data": MixtureConfig(corpora=BOTH_WAYS)}
 IMAGES, LABELLED, MASKED, SPANS, WINDOWS = (
     {"data": kind()}
-    for kind in (ImagesConfig, LabelledConfig, MaskedConfig, SpansConfig, WindowsConfig)
+    for kind in (
+        ImagesConfig,
+        SequenceClassificationConfig,
+        MaskedLMConfig,
+        SpanCorruptionConfig,
+        CausalLMConfig,
+    )
 )
 # (changes, what the message must hold besides the first key and its value)
 MISTAKES = (
@@ -287,26 +293,29 @@ MISTAKES = (
     ({"model.pool": "max", **VISION}, "expected one of token, mean"),
     ({"model.patch_size": 15, **VISION}, "must divide image_size=224"),
     ({"model.trunk.max_len": 196, **VISION}, "and the class token; set it to 197"),
-    ({"data": MaskedConfig()}, "but model=EncoderDecoderConfig needs 'encoder_inputs'"),
     (
-        {"data": PairsConfig(), "task": ClassificationConfig()},
+        {"data": MaskedLMConfig()},
+        "but model=EncoderDecoderConfig needs 'encoder_inputs'",
+    ),
+    (
+        {"data": Seq2SeqConfig(), "task": ClassificationConfig()},
         "but task=ClassificationConfig needs 'label'",
     ),
     (
         {
             "task": ClassificationConfig(),
             "model": LanguageModelConfig(),
-            "data": MaskedConfig(),
+            "data": MaskedLMConfig(),
         },
         "it predicts 'label', for which model=LanguageModelConfig has no head",
     ),
     (
         {
             "evaluation.metrics": ("bleu",),
-            "data": WindowsConfig(),
+            "data": CausalLMConfig(),
             "model": LanguageModelConfig(),
         },
-        "data=WindowsConfig has no references; set ()",
+        "data=CausalLMConfig has no references; set ()",
     ),
     ({"task.label_smoothing": 1.0}, "must lie in [0, 1); 0 switches it off"),
     ({"task.z_loss": -1e-4}, "must not be negative; 0 switches it off"),
@@ -444,7 +453,7 @@ def test_defaults_are_sound():
 
 def checks() -> set[tuple[str, int, int]]:
     """(file, first line, last line) of every check in a `validate` of the tree."""
-    classes = {ExperimentConfig, *base.MODELS, *base.TASKS, *base.TRANSFORMS}
+    classes = {ExperimentConfig, *schema.MODELS, *schema.TASKS, *schema.DATASETS}
     for cls in list(classes):
         config = cls()
         for _, owner, _ in leaves(config):

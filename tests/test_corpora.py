@@ -14,9 +14,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from triform import datasets
-from triform.datasets import clinc150, mnist, mr_sentiment, wikitext2
-from triform.datasets.local_builder import LocalBuilder
+from triform.data import sources
+from triform.data.sources import clinc150, mnist, mr_sentiment, wikitext2
+from triform.data.sources.local_builder import LocalBuilder
+from triform.runtime.errors import DataError
 
 # Corpus -> features, and examples of every split.
 FACTS = {
@@ -58,7 +59,7 @@ def corpus(prepared, shared_data):
 
     def load(name: str, split: str):
         shared_data(name)
-        return datasets.load(name, split, data_dir=prepared)
+        return sources.load(name, split, data_dir=prepared)
 
     return load
 
@@ -126,7 +127,7 @@ def test_splits_have_the_official_sizes(corpus, prepared, name):
         assert len(found) == size
         assert set(found[0]) == set(features)
     choices = f"expected one of {', '.join(sizes)},"
-    with pytest.raises(datasets.DataError, match=choices):
+    with pytest.raises(DataError, match=choices):
         corpus(name, "dev")
     # The published files share the folder a download would use.
     assert (pathlib.Path(prepared) / name).is_dir()
@@ -176,7 +177,7 @@ def test_clinc150_is_in_file_order(corpus, shared_data, prepared):
     parts = json.loads("\n".join(lines))
     for split, part in clinc150.PARTS.items():
         found = list(corpus("clinc150", split))
-        names = datasets.label_names("clinc150", "intent", data_dir=prepared)
+        names = sources.label_names("clinc150", "intent", data_dir=prepared)
         assert [[e["text"], names[e["intent"]]] for e in found] == parts[part]
         # As many of each intent: 100, 20 and 30.
         assert set(Counter(e["intent"] for e in found).values()) == {len(found) // 150}
@@ -187,7 +188,7 @@ def test_clinc150_is_in_file_order(corpus, shared_data, prepared):
 def test_mr_sentiment_loses_nothing_and_splits_no_text(corpus, shared_data, prepared):
     sizes = FACTS["mr_sentiment"][1]
     splits = {split: list(corpus("mr_sentiment", split)) for split in sizes}
-    names = datasets.label_names("mr_sentiment", "label", data_dir=prepared)
+    names = sources.label_names("mr_sentiment", "label", data_dir=prepared)
     assert names == ("negative", "positive")
     home = {e["text"]: split for split, part in splits.items() for e in part}
     for label, file in enumerate(mr_sentiment.MrSentiment.files):
@@ -224,9 +225,9 @@ def test_flip_ss3_has_a_state_for_every_residue(corpus, shared_data):
 
 def test_label_names_of_what_has_none(corpus, prepared):
     corpus("tinyshakespeare", "train")
-    assert datasets.label_names("tinyshakespeare", "text", data_dir=prepared) == ()
-    assert datasets.label_names("tinyshakespeare", "other", data_dir=prepared) == ()
-    assert datasets.label_names("cldr", "en") == ()
+    assert sources.label_names("tinyshakespeare", "text", data_dir=prepared) == ()
+    assert sources.label_names("tinyshakespeare", "other", data_dir=prepared) == ()
+    assert sources.label_names("cldr", "en") == ()
 
 
 # Other files ------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def _give(folder: pathlib.Path, name: str, **changed: bytes) -> str:
 @pytest.mark.parametrize("name", SMALL)
 def test_other_files_are_prepared_apart(tmp_path, alone, name):
     manual = _give(tmp_path / "files", name)
-    found = datasets.load(name, "train", data_dir=alone, manual_dir=manual)
+    found = sources.load(name, "train", data_dir=alone, manual_dir=manual)
     assert len(found)
     (folder,) = pathlib.Path(alone).glob("manual-*")
     assert (folder / name).is_dir()
@@ -313,13 +314,13 @@ def test_other_files_are_prepared_apart(tmp_path, alone, name):
 
 def test_wikitext2_cuts_at_titles_only(tmp_path, alone):
     options = {"data_dir": alone, "manual_dir": _give(tmp_path / "files", "wikitext2")}
-    texts = [e["text"] for e in datasets.load("wikitext2", "train", **options)]
+    texts = [e["text"] for e in sources.load("wikitext2", "train", **options)]
     assert texts == [
         "none\n \n = A = \n \n = = B = = \n \n",
         " = W , L = \n \n",
         " = C = \n \nd\n",
     ]
-    texts = [e["text"] for e in datasets.load("wikitext2", "validation", **options)]
+    texts = [e["text"] for e in sources.load("wikitext2", "validation", **options)]
     assert texts == [" \n = A = \n \n e \n \n", " = B = \n \n f \n"]
 
 
@@ -405,8 +406,8 @@ def test_damaged_files_are_told_in_one_line(
     tmp_path, alone, name, file, content, message
 ):
     manual = _give(tmp_path / "files", name, **{file: content})
-    with pytest.raises(datasets.DataError, match=f"^{name}: .*{message}") as caught:
-        datasets.load(name, "train", data_dir=alone, manual_dir=manual)
+    with pytest.raises(DataError, match=f"^{name}: .*{message}") as caught:
+        sources.load(name, "train", data_dir=alone, manual_dir=manual)
     assert "\n" not in str(caught.value)
     assert "; replace it (origin: " in str(caught.value)
 
@@ -414,24 +415,24 @@ def test_damaged_files_are_told_in_one_line(
 def test_a_split_without_examples_is_named(tmp_path, alone):
     file = {"books.jsonl.xz": lzma.compress(_book("train").encode())}
     manual = _give(tmp_path / "files", "classic_books", **file)
-    with pytest.raises(datasets.DataError, match="no example of 'validation'; repl"):
-        datasets.load("classic_books", "train", data_dir=alone, manual_dir=manual)
+    with pytest.raises(DataError, match="no example of 'validation'; repl"):
+        sources.load("classic_books", "train", data_dir=alone, manual_dir=manual)
 
 
 @pytest.mark.parametrize("name", FACTS)
 def test_missing_files_are_named(tmp_path, alone, name):
     manual = tmp_path / "files"
     manual.mkdir()
-    with pytest.raises(datasets.DataError, match=f"^{name}: .*files lacks ") as caught:
-        datasets.load(name, "train", data_dir=alone, manual_dir=str(manual))
+    with pytest.raises(DataError, match=f"^{name}: .*files lacks ") as caught:
+        sources.load(name, "train", data_dir=alone, manual_dir=str(manual))
     assert all(file in str(caught.value) for file in SMALL[name])
     assert "set data.manual_dir" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "classic_books", "flip_ss3"])
 def test_what_cannot_be_downloaded_is_told_with_the_fix(alone, name):
-    with pytest.raises(datasets.DataError, match="nothing can be down") as caught:
-        datasets.load(name, "train", data_dir=alone)
+    with pytest.raises(DataError, match="nothing can be down") as caught:
+        sources.load(name, "train", data_dir=alone)
     reason = str(caught.value)
     assert "\n" not in reason
     assert all(file in reason for file in SMALL[name])
@@ -453,7 +454,7 @@ def _originals() -> dict[str, bytes]:
 
 
 def _images(name: str, split: str, **options: str) -> list:
-    found = datasets.load(name, split, **options)
+    found = sources.load(name, split, **options)
     return [(e["image"].tolist(), e["label"]) for e in found]
 
 
@@ -470,32 +471,32 @@ def test_mnist_downloads_the_originals(tmp_path, alone, serve):
 def test_originals_may_be_given_by_hand(tmp_path, alone, serve):
     files = _originals()
     serve(mnist.Mnist, files)
-    datasets.load("mnist", "train", data_dir=alone)
+    sources.load("mnist", "train", data_dir=alone)
     folder = tmp_path / "files"
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     arguments = ("mnist", "train")
-    downloaded = datasets.fingerprint(*arguments, data_dir=alone)
-    given = datasets.fingerprint(*arguments, data_dir=alone, manual_dir=str(folder))
+    downloaded = sources.fingerprint(*arguments, data_dir=alone)
+    given = sources.fingerprint(*arguments, data_dir=alone, manual_dir=str(folder))
     # They are those published, hence the same data.
     assert given == downloaded
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(b"torn")
-    with pytest.raises(datasets.DataError, match="t10k-images.*gzip-compressed IDX"):
-        datasets.load("mnist", "train", data_dir=alone, manual_dir=str(folder))
+    with pytest.raises(DataError, match="t10k-images.*gzip-compressed IDX"):
+        sources.load("mnist", "train", data_dir=alone, manual_dir=str(folder))
 
 
 def test_a_download_that_differs_is_refused(tmp_path, alone, serve):
     serve(clinc150.Clinc150, {"data_full.json": _clinc()})
     (tmp_path / "remote" / "data_full.json").write_bytes(_clinc("balance"))
-    with pytest.raises(datasets.DataError, match=r"data_full\.json.*wrong checksum"):
-        datasets.load("clinc150", "train", data_dir=alone)
+    with pytest.raises(DataError, match=r"data_full\.json.*wrong checksum"):
+        sources.load("clinc150", "train", data_dir=alone)
 
 
 def test_clinc150_downloads_the_plain_file(alone, serve):
     serve(clinc150.Clinc150, {"data_full.json": _clinc("balance")})
-    (example,) = datasets.load("clinc150", "test", data_dir=alone)
-    names = datasets.label_names("clinc150", "intent", data_dir=alone)
+    (example,) = sources.load("clinc150", "test", data_dir=alone)
+    names = sources.label_names("clinc150", "intent", data_dir=alone)
     assert (example["text"], names[example["intent"]]) == ("a", "balance")
 
 
@@ -518,7 +519,7 @@ def _snippets(monkeypatch) -> bytes:
 
 def test_mr_sentiment_downloads_the_archive(alone, serve, monkeypatch):
     serve(mr_sentiment.MrSentiment, {mr_sentiment.ZIP: _snippets(monkeypatch)})
-    found = datasets.load("mr_sentiment", "all", data_dir=alone)
+    found = sources.load("mr_sentiment", "all", data_dir=alone)
     texts = [*map(str, range(60)), "good"]
     assert sorted(e["text"] for e in found) == sorted(texts)
 
@@ -536,12 +537,12 @@ def test_mr_sentiment_refuses_another_archive(
     tmp_path, alone, serve, monkeypatch, content, message
 ):
     serve(mr_sentiment.MrSentiment, {mr_sentiment.ZIP: content})
-    with pytest.raises(datasets.DataError, match=f"^mr_sentiment: .*{message}"):
-        datasets.load("mr_sentiment", "train", data_dir=alone)
+    with pytest.raises(DataError, match=f"^mr_sentiment: .*{message}"):
+        sources.load("mr_sentiment", "train", data_dir=alone)
     # It is not kept: the next attempt gets what is there by then.
     archive = _snippets(monkeypatch)
     (tmp_path / "remote" / mr_sentiment.ZIP).write_bytes(archive)
-    assert len(datasets.load("mr_sentiment", "all", data_dir=alone)) == 61
+    assert len(sources.load("mr_sentiment", "all", data_dir=alone)) == 61
 
 
 def test_the_texts_of_the_archive_are_those_of_the_local_copy(shared_data):

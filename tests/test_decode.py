@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import struct
 
-from triform import decode, models
-from triform.decode import DecodeConfig
-from triform.models import LanguageModelConfig
+from triform import models
+from triform.models import LanguageModelConfig, decode
+from triform.models.decode import DecodeConfig
 
 PAD, EOS = 0, 1
 VOCAB, LENGTH, ROWS = 4, 4, 3

@@ -246,13 +246,15 @@ def test_padding_cannot_change_anything(name):
     side = "encoder_" * isinstance(config, EncoderDecoderConfig)
     batch[f"{side}segments"] = real.astype(np.int32)
     if predict:  # real places
-        batch["predict"] = np.array([[5, 0, 2], [2, 1, 0], [0, 3, 3]], np.int32)
+        batch["masked_positions"] = np.array(
+            [[5, 0, 2], [2, 1, 0], [0, 3, 3]], np.int32
+        )
     params = init(config, batch)
     apply = applied(config)
     found = apply({"params": params}, batch)
     garbage = {
         k: np.where(real, batch[k], 1).astype(np.int32)
-        for k in (f"{side}inputs", "types")
+        for k in (f"{side}inputs", "token_type_ids")
         if k in batch
     }
     other = apply({"params": params}, batch | garbage)
@@ -268,7 +270,7 @@ def test_predicted_places_are_those_of_all_places():
     apply, variables = applied(config), {"params": init(config, batch)}
     places = np.array([[0, 5, 2], [1, 1, 3], [4, 0, 0]], np.int32)
     every = apply(variables, batch)
-    some = apply(variables, batch | {"predict": places})
+    some = apply(variables, batch | {"masked_positions": places})
     expected = np.take_along_axis(np.asarray(every["targets"]), places[..., None], 1)
     np.testing.assert_allclose(some["targets"], expected, **CLOSE)
     np.testing.assert_allclose(some["label"], every["label"], **CLOSE)

@@ -282,7 +282,12 @@ def norms(*modules):
 
 
 TABLE, LEARNED_TABLE = "embedding/embedding", "positions/table/embedding"
-BERT = {TABLE, LEARNED_TABLE, "types/embedding", *norms("embedding_norm")}
+BERT = {
+    TABLE,
+    LEARNED_TABLE,
+    "token_type_embedding/embedding",
+    *norms("embedding_norm"),
+}
 MASKED = {*both("masked_head/dense"), *norms("masked_head/norm"), "masked_bias"}
 T5_STACKS = {f"{s}/relative_bias/embedding" for s in ("encoder", "decoder")} | {
     f"{s}/norm/scale" for s in ("encoder", "decoder")
@@ -299,7 +304,7 @@ NAMES = {
     "bert": {*BERT, *MASKED, *both("pooler", "label_head")},
     "roberta": {*BERT, *MASKED},
     "classifier": {
-        *(TABLE, LEARNED_TABLE, "types/embedding"),
+        *(TABLE, LEARNED_TABLE, "token_type_embedding/embedding"),
         *(norms("encoder/norm") | both("pooler", "label_head")),
     },
     "tagger": {*BERT, *both("tag_head")},

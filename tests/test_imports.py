@@ -23,7 +23,7 @@ CONFIG_CLASSES = (  # where the dataclasses of the config tree are
     "tasks",
     "tokenizer",
     "transforms",
-    "transforms.*",
+    "datasets.*",
 )
 # Module (first match wins): what of ours it may import. Entry points may import all.
 ALLOWED = (
@@ -79,11 +79,11 @@ ALLOWED = (
     ("tokenizer", ()),
     ("scoring", ()),
     ("token_store", ("datasets", "tokenizer")),
-    ("transforms.base", ("token_store", "tokenizer")),
-    ("transforms", ("tokenizer", "transforms.*")),
+    ("datasets.base", ("token_store", "tokenizer")),
+    ("transforms", ("tokenizer", "datasets.*")),
     # A kind of data; one may build on another.
-    ("transforms.*", ("datasets", "token_store", "tokenizer", "transforms.*")),
-    ("input_pipeline", ("datasets", "transforms.base")),
+    ("datasets.*", ("datasets", "token_store", "tokenizer", "datasets.*")),
+    ("input_pipeline", ("datasets", "datasets.base")),
     ("tasks", ("runtime.metrics",)),
     ("decode", ("models.attention", "models.mask")),
     ("interop", ()),
@@ -96,7 +96,7 @@ ALLOWED = (
             "models.*",
             "runtime.*",
             "transforms",
-            "transforms.*",
+            "datasets.*",
             "configs.base",
             "cli",
             "decode",

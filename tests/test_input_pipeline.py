@@ -9,28 +9,28 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from triform import transforms
-from triform.datasets import DataError
+from triform.data import datasets
+from triform.data.codecs.text import EOS, PAD, ByteTokenizer
+from triform.data.datasets import Seq2SeqConfig
 from triform.input_pipeline import Batches, Prefetch, TrainBatches, check_batch, report
-from triform.tokenizer import EOS, PAD, ByteTokenizer
-from triform.transforms import PairsConfig
+from triform.runtime.errors import DataError
 
 BYTES = ByteTokenizer()
 
 
 @pytest.fixture
 def corpus(sources):
-    """(examples, PairsConfig fields) -> config of a source that holds them."""
+    """(examples, Seq2SeqConfig fields) -> config of a source that holds them."""
 
     def make(examples, **fields):
         sources(memory=examples)
-        return PairsConfig(**{"source": "memory", **fields})
+        return Seq2SeqConfig(**{"source": "memory", **fields})
 
     return make
 
 
 def sentences(count, longest=14, seed=0):
-    """Pairs of which each names its number; lengths are spread up to `longest`."""
+    """Seq2Seq of which each names its number; lengths are spread up to `longest`."""
     rng = np.random.default_rng(seed)
 
     def text(i):
@@ -42,7 +42,7 @@ def sentences(count, longest=14, seed=0):
 def batches(config, split="train", vocab=259):
     config.validate()
     limits = dict.fromkeys(("encoder_inputs", "inputs", "targets"), vocab)
-    return Batches(transforms.open(config, split, BYTES, limits))
+    return Batches(datasets.open(config, split, BYTES, limits))
 
 
 def numbers(batch, field="encoder_inputs"):
@@ -274,7 +274,7 @@ def test_prefetch_keeps_saying_that_it_is_over(fails):
 
 
 def test_every_row_length_has_rows():
-    config = PairsConfig(max_len=64, batch_size=1, buckets=(20, 36))
+    config = Seq2SeqConfig(max_len=64, batch_size=1, buckets=(20, 36))
     assert config.lengths() == (20, 36, 64)
     assert [config.rows(n) for n in config.lengths()] == [3, 1, 1]
 

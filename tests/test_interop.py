@@ -32,8 +32,6 @@ from transformers.models.marian.modeling_marian import (
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from triform import models
-from triform.cli import UserError
-from triform.decode import DecodeConfig, generate
 from triform.interop import families
 from triform.interop.mapping import entries, parameters
 from triform.interop.settings import rope
@@ -41,11 +39,13 @@ from triform.interop.transfer import tensors
 from triform.interop.weights import write
 from triform.models import EncoderConfig, EncoderDecoderConfig
 from triform.models.config import TransformerConfig
+from triform.models.decode import DecodeConfig, generate
 from triform.models.positions import (
     relative_bucket,
     rotary_frequencies,
     sinusoidal_table,
 )
+from triform.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(("i", "name"), list(enumerate(CASES)), ids=list(CASES))

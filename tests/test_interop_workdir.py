@@ -18,8 +18,8 @@ from flax.traverse_util import unflatten_dict
 from hf_models import CASES, build, load, save
 from safetensors import safe_open
 
-from triform import tokenizer
-from triform.configs.base import ExperimentConfig, to_json
+from triform.configs.schema import ExperimentConfig, to_json
+from triform.data.codecs import text as tokenizer
 from triform.experiment import checkpoint_dir, open_workdir
 from triform.interop import families, transfer
 from triform.interop.__main__ import main

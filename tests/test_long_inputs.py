@@ -14,12 +14,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from triform import datasets, token_store, transforms
 from triform.configs import listops as listops_config
-from triform.datasets import listops, movie_reviews
+from triform.data import datasets, sources, store
+from triform.data.codecs.text import EOS, ByteTokenizer
+from triform.data.datasets import SequenceClassificationConfig
+from triform.data.sources import listops, movie_reviews
 from triform.input_pipeline import Batches, TrainBatches, report
-from triform.tokenizer import EOS, ByteTokenizer
-from triform.transforms import LabelledConfig
+from triform.runtime.errors import DataError
 
 # ListOps ----------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ FIRST_100 = {
 
 @pytest.fixture(scope="module")
 def expressions() -> list[dict]:
-    return list(datasets.load("listops", "validation"))
+    return list(sources.load("listops", "validation"))
 
 
 def rewritten(text: str) -> tuple[int, int]:
@@ -57,7 +58,7 @@ def rewritten(text: str) -> tuple[int, int]:
 
 
 def test_listops_has_the_published_sizes_and_bounds(expressions):
-    sizes = {split: len(datasets.load("listops", split)) for split in listops.SPLITS}
+    sizes = {split: len(sources.load("listops", split)) for split in listops.SPLITS}
     assert sizes == {"train": 96_000, "validation": 2_000, "test": 2_000}
     lengths = [len(e["text"]) for e in expressions]
     assert 500 < min(lengths) < 510 and 1950 < max(lengths) < 2000
@@ -122,13 +123,13 @@ def test_listops_symbols_and_classes_are_balanced(expressions):
 
 @pytest.mark.parametrize("split", FIRST_100)
 def test_listops_is_the_same_everywhere(split):
-    found = datasets.load("listops", split)
+    found = sources.load("listops", split)
     content = repr([found[i] for i in range(100)])
     assert hashlib.sha256(content.encode()).hexdigest() == FIRST_100[split]
 
 
 def test_listops_by_index_is_what_iteration_gives(expressions):
-    found = datasets.load("listops", "validation")
+    found = sources.load("listops", "validation")
     for i in (1999, 0, 1000, 999, -1, -2000):
         assert found[i] == expressions[i]
     found[0]["text"] = "spoilt"
@@ -140,12 +141,12 @@ def test_listops_by_index_is_what_iteration_gives(expressions):
 def test_listops_has_one_id_a_symbol(expressions, tmp_path):
     config = listops_config.get_config().data
     config.train_split, config.cache_dir = "validation", str(tmp_path)
-    tok = token_store.build_tokenizer(config, 20)
+    tok = store.build_tokenizer(config, 20)
     assert tok.vocab_size == 20
-    transform = transforms.open(config, "validation", tok, {"label": 10})
-    assert transform.labels == tuple("0123456789")
-    assert transform.sizes.max() <= config.max_len
-    batch = TrainBatches(Batches(transform), seed=0)[0]
+    dataset = datasets.open(config, "validation", tok, {"label": 10})
+    assert dataset.labels == tuple("0123456789")
+    assert dataset.sizes.max() <= config.max_len
+    batch = TrainBatches(Batches(dataset), seed=0)[0]
     sizes = batch["segments"].sum(-1)
     texts = {e["text"]: e["label"] for e in expressions}
     for row, size, label in zip(batch["inputs"], sizes, batch["label"], strict=True):
@@ -178,7 +179,7 @@ def archive(reviews: list[dict]) -> bytes:
 def test_movie_reviews_are_in_folds(tmp_path, shared_data):
     reviews = local_reviews(shared_data("movie_reviews"))
     whole = "train+validation+test"
-    found = datasets.load("movie_reviews", whole, data_dir=str(tmp_path))
+    found = sources.load("movie_reviews", whole, data_dir=str(tmp_path))
     for fold in range(10):
         expected = [
             {"text": x["text"], "label": int(x["label"] == "pos")}
@@ -187,7 +188,7 @@ def test_movie_reviews_are_in_folds(tmp_path, shared_data):
         ]
         assert [found[i] for i in range(200 * fold, 200 * fold + 200)] == expected
         assert [x["label"] for x in expected] == [0] * 100 + [1] * 100
-    names = datasets.label_names("movie_reviews", "label", data_dir=str(tmp_path))
+    names = sources.label_names("movie_reviews", "label", data_dir=str(tmp_path))
     assert names == ("negative", "positive")
 
 
@@ -200,7 +201,7 @@ def given(folder: pathlib.Path, content: bytes) -> dict[str, str]:
 def test_the_archive_has_the_reviews_of_the_local_copy(tmp_path, shared_data):
     reviews = local_reviews(shared_data("movie_reviews"))
     options = given(tmp_path, archive(reviews[::-1]))
-    found = datasets.load("movie_reviews", "validation", **options)
+    found = sources.load("movie_reviews", "validation", **options)
     expected = [x["text"] for x in reviews if x["fold"] == 9]
     assert [x["text"] for x in found] == expected
 
@@ -218,8 +219,8 @@ def test_the_archive_has_the_reviews_of_the_local_copy(tmp_path, shared_data):
 )
 def test_another_archive_is_refused(tmp_path, content, message):
     options = given(tmp_path, content)
-    with pytest.raises(datasets.DataError, match=f"movie_reviews.zip {message}"):
-        datasets.load("movie_reviews", "train", **options)
+    with pytest.raises(DataError, match=f"movie_reviews.zip {message}"):
+        sources.load("movie_reviews", "train", **options)
 
 
 # Rows that are cut ------------------------------------------------------------------
@@ -231,12 +232,14 @@ def test_longer_texts_are_trained_on_if_they_are_to_be_cut(sources):
     tok = ByteTokenizer()
 
     def train(**fields):
-        config = LabelledConfig(source="m", max_len=6, batch_size=1, buckets=(3,))
+        config = SequenceClassificationConfig(
+            source="m", max_len=6, batch_size=1, buckets=(3,)
+        )
         for name, value in fields.items():
             setattr(config, name, value)
         config.validate()
-        transform = transforms.open(config, "train", tok, {"label": 3})
-        return TrainBatches(Batches(transform), seed=0)
+        dataset = datasets.open(config, "train", tok, {"label": 3})
+        return TrainBatches(Batches(dataset), seed=0)
 
     left, cut = train(), train(cut=True)
     assert (left.left_out, cut.left_out) == (1, 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hf_models import CASES, CLOSE, build, draw, error, load, ours, run, save
 
-from triform.configs.base import ExperimentConfig, to_json
+from triform.configs.schema import ExperimentConfig, to_json
 from triform.experiment import Experiment, checkpoint_dir, open_workdir
 from triform.interop import families
 from triform.interop.__main__ import main
@@ -59,7 +59,12 @@ def both(model, config, params, lengths, globals_, **changed) -> list[np.ndarray
         attention_mask=real,
         global_attention_mask=globals_(real),
     ).logits.numpy()
-    batch = {"inputs": tokens, "segments": real, "globals": globals_(real), **changed}
+    batch = {
+        "inputs": tokens,
+        "segments": real,
+        "global_attention_mask": globals_(real),
+        **changed,
+    }
     batch = {k: x for k, x in batch.items() if x is not None}
     found = ours(config, params, batch)
     if "targets" in found:
@@ -104,7 +109,9 @@ def test_the_body_gets_fresh_heads(tmp_path):
         model, input_ids=tokens.astype(np.int64), global_attention_mask=first
     ).pooler_output.numpy()
     head = params["label_head"]
-    found = ours(config, params, {"inputs": tokens, "globals": first})["label"]
+    found = ours(config, params, {"inputs": tokens, "global_attention_mask": first})[
+        "label"
+    ]
     np.testing.assert_allclose(found, pooled @ head["kernel"] + head["bias"], atol=1e-5)
 
 
@@ -133,7 +140,7 @@ def test_an_imported_workdir_is_whole(tmp_path):
 
 def test_global_projections_are_placed_and_optimised_as_the_others():
     config = longformer()
-    shapes = parameters(config, ("globals",))
+    shapes = parameters(config, ("global_attention_mask",))
     mesh = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 1}
     specs = {path: spec_for(path, x.shape, mesh) for path, x in shapes.items()}
     matrices = muon_dimensions(shapes)
@@ -149,7 +156,10 @@ def test_global_projections_are_placed_and_optimised_as_the_others():
 def test_global_projections_learn():
     config = longformer()
     task = Experiment(experiment_config(config)).task
-    batch = {"inputs": draw((1, 20)), "globals": np.eye(1, 20, dtype=np.int32)}
+    batch = {
+        "inputs": draw((1, 20)),
+        "global_attention_mask": np.eye(1, 20, dtype=np.int32),
+    }
     batch |= {"label": np.ones(1, np.int32), "label_weights": np.ones(1, np.float32)}
     params = jax.jit(task.init)(jax.random.key(0), batch)
     loss = jax.jit(lambda p: task.loss(p, batch, None, False)[0].total)

@@ -11,7 +11,8 @@ import pytest
 
 from triform import models, tasks
 from triform.runtime import optim
-from triform.runtime.optim import OPTIMIZERS, SCHEDULES, OptimConfig, path_name
+from triform.runtime.optim import OPTIMIZERS, SCHEDULES, OptimConfig
+from triform.runtime.paths import path_name
 from triform.tasks import TokenPredictionConfig
 
 DECAYING = [name for name in OPTIMIZERS if name != "adam"]

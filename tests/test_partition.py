@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from laws import TOLERANCE, assert_same_update, flat, update
 
 from triform.configs import bert_books, vit_mnist
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import Seq2SeqConfig
 from triform.experiment import Experiment
 from triform.runtime import metrics, partition
 from triform.runtime.optim import OptimConfig
@@ -22,7 +23,6 @@ from triform.runtime.partition import (
     parameter_table,
     spec_for,
 )
-from triform.transforms import PairsConfig
 
 LENGTH, ROWS = 8, 6  # rows of no mesh: all but the last pad them
 MESHES = (
@@ -39,7 +39,7 @@ def make_experiment(tiny_config):
         experiment = Experiment(
             ExperimentConfig(
                 model=tiny_config(vocab_size=16, **sizes),
-                data=PairsConfig(max_len=LENGTH, batch_size=ROWS),
+                data=Seq2SeqConfig(max_len=LENGTH, batch_size=ROWS),
                 optim=OptimConfig(
                     "adamw",
                     1e-2,
@@ -204,7 +204,7 @@ def test_the_first_state_is_the_same_everywhere(make_experiment, start, mesh):
         ("masked_head/dense/kernel", (8, 8), ("fsdp", "tensor")),
         ("masked_bias", (16,), (None,)),
         ("head_bias", (16,), (None,)),
-        ("types/embedding", (4, 8), ("tensor", "fsdp")),
+        ("token_type_embedding/embedding", (4, 8), ("tensor", "fsdp")),
         ("encoder/relative_bias/embedding", (32, 4), (None, "tensor")),
         ("positions/table/embedding", (16, 8), (None, "fsdp")),
         ("patches/kernel", (4, 4, 2, 8), (None, None, None, "fsdp")),
@@ -296,13 +296,13 @@ def test_only_places_are_split_over_the_sequence():
     tokens, chosen = np.zeros((4, 8), np.int32), np.zeros((4, 2), np.int32)
     rows, split = P(("data", "fsdp")), P(("data", "fsdp"), "sequence")
     pair = {"encoder_inputs": tokens, "targets": tokens, "weights": tokens}
-    masked = {"inputs": tokens, "types": tokens, "predict": chosen}
+    masked = {"inputs": tokens, "token_type_ids": tokens, "masked_positions": chosen}
     masked |= {"targets": chosen, "weights": chosen, "label": chosen[:, 0]}
     image = {"image": np.zeros((4, 8, 8, 2)), "label": np.zeros((4, 2))}
     odd = {"inputs": tokens[:, :7]}
     for batch, places in (
         (pair, set(pair)),
-        (masked, {"inputs", "types"}),
+        (masked, {"inputs", "token_type_ids"}),
         (image, set()),
         (odd, set()),
     ):

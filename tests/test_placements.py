@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from laws import assert_same_update, update
 
-from triform.configs.base import ExperimentConfig
+from triform.configs.schema import ExperimentConfig
+from triform.data.datasets import (
+    CausalLMConfig,
+    ImagesConfig,
+    MaskedLMConfig,
+    Seq2SeqConfig,
+    SequenceClassificationConfig,
+)
 from triform.experiment import Experiment
 from triform.models import (
     EncoderConfig,
@@ -16,19 +23,12 @@ from triform.models import (
 from triform.models.config import TransformerConfig
 from triform.runtime.optim import OptimConfig
 from triform.runtime.partition import MeshConfig, MeshPlacement
-from triform.scoring import EvaluationConfig
+from triform.scores.text import EvaluationConfig
 from triform.tasks import (
     ClassificationConfig,
     PretrainingConfig,
     RegressionConfig,
     TokenPredictionConfig,
-)
-from triform.transforms import (
-    ImagesConfig,
-    LabelledConfig,
-    MaskedConfig,
-    PairsConfig,
-    WindowsConfig,
 )
 
 ROWS, LENGTH, VOCAB = 6, 8, 16
@@ -48,22 +48,22 @@ SYSTEMS = {
     "llama": (
         LanguageModelConfig(trunk(**LLAMA, num_kv_heads=2), VOCAB, tie_head=False),
         TokenPredictionConfig(label_smoothing=0.0),
-        WindowsConfig(**TEXT, documents="separate"),
+        CausalLMConfig(**TEXT, documents="separate"),
     ),
     "t5": (
         EncoderDecoderConfig(trunk(**T5), VOCAB, embedding_scale="head"),
         TokenPredictionConfig(),
-        PairsConfig(**TEXT),
+        Seq2SeqConfig(**TEXT),
     ),
     "bert": (
         EncoderConfig(trunk(**LEARNED), VOCAB),
         PretrainingConfig(),
-        MaskedConfig(**TEXT),
+        MaskedLMConfig(**TEXT),
     ),
     "regression": (
         EncoderConfig(trunk(**LEARNED), VOCAB, masked_head=False, num_labels=1),
         RegressionConfig(),
-        LabelledConfig(**TEXT),
+        SequenceClassificationConfig(**TEXT),
     ),
     "vit, mixed labels": (
         VisionConfig(
@@ -105,7 +105,7 @@ def batch_of(made):
             batch[key] = (np.arange(LENGTH) < rng.integers(3, 9, (ROWS, 1))) * 1
         elif key == "positions":
             batch[key] = np.broadcast_to(np.arange(LENGTH), x.shape)
-        elif key == "predict":
+        elif key == "masked_positions":
             batch[key] = rng.integers(0, LENGTH, x.shape)
         elif x.dtype == np.int32:
             batch[key] = rng.integers(0, limits.get(key, VOCAB), x.shape)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triform import datasets, input_pipeline, models, tasks, token_store, transforms
+from triform import input_pipeline, models, tasks
 from triform.configs import transformer_cldr
+from triform.data import datasets, sources, store
 from triform.experiment import Experiment
 from triform.models import EncoderDecoder, EncoderDecoderConfig
 from triform.models.transformer import Stack
@@ -99,12 +100,12 @@ BATCH = {
 
 def test_the_dataset_example(monkeypatch, tmp_path):
     module = type("reverse", (), execute("# datasets/reverse.py"))
-    monkeypatch.setitem(datasets.EMBEDDED, "reverse", module)
+    monkeypatch.setitem(sources.EMBEDDED, "reverse", module)
     config = smoke().data
     config.source, config.inputs, config.targets = "reverse", "text", "reversed"
     config.cache_dir = str(tmp_path / "cache")
-    tok = token_store.build_tokenizer(config, 300)
-    opened = transforms.open(config, "train", tok, {"inputs": 300})
+    tok = store.build_tokenizer(config, 300)
+    opened = datasets.open(config, "train", tok, {"inputs": 300})
     batch = input_pipeline.TrainBatches(input_pipeline.Batches(opened), 0)[0]
     text = tok.decode(batch["encoder_inputs"][0])
     assert tok.decode(batch["targets"][0]) == text[::-1]

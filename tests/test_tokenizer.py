@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 
-from triform import tokenizer
-from triform.tokenizer import EOS, KINDS, PAD, SPECIALS, UNK, TokenizerConfig
+from triform.data.codecs import text as tokenizer
+from triform.data.codecs.text import EOS, KINDS, PAD, SPECIALS, UNK, TokenizerConfig
 
 WORDS = ("The", "the", "quick", "brown", "Fox", "jumps", "over", "12", "lazy", "dogs")
 WORDS += ("naïve", "café", "über", "straße", "3.5")

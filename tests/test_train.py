@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from triform.configs import transformer_cldr
-from triform.datasets.tfds_source import BUILDERS
+from triform.data.sources.tfds_source import BUILDERS
 from triform.experiment import Experiment, checkpoint_dir, saved_config
 from triform.runtime.checkpoint import Checkpointer
 

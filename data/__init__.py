@@ -1,0 +1,1 @@
+"""From examples to batches: sources, codecs, the store, and kinds of data."""

@@ -1,0 +1,1 @@
+"""Codecs: values of a field <-> ids."""

@@ -1,0 +1,126 @@
+"""Next-token prediction on rows cut from one stream of documents."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from triform.data import store
+from triform.data.codecs.text import Tokenizer
+from triform.data.datasets.base import Batch, Dataset, Epoch, Limits, TextConfig
+from triform.data.store import Feature
+
+DOCUMENTS = ("joined", "separate")
+
+
+@dataclasses.dataclass
+class CausalLMConfig(TextConfig):
+    """Rows of max_len tokens, full whatever the length of the documents."""
+
+    text: str = "text"  # the feature: one document an example
+    # joined: a token sees what precedes it in its row; separate: in its document.
+    documents: str = "joined"
+    eval_stride: int = 0  # places between windows of evaluation; 0: max_len
+
+    def features(self) -> tuple[Feature, ...]:
+        """What is read: also what a new tokenizer is trained on."""
+        return (Feature("text", self.source, self.text, end=True),)
+
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        super().validate()
+        self.require(not self.buckets, "buckets", "must be (): all rows are full")
+        self.require(
+            self.documents in DOCUMENTS,
+            "documents",
+            f"expected one of {', '.join(DOCUMENTS)}",
+        )
+        self.require(
+            0 <= self.eval_stride <= self.max_len,
+            "eval_stride",
+            f"must lie between 1 and max_len={self.max_len}, or be 0 for max_len",
+        )
+
+
+class CausalLM(Dataset):
+    """Row: L places of the stream, each with the token that follows it.
+
+    The stream is FIRST document EOS document EOS ... document EOS. FIRST is the
+    tokenizer's token for a beginning, else EOS; every later token is a target.
+
+    Training: the stream is a ring, cut from a place drawn every epoch: no target comes
+    twice in an epoch and fewer than L do not come.
+
+    Evaluation: every target counts exactly once. CausalLM of L targets begin every
+    `eval_stride` places; the first counts whole, a later one its last `eval_stride`
+    targets, each of which has seen at least L - eval_stride tokens.
+    """
+
+    metrics = ("word_perplexity", "bits_per_byte")
+
+    def __init__(self, config: Any, split: str, tok: Tokenizer, limits: Limits):
+        super().__init__(config, split, tok, limits)
+        opened = store.open_store(config, split, tok, config.features())
+        self.store, self.digest = opened.tokens["text"], opened.digest
+        self.stride = config.eval_stride or config.max_len
+        self.targets = len(self.store.ids)
+        beyond = max(0, self.targets - config.max_len)
+        count = 1 + -(-beyond // self.stride)
+        self.sizes = np.full(count, min(self.targets, config.max_len), np.int64)
+
+    @staticmethod
+    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
+        """Every key of a batch, zero."""
+        separate = ("segments", "positions") * (config.documents == "separate")
+        names = ("inputs", "targets", *separate)
+        batch = {name: np.zeros((rows, length), np.int32) for name in names}
+        return batch | {"weights": np.zeros((rows, length), np.float32)}
+
+    def order(
+        self, items: np.ndarray, epoch: Epoch, rng: np.random.Generator
+    ) -> np.ndarray:
+        """The windows that the ring holds, which is no more than evaluation's."""
+        return rng.permutation(max(1, self.targets // self.config.max_len))
+
+    def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
+        """The window, padded if the stream is shorter or ends in it."""
+        length = batch["inputs"].shape[1]
+        if epoch.train:
+            start = int(epoch.rng(0).integers(self.targets)) + item * length
+            n = int(self.sizes[0])
+        else:
+            start = item * self.stride
+            n = min(length, self.targets - start)
+        places = np.arange(start, start + n) % self.targets
+        inputs = self.store.ids[places - 1]  # before the first: the last one's EOS
+        if self.tok.bos is not None:
+            inputs = np.where(places == 0, self.tok.bos, inputs)
+        batch["inputs"][row, :n] = inputs
+        batch["targets"][row, :n] = self.store.ids[places]
+        seen = 0 if epoch.train or item == 0 else length - self.stride
+        batch["weights"][row, seen:n] = 1
+        if "segments" in batch:
+            begins = (inputs == self.tok.eos) | (places == 0)
+            begins[0] = True
+            index = np.arange(n)
+            batch["segments"][row, :n] = np.cumsum(begins)
+            first = np.maximum.accumulate(np.where(begins, index, 0))
+            batch["positions"][row, :n] = index - first
+
+    def describe(self, item: int) -> str:
+        """'wikitext2 train, window 7'."""
+        return f"{self.title()}, window {item}"
+
+    def scalars(self, total: float) -> dict[str, float]:
+        """Nats per unit of the raw text, which no tokenizer changes.
+
+        `word_perplexity`: words are what whitespace separates, and every newline.
+        `bits_per_byte`: of UTF-8. Both include the nats of EOS.
+        """
+        words, size = max(1, self.store.words), max(1, self.store.bytes)
+        nats = min(total / words, 700.0)  # beyond, exp overflows
+        return {
+            "word_perplexity": math.exp(nats),
+            "bits_per_byte": total / math.log(2) / size,
+        }

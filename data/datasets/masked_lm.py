@@ -1,0 +1,226 @@
+"""BERT's pre-training: masked tokens, and whether one text follows another."""
+
+import dataclasses
+import math
+import re
+from typing import Any, ClassVar
+
+import numpy as np
+
+from triform.data import store
+from triform.data.codecs.text import Tokenizer
+from triform.data.datasets.base import Batch, Dataset, Epoch, Limits
+from triform.data.datasets.sequence_classification import (
+    EncoderInputsConfig,
+    fitted,
+    write_texts,
+)
+from triform.data.store import Feature
+from triform.runtime.errors import DataError
+
+# The end of a sentence: a mark and closing quotes or brackets, then space, then a
+# capital letter, which may be quoted; but not after a title or an initial.
+_END = re.compile(
+    r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])"
+    "([.!?][\"'\u201d\u2019)\\]]*)\\s+(?=[\"'\u201c\u2018(\\[]?[A-Z\u00c0-\u00de])"
+)
+
+
+def sentences(text: Any) -> list:
+    """The sentences of a text: lines, split where a sentence seems to end."""
+    if not isinstance(text, str):
+        return [text]
+    lines = _END.sub(r"\1\n", text).split("\n")
+    return [line.strip() for line in lines if not line.isspace() and line]
+
+
+@dataclasses.dataclass
+class MaskedLMConfig(EncoderInputsConfig):
+    """Documents, cut into runs of sentences; another masking every epoch."""
+
+    SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]", "[MASK]")
+
+    text: str = "text"  # the feature: one document an example
+    next_sentence: bool = True  # False: one text a row, as RoBERTa's
+    mask_rate: float = 0.15  # of the places of text
+    whole_word: bool = False  # all pieces of a word or none
+    short_rate: float = 0.1  # of runs that are shorter than they might be
+
+    def features(self) -> tuple[Feature, ...]:
+        """What is read: also what a new tokenizer is trained on."""
+        return (Feature("text", self.source, self.text, cut=sentences),)
+
+    def predicted(self, length: int) -> int:
+        """Places to predict in a row, at most."""
+        return math.ceil(self.mask_rate * length)
+
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        super().validate()
+        shortest = self.lengths()[0]
+        self.require(
+            shortest >= 5, "max_len", "rows must have at least 5 places, buckets' too"
+        )
+        self.require(0 < self.mask_rate < 1, "mask_rate", "must lie between 0 and 1")
+        self.require(0 <= self.short_rate <= 1, "short_rate", "must lie in [0, 1]")
+
+
+class MaskedLM(Dataset):
+    """Row: [CLS] A [SEP] B [SEP], `predict` the places to predict, `targets` their ids.
+
+    Devlin et al. 2019, 3.1 and its create_pretraining_data.py. An item is a run of
+    sentences of one document that just fills a row, or with `short_rate` is of random
+    length. A is a random number of its first sentences. B is the rest of it (label 0)
+    or, in half of the rows and where there is no rest, as much of another document from
+    a random sentence on (label 1). What is too long loses tokens at either end.
+
+    Of the places to predict 80 % are masked, 10 % hold a random id, 10 % are left.
+    """
+
+    def __init__(self, config: Any, split: str, tok: Tokenizer, limits: Limits):
+        super().__init__(config, split, tok, limits)
+        missing = [k for k in ("cls", "sep", "mask") if getattr(tok, k) is None]
+        if missing:
+            raise DataError(
+                f"data.tokenizer.path={config.tokenizer.path!r}: it has no token for "
+                f"{', '.join(missing)}; name ids in special_tokens.json beside it, or "
+                "train a new one"
+            )
+        opened = store.open_store(config, split, tok, config.features())
+        self.digest, self.tokens = opened.digest, opened.tokens["text"]
+        first = self.tokens.first
+        self.documents = np.flatnonzero(np.diff(first))  # with sentences
+        if config.next_sentence and len(self.documents) < 2:
+            raise DataError(
+                f"{self.title()}: has a single document, and sentences of another are "
+                "needed; take a larger split or set data.next_sentence=False"
+            )
+        added = 3 if config.next_sentence else 2
+        self._runs(config.max_len - added)
+        offsets = self.tokens.offsets
+        sizes = offsets[self.stop] - offsets[self.start]
+        self.sizes = np.minimum(sizes + added, config.max_len)
+        ids = np.arange(len(tok.pieces))
+        self.ordinary = ids[~np.isin(ids, list(tok.names))]
+
+    def _runs(self, most: int) -> None:
+        """Sets `start`, `stop` (sentences), `aim` (tokens), `document` of all runs."""
+        rng, short = np.random.default_rng(0), self.config.short_rate
+        offsets, first = self.tokens.offsets, self.tokens.first
+        runs = []
+        for document in self.documents.tolist():
+            start, end = int(first[document]), int(first[document + 1])
+            while start < end:
+                aim = int(rng.integers(2, most + 1)) if rng.random() < short else most
+                reached = int(np.searchsorted(offsets, offsets[start] + aim))
+                stop = min(max(reached, start + 1), end)
+                runs.append((start, stop, aim, document))
+                start = stop
+        runs = np.array(runs, np.int64).reshape(-1, 4)
+        runs = runs[offsets[runs[:, 0]] < offsets[runs[:, 1]]]
+        self.start, self.stop, self.aim, self.document = runs.T
+
+    @staticmethod
+    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
+        """Every key of a batch, zero."""
+        places = config.predicted(length)
+        widths = {"inputs": length, "segments": length, "token_type_ids": length}
+        widths |= dict.fromkeys(config.marks(), length)
+        widths |= {"masked_positions": places, "targets": places}
+        batch = {name: np.zeros((rows, n), np.int32) for name, n in widths.items()}
+        batch["weights"] = np.zeros((rows, places), np.float32)
+        if config.next_sentence:
+            batch["label"] = np.zeros(rows, np.int32)
+            batch["label_weights"] = np.zeros(rows, np.float32)
+        else:
+            del batch["token_type_ids"]
+        return batch
+
+    def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
+        """Writes a run, or part of it and another text, and masks it."""
+        rng = epoch.rng(item)
+        length = batch["inputs"].shape[1]
+        if self.config.next_sentence:
+            texts, label = self._pair(item, length - 3, rng)
+            batch["label"][row] = label
+            batch["label_weights"][row] = 1
+        else:
+            texts = [self._between(self.start[item], self.stop[item])[: length - 2]]
+        places = write_texts(batch, row, texts, self.tok, self.config.global_tokens)
+        ids = batch["inputs"][row]
+        count = max(1, round(self.config.mask_rate * len(places)))
+        if self.config.whole_word:
+            chosen = self._words(ids, places, count, rng)
+        else:
+            chosen = np.sort(rng.permutation(places)[:count])
+        n = len(chosen)
+        batch["masked_positions"][row, :n] = chosen
+        batch["targets"][row, :n] = ids[chosen]
+        batch["weights"][row, :n] = 1
+        fate = rng.random(n)
+        other = self.ordinary[rng.integers(len(self.ordinary), size=n)]
+        shown = np.where(fate < 0.9, other, ids[chosen])
+        ids[chosen] = np.where(fate < 0.8, self.tok.mask, shown)
+
+    def _between(self, start: int, stop: int) -> np.ndarray:
+        offsets = self.tokens.offsets
+        return self.tokens.ids[offsets[start] : offsets[stop]]
+
+    def _pair(
+        self, item: int, room: int, rng: np.random.Generator
+    ) -> tuple[list[np.ndarray], int]:
+        """A and B, `room` tokens at most in all, and the label."""
+        start, stop = int(self.start[item]), int(self.stop[item])
+        middle = start + 1 if stop - start < 3 else int(rng.integers(start + 1, stop))
+        first = self._between(start, middle)
+        label = int(middle == stop or rng.random() < 0.5)
+        second = self._between(middle, stop)
+        if label:
+            # As long as the rest it stands for, so that its length does not tell.
+            aim = len(second) or max(1, int(self.aim[item]) - len(first))
+            second = self._elsewhere(int(self.document[item]), aim, rng)
+        texts = [first, second]
+        sizes = fitted([len(first), len(second)], room)
+        for i, size in enumerate(sizes):
+            if over := len(texts[i]) - size:
+                front = int(rng.binomial(over, 0.5))
+                texts[i] = texts[i][front : front + size]
+        return texts, label
+
+    def _elsewhere(
+        self, document: int, aim: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Sentences of another document, of at least `aim` tokens if it has them."""
+        others, offsets = self.documents, self.tokens.offsets
+        own = int(np.searchsorted(others, document))
+        drawn = int(rng.integers(len(others) - 1))
+        other = others[drawn + (drawn >= own)]
+        begin, end = self.tokens.first[other : other + 2].tolist()
+        start = int(rng.integers(begin, end))
+        stop = int(np.searchsorted(offsets, offsets[start] + aim))
+        return self._between(start, min(max(stop, start + 1), end))
+
+    def _words(
+        self, ids: np.ndarray, places: np.ndarray, count: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Places of words in random order, skipping those that would make too many."""
+        begins = ~self.tok.continues[ids[places]]
+        begins[0] = True
+        begins[1:] |= np.diff(places) > 1  # the first of the second text
+        bounds = np.append(np.flatnonzero(begins), len(places))
+        lengths = np.diff(bounds)
+        chosen, left = [], count
+        order = rng.permutation(len(lengths)).tolist()
+        for word in order:
+            if lengths[word] <= left:
+                chosen.append(places[bounds[word] : bounds[word + 1]])
+                left -= lengths[word]
+                if not left:
+                    break
+        if not chosen:  # all are longer: a part of one
+            return places[bounds[order[0]] :][:count]
+        return np.sort(np.concatenate(chosen))
+
+    def describe(self, item: int) -> str:
+        """'classic_books train, run 7'."""
+        return f"{self.title()}, run {item}"

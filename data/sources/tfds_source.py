@@ -1,0 +1,234 @@
+"""TFDS without TensorFlow: array_record files, random access, text as `str`."""
+
+import errno
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import tensorflow_datasets as tfds
+
+from triform.data.sources.classic_books import ClassicBooks
+from triform.data.sources.clinc150 import Clinc150
+from triform.data.sources.flip_ss3 import FlipSs3
+from triform.data.sources.mnist import Mnist
+from triform.data.sources.movie_reviews import MovieReviews
+from triform.data.sources.mr_sentiment import MrSentiment
+from triform.data.sources.multi30k import Multi30kTranslate
+from triform.data.sources.tinyshakespeare import TinyShakespeare
+from triform.data.sources.wikitext2 import WikiText2
+from triform.runtime.errors import DataError
+
+BUILDERS = {
+    "multi30k_translate": Multi30kTranslate,
+    "tinyshakespeare": TinyShakespeare,
+    "wikitext2": WikiText2,
+    "classic_books": ClassicBooks,
+    "clinc150": Clinc150,
+    "mr_sentiment": MrSentiment,
+    "movie_reviews": MovieReviews,
+    "flip_ss3": FlipSs3,
+    "mnist": Mnist,
+}
+
+# Records per bulk read: one call per record costs four times as much.
+BULK = 1024
+
+
+class TfdsSource(Sequence):
+    """A prepared split. Indexing decodes one record; iteration reads in bulk."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
+        self._features = builder.info.features
+        self._records = builder.as_data_source(split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        size = len(self)
+        if not -size <= index < size:
+            raise IndexError(f"index {index}: the split has {size} examples")
+        return _as_text(self._records[index % size], self._features)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Several examples by one read; the name is the one PyTorch and Grain use."""
+        records = self._records.__getitems__(list(indices))
+        return [_as_text(record, self._features) for record in records]
+
+    def __iter__(self) -> Iterator[dict]:
+        for start in range(0, len(self), BULK):
+            yield from self.__getitems__(range(start, min(start + BULK, len(self))))
+
+
+def load(
+    name: str, split: str, data_dir: str, manual_dir: str, others: Sequence[str] = ()
+) -> TfdsSource:
+    """See `triform.data.sources.load`; `others` are names to offer in the error."""
+    builder = _open(name, data_dir, manual_dir, others)
+    _check_split(name, builder, split)
+    try:
+        return TfdsSource(builder, split)
+    except NotImplementedError as error:
+        raise DataError(
+            f"{name}: prepared in {builder.data_dir} as "
+            f"{builder.info.file_format.value}, but random access needs array_record; "
+            "set another data_dir or delete that folder"
+        ) from error
+
+
+def label_names(
+    name: str, feature: str, data_dir: str, manual_dir: str, others: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """See `triform.data.sources.label_names`."""
+    features = _open(name, data_dir, manual_dir, others).info.features
+    if feature not in features:
+        return ()
+    found = features[feature]
+    return tuple(getattr(found, "names", None) or ())
+
+
+def fingerprint(
+    name: str, split: str, data_dir: str, manual_dir: str, others: Sequence[str] = ()
+) -> str:
+    """See `triform.data.sources.fingerprint`."""
+    builder = _open(name, data_dir, manual_dir, others)
+    _check_split(name, builder, split)
+    # Counts and bytes of the whole data set, since a split may be a slice or a sum.
+    sizes = [
+        (part.name, part.num_bytes, list(part.shard_lengths))
+        for part in builder.info.splits.values()
+    ]
+    facts = (builder.info.full_name, split, sizes, getattr(builder, "content", ""))
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return re.sub(r"[^\w.]+", "-", f"{builder.info.full_name}-{split}-{digest}")
+
+
+def _open(
+    name: str, data_dir: str, manual_dir: str, others: Sequence[str]
+) -> tfds.core.DatasetBuilder:
+    """The prepared builder of that name; prepares it if it is not."""
+    if manual_dir and not os.path.isdir(manual_dir):
+        raise DataError(
+            f"{name}: manual_dir={manual_dir!r} is not a folder; "
+            "set it to the folder with the files, or leave it empty to download them"
+        )
+    directory = os.path.expanduser(data_dir) or None
+
+    def make() -> tfds.core.DatasetBuilder:
+        if name in BUILDERS:
+            return BUILDERS[name](data_dir=directory, manual_dir=manual_dir)
+        return tfds.builder(name, data_dir=directory)
+
+    try:
+        return _prepared(make, manual_dir)
+    except DataError:
+        raise
+    except tfds.core.DatasetNotFoundError as error:
+        # TFDS drops, without a word, every builder imported after one that needs h5py.
+        hidden = (
+            ""
+            if importlib.util.find_spec("h5py")
+            else ("; h5py is missing, which hides most of them: run `pip install h5py`")
+        )
+        raise DataError(
+            f"{name!r}: no such data set: expected one of "
+            f"{', '.join([*others, *BUILDERS])}, or a public TFDS name such as "
+            f"wmt14_translate/de-en (see tensorflow.org/datasets/catalog){hidden}"
+        ) from error
+    except Exception as error:  # TFDS lets out whatever a builder or a library raises.
+        raise _explained(name, error) from error
+
+
+def _prepared(
+    make: Callable[[], tfds.core.DatasetBuilder], manual_dir: str
+) -> tfds.core.DatasetBuilder:
+    builder = make()
+    if builder.is_prepared():
+        return builder
+    config = tfds.download.DownloadConfig(
+        manual_dir=manual_dir or None, try_download_gcs=False
+    )
+    try:
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    except OSError as error:
+        # Two processes prepared the same data: TFDS writes to a temporary folder and
+        # renames it at the end, so the first to finish wins and its data are whole.
+        # (Its own FileExistsError carries no errno; the system's may be ENOTEMPTY.)
+        if not isinstance(error, FileExistsError) and error.errno != errno.ENOTEMPTY:
+            raise
+        builder = make()
+        if not builder.is_prepared():
+            raise
+    return builder
+
+
+def _explained(name: str, error: Exception) -> DataError:
+    """One line for whatever went wrong in TFDS: data set, reason, fix."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for link in chain:
+        if isinstance(link, DataError):  # Ours, wrapped on its way through TFDS.
+            return link
+    elsewhere = (
+        "prepare it on another machine (file_format=array_record), copy the folder "
+        "and set data_dir"
+    )
+    for link in chain:
+        if isinstance(link, ImportError):
+            package = (link.name or str(link)).split(".")[0]
+            extra = "triform[tensorflow]" if package == "tensorflow" else package
+            return DataError(
+                f"{name}: this public builder needs the package {package}, which is "
+                f"not installed; run `pip install '{extra}'`, or {elsewhere}"
+            )
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    if isinstance(error, AssertionError) and "manual" in reason.lower():
+        return DataError(
+            f"{name}: needs files fetched by hand ({reason}); set manual_dir to their "
+            "folder"
+        )
+    if isinstance(error, OSError):
+        return DataError(
+            f"{name}: could not be downloaded or written ({type(error).__name__}: "
+            f"{reason}); check network and disk, or {elsewhere}"
+        )
+    return DataError(
+        f"{name}: could not be prepared ({type(error).__name__}: {reason}); "
+        f"try `pip install 'triform[tensorflow]'`, or {elsewhere}"
+    )
+
+
+def _check_split(name: str, builder: tfds.core.DatasetBuilder, split: str) -> None:
+    splits = builder.info.splits
+    try:
+        count = splits[split].num_examples
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"{name}: split {split!r}: expected one of {', '.join(splits)}, "
+            "or a slice such as train[:90%]"
+        ) from error
+    if not count:
+        sizes = ", ".join(f"{k} {v.num_examples:,}" for k, v in splits.items())
+        raise DataError(f"{name}: split {split!r} has no examples: choose from {sizes}")
+
+
+def _as_text(value, feature):
+    """The example with every Text feature as `str`: TFDS gives UTF-8 bytes."""
+    if isinstance(feature, tfds.features.Sequence):
+        return _as_text(value, feature.feature)
+    if isinstance(feature, tfds.features.FeaturesDict):
+        if isinstance(value, list):
+            return [_as_text(item, feature) for item in value]
+        return {key: _as_text(item, feature[key]) for key, item in value.items()}
+    return _decoded(value) if isinstance(feature, tfds.features.Text) else value
+
+
+def _decoded(value):
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, str):
+        return value
+    return [_decoded(item) for item in value]  # Text inside sequences.

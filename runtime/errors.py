@@ -1,0 +1,17 @@
+"""Errors that one line explains: the value, the rule and the fix."""
+
+
+class TriformError(Exception):
+    """Base of every error that a user can mend. Programs print it as one line."""
+
+
+class UserError(TriformError):
+    """A setting, path or request that cannot be used."""
+
+
+class DataError(TriformError, ValueError):
+    """Data that cannot be read or used; names the source and the example."""
+
+
+class CheckpointError(TriformError, RuntimeError):
+    """A checkpoint that cannot be saved or restored."""
