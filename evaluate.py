@@ -1,173 +1,228 @@
-"""Scores a finished or running workdir.
+"""Scores a finished or running workdir, and writes what it predicts.
 
-python evaluate.py --workdir=runs/transformer_cldr [--split=test] [--checkpoint=best]
+python evaluate.py --workdir=DIR [--split=test] [--checkpoint=best]
+    [--predictions=FILE.jsonl]
 """
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from triform.configs.schema import ExperimentConfig
-from triform.data import datasets
-from triform.data.codecs.text import Tokenizer
-from triform.data.datasets import Dataset
-from triform.data.store import load_tokenizer
-from triform.experiment import (
-    Experiment,
-    checkpoint_dir,
-    for_these_devices,
-    open_workdir,
-)
-from triform.input_pipeline import Batches
-from triform.models import decode
-from triform.runtime import launch, metrics
-from triform.runtime.checkpoint import Checkpointer
-from triform.scores import text as scores
+from triform import scores
+from triform import workdir as workdirs
+from triform.data.codecs import Codec
+from triform.experiment import Experiment
+from triform.generate import make_generate, one_line
+from triform.input_pipeline import Split
+from triform.runtime import launch, metrics, paths
+
+
+@dataclasses.dataclass
+class Samples:
+    """Outputs of a few examples: text, and files by what their names end with."""
+
+    text: str = ""  # source, reference and output
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.files)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclasses.dataclass
 class Result:
-    """What one evaluation found."""
+    """What one evaluation measured."""
 
     scalars: dict[str, Any]  # 'prefix/name': value; signatures are text
-    samples: str  # source, reference and output of a few examples
+    samples: Samples
     seconds: float
+    predictions: list[dict[str, Any]]  # one per example, in the order of the split
 
     def numbers(self) -> dict[str, float]:
         """The scalars without the signatures."""
         return {k: v for k, v in self.scalars.items() if not isinstance(v, str)}
 
 
-@dataclasses.dataclass
-class Split:
-    """One split, opened."""
-
-    name: str
-    batches: Batches
-    dataset: Dataset
-
-    @classmethod
-    def open(cls, config: ExperimentConfig, tok: Tokenizer | None, name: str):
-        """DataError if it does not exist or holds what the model cannot read."""
-        limits = config.model.limits()
-        dataset = datasets.open(config.data, name, tok, limits)
-        batches = Batches(dataset)
-        batches.buckets(cut=True)
-        return cls(name, batches, dataset)
-
-
 class Evaluator:
-    """Evaluates parameters on splits; compiled once, called at many steps."""
+    """Evaluates variables on splits; compiled once, called at many steps."""
 
-    def __init__(self, experiment: Experiment, tok: Tokenizer | None):
-        self.experiment, self.tokenizer = experiment, tok
+    def __init__(self, experiment: Experiment, codecs: Mapping[str, Codec]):
+        self.experiment, self.codecs = experiment, codecs
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
-        if experiment.config.evaluation.metrics:
-            self.generate = make_generate(experiment, tok)
+        config = experiment.config
+        if config.evaluation.metrics or any(x.scores for x in config.evaluations):
+            self.generate = make_generate(experiment, codecs["text"])
 
     def __call__(
         self,
-        params: Any,
+        variables: Any,
+        step: int,
         split: Split,
         prefix: str,
         limit: int = 0,
         stop: Callable[[], Any] = lambda: False,
+        predictions: bool = False,
+        names: tuple[str, ...] | None = None,
     ) -> Result | None:
-        """Losses over the whole split, generation for its first `limit` (0: all), of
-        every part of a mixture.
+        """Losses over the whole split, and scores of what is generated for its first
+        `limit` examples (0: all) of every corpus of a mixture.
 
-        None as soon as `stop()` is true between two batches.
+        None as soon as `stop()` is true between two batches. `predictions` keeps one
+        object per example. `names` are scores in place of config.evaluation.metrics.
         """
-        experiment, config = self.experiment, self.experiment.config
-        start = time.perf_counter()
-        total, count, written = None, 0, {}
-        items = len(split.dataset.sizes)
-
-        def chosen(item: int) -> bool:
-            return not limit or split.dataset.group(item)[1] < limit
-
-        bar = tqdm(total=items, desc=prefix, disable=None, leave=False)
-        for ids, batch in split.batches.evaluation():
+        config = self.experiment.config.evaluation
+        names = config.metrics if names is None else names
+        start, dataset = time.perf_counter(), split.dataset
+        total, ids, kept, written = None, [], [], {}
+        bar = tqdm(total=len(dataset), desc=prefix, disable=None, leave=False)
+        for items, batch in split.batches.evaluation():
             if stop():
                 bar.close()
                 return None
-            measured = self.eval_step(params, experiment.put(batch))
-            if config.evaluation.metrics and any(map(chosen, ids.tolist())):
-                inputs = experiment.placement.for_generation(params, batch)
-                tokens = np.asarray(self.generate(*inputs, np.uint32(0))[0])
-                texts = (self.tokenizer.decode(row) for row in tokens)
-                # The batch may have more rows than examples: padding.
-                written |= dict(zip(ids.tolist(), texts, strict=False))
+            put = self.experiment.put(batch)
+            measured, rows = self.eval_step(variables, np.int32(step), put)
+            if names:
+                written |= self._written(variables, batch, items, dataset, limit)
             total = metrics.add(total, metrics.to_host(measured))
-            count += len(ids)
-            bar.update(len(ids))
+            # Numbers of all examples fit into memory, their images may not.
+            every = predictions or len(ids) < config.samples
+            rows = {k: x for k, x in rows.items() if every or x.ndim == 1}
+            # The batch may have more rows than examples: padding.
+            kept.append({k: np.asarray(x)[: len(items)] for k, x in rows.items()})
+            ids += items.tolist()
+            bar.update(len(items))
         bar.close()
-        found = {name: m.value() for name, m in total.items()}
-        found |= split.dataset.scalars(float(total["loss"].total))
-        found |= {"examples": count, "cut": split.batches.cut()}
-        texts = {i: text for i, text in sorted(written.items()) if chosen(i)}
-        scores, samples = self._score(split, texts)
-        found |= scores
-        scalars = {f"{prefix}/{name}": x for name, x in found.items()}
-        return Result(scalars, samples, time.perf_counter() - start)
+        found = self.experiment.values(total, step)
+        found |= dataset.scalars(_nats(total))
+        found |= self.experiment.task.score(_columns(kept))
+        found |= {"examples": len(ids), "cut": split.batches.truncated()}
+        scored, text = self._score(dataset, dict(sorted(written.items())), names)
+        few = itertools.islice(_rows(kept), config.samples)
+        shown = dict(zip(ids, few, strict=False))
+        samples = Samples(text, dataset.samples([*shown], [*shown.values()]))
+        scalars = {f"{prefix}/{name}": x for name, x in (found | scored).items()}
+        lines = self._predictions(split, ids, kept, written) if predictions else []
+        return Result(scalars, samples, time.perf_counter() - start, lines)
+
+    def _written(
+        self, variables: Any, batch: Any, items: np.ndarray, dataset: Any, limit: int
+    ) -> dict[int, str]:
+        """Example -> generated text."""
+        chosen = [i for i in items.tolist() if not limit or dataset.group(i)[1] < limit]
+        experiment = self.experiment
+        if not chosen:
+            return {}
+        inputs = experiment.placement.for_generation(
+            variables, batch, experiment.axes()
+        )
+        tokens = np.asarray(self.generate(*inputs, np.uint32(0))[0])
+        texts = map(self.codecs["text"].decode, tokens)
+        every = dict(zip(items.tolist(), texts, strict=False))
+        return {i: every[i] for i in chosen}
 
     def _score(
-        self, split: Split, written: dict[int, str]
+        self, dataset: Any, written: dict[int, str], names: tuple[str, ...]
     ) -> tuple[scores.Scores, str]:
         if not written:
             return {}, ""
-        config = self.experiment.config.evaluation
-        texts = {i: split.dataset.text(i) for i in written}
+        config, tok = self.experiment.config.evaluation, self.codecs["text"]
+        config = dataclasses.replace(
+            config, metrics=names, lowercase=config.lowercase or tok.lowercase
+        )
+        texts = {i: dataset.text(i) for i in written}
         groups: dict[str, list[int]] = {}
         for i in written:
-            groups.setdefault(split.dataset.group(i)[0], []).append(i)
-        scores = {}
+            groups.setdefault(dataset.group(i)[0], []).append(i)
+        found = {}
         for group, ids in groups.items():
-            found = scores.score(
-                config, [written[i] for i in ids], [texts[i][1] for i in ids]
-            )
+            ours, references = [written[i] for i in ids], [texts[i][1] for i in ids]
             lead = f"{group}/" if group else ""
-            scores |= {f"{lead}{name}": x for name, x in found.items()}
+            scored = scores.score(config, ours, references)
+            found |= {f"{lead}{name}": x for name, x in scored.items()}
         step = max(1, len(written) // max(1, config.samples))
         samples = "\n".join(
             f"source     {texts[i][0]}\nreference  {texts[i][1]}\n"
             f"output     {one_line(written[i])}\n"
             for i in [*written][::step][: config.samples]
         )
-        return scores, samples
+        return found, samples
+
+    def _predictions(
+        self, split: Split, ids: list[int], kept: list, written: dict[int, str]
+    ) -> list[dict[str, Any]]:
+        """One object per example: number, input, and what was predicted."""
+        lines, dataset = {}, split.dataset
+        for item, row in zip(ids, _rows(kept), strict=True):
+            line = {"split": split.name, "example": item}
+            if text := dataset.input_text(item):
+                line["input"] = text
+            line |= dataset.decoded(row)
+            if item in written:
+                line["output"] = written[item]
+            lines[item] = line
+        return [lines[item] for item in sorted(lines)]
 
 
-def make_generate(experiment: Experiment, tok: Tokenizer):
-    """(params, batch, seed) -> (tokens [B, length], scores [B]), compiled a shape."""
-    config, model = experiment.config, experiment.model
-    length = config.decode.max_len or config.data.max_len
-
-    @jax.jit
-    def generate(params: Any, batch: Any, seed: jax.Array):
-        variables = {"params": params}
-
-        def extend(tokens, positions, cache):
-            return model.apply(variables, tokens, positions, cache, method="extend")
-
-        start = model.apply(variables, batch, length, method="start")
-        options = {"eos": tok.eos, "length": length, "rng": jax.random.key(seed)}
-        return decode.generate(config.decode, extend, *start, **options)
-
-    return generate
+def _rows(kept: list[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Predictions, example by example."""
+    for batch in kept:
+        for row in range(len(next(iter(batch.values()), ()))):
+            yield {k: x[row] for k, x in batch.items()}
 
 
-def one_line(text: str) -> str:
-    """Text without what would break a line or move a terminal's cursor."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def _columns(kept: list[dict[str, np.ndarray]]) -> dict[str, list | np.ndarray]:
+    """Predictions of all examples: arrays [N], where every example has one number."""
+    if not kept:
+        return {}
+    flat = [k for k, x in kept[0].items() if x.ndim == 1]
+    return {k: np.concatenate([batch[k] for batch in kept]) for k in flat}
+
+
+def _nats(total: Mapping[str, Any]) -> float:
+    """The summed totals of all terms."""
+    return sum(float(term.total) for term in total["terms"].values())
+
+
+def run(
+    workdir: str,
+    split: str = "",
+    checkpoint: str = "best",
+    *,
+    beam_size: int = 0,
+    predictions: bool = False,
+) -> Result:
+    """Scores a checkpoint of a workdir on a split ('' is data.eval_split).
+
+    `predictions` keeps one object per example. Raises TriformError for a workdir,
+    split or checkpoint that is not there.
+    """
+    config = workdirs.open_config(paths.absolute(workdir))
+    if beam_size:
+        config.decode.method, config.decode.beam_size = "beam", beam_size
+    opened = workdirs.open_run(workdir, checkpoint, config)
+    experiment = opened.experiment
+    name = split or config.data.eval_split
+    part = Split.open(config.data, opened.codecs, name, experiment.sizes)
+    print(f"{workdir}: {opened.which}, split {name}", file=sys.stderr)
+    evaluator = Evaluator(experiment, opened.codecs)
+    result = evaluator(
+        opened.variables, opened.step, part, name, predictions=predictions
+    )
+    about = {"checkpoint": opened.which, "split": name}
+    result.scalars = about | result.scalars
+    return result
 
 
 def summary(result: Result) -> str:
@@ -175,35 +230,64 @@ def summary(result: Result) -> str:
     return "  ".join(f"{k} {v:.4g}" for k, v in result.numbers().items())
 
 
-def write_samples(workdir: str, name: str, samples: str) -> None:
-    """Into samples/NAME.txt, replacing what an interrupted evaluation left."""
+def write_samples(workdir: str, name: str, samples: Samples) -> None:
+    """Into samples/NAME.*, replacing what an interrupted evaluation left."""
     os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
-    with open(os.path.join(workdir, "samples", f"{name}.txt"), "w") as f:
-        f.write(samples)
+    text = {".txt": samples.text.encode()} if samples.text else {}
+    for end, content in (text | dict(samples.files)).items():
+        with open(os.path.join(workdir, "samples", f"{name}{end}"), "wb") as f:
+            f.write(content)
+
+
+def strict(value: Any) -> Any:
+    """The value with NaN and infinities as text: JSON has none."""
+    if isinstance(value, Mapping):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def write_predictions(path: str, lines: list[dict[str, Any]]) -> None:
+    """One JSON object a line; a file that is there is replaced when all is written."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        for line in lines:
+            f.write(json.dumps(strict(line), ensure_ascii=False, allow_nan=False))
+            f.write("\n")
+    os.replace(f"{path}.tmp", path)
 
 
 def main(argv: list[str]) -> None:
-    """Loads a checkpoint of --workdir, prints its scores as one JSON object."""
+    """Prints the scores of a checkpoint as one JSON object."""
     flag = flags.FLAGS
     workdir = launch.folder_flag("workdir")
-    config = open_workdir(workdir)
-    if flag.beam_size:
-        config.decode.method, config.decode.beam_size = "beam", flag.beam_size
-    experiment = Experiment(for_these_devices(config))
-    with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
-        params, which = experiment.load_params(checkpointer, flag.checkpoint)
-    split = flag.split or config.data.eval_split
-    tok = load_tokenizer(workdir) if datasets.needs_tokenizer(config.data) else None
-    opened = Split.open(config, tok, split)
-    print(f"{workdir}: {which}, split {split}", file=sys.stderr)
-    result = Evaluator(experiment, tok)(params, opened, split)
+    result = run(
+        workdir,
+        flag.split,
+        flag.checkpoint,
+        beam_size=flag.beam_size,
+        predictions=bool(flag.predictions),
+    )
     print(result.samples, file=sys.stderr)
-    report = {"checkpoint": which, "split": split, "seconds": result.seconds}
-    report |= {"decode": dataclasses.asdict(config.decode), **result.scalars}
-    name = f"evaluation_{split}_{flag.checkpoint}".replace(":", "_")
-    with open(os.path.join(workdir, f"{name}.json"), "w") as f:
-        json.dump(report, f, indent=2, ensure_ascii=False)
-    print(json.dumps(report, indent=2, ensure_ascii=False))
+    config = workdirs.open_config(workdir)
+    report = {"seconds": result.seconds, "decode": dataclasses.asdict(config.decode)}
+    if flag.beam_size:
+        report["decode"] |= {"method": "beam", "beam_size": flag.beam_size}
+    report = strict(report | result.scalars)
+    # Printed first: what was computed is seen even if it cannot be written.
+    print(json.dumps(report, indent=2, ensure_ascii=False), flush=True)
+    if flag.predictions:
+        write_predictions(paths.absolute(flag.predictions), result.predictions)
+    beams = f"_beam{flag.beam_size}" if flag.beam_size else ""
+    name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}".replace(":", "_")
+    path = os.path.join(workdir, f"{name}.json")
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        json.dump(report, f, indent=2, ensure_ascii=False, allow_nan=False)
+    os.replace(f"{path}.tmp", path)
+    if result.samples:
+        write_samples(workdir, name, result.samples)
 
 
 if __name__ == "__main__":
@@ -211,4 +295,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
     flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
+    flags.DEFINE_string("predictions", "", "File for one JSON object per example.")
     launch.launch(main)

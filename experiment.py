@@ -1,8 +1,7 @@
 """What one config means: placement, model, task, optimiser, state and pure steps."""
 
 import dataclasses
-import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,13 +11,14 @@ import optax
 from flax import struct
 
 from triform import models, tasks
-from triform.configs.schema import ExperimentConfig, from_json
-from triform.data import datasets
-from triform.runtime import metrics, optim
-from triform.runtime.checkpoint import Checkpointer
+from triform.configs.schema import ExperimentConfig
+from triform.data import batch as batches
+from triform.runtime import optim
 from triform.runtime.errors import UserError
-from triform.runtime.metrics import Mean
-from triform.runtime.partition import PLACEMENTS
+from triform.runtime.metrics import Mean, Metrics
+from triform.runtime.parameters import ROWS
+from triform.runtime.partition import PLACEMENTS, Across
+from triform.tasks import Context
 
 Array = jax.Array
 Tree = Any
@@ -26,12 +26,19 @@ Tree = Any
 
 @struct.dataclass
 class TrainState:
-    """All that training changes; arrays only."""
+    """All that training reads or changes; arrays only."""
 
     step: Array  # int32 []: updates done
-    params: Tree
+    params: Tree  # differentiated, and saved at every checkpoint
+    frozen: Tree  # parameters that the forward pass reads only; saved once
+    extra: Tree  # collections that modules write, e.g. running statistics
     opt_state: Tree
     rng: Array  # key; step t uses fold_in(rng, t)
+
+    def variables(self, params: Tree | None = None) -> Tree:
+        """What a model is applied to; `params` in place of the trained ones."""
+        trained = self.params if params is None else params
+        return {"params": optim.join(trained, self.frozen), **self.extra}
 
 
 @dataclasses.dataclass
@@ -42,194 +49,159 @@ class Experiment:
 
     def __post_init__(self) -> None:
         config = self.config
+        rows = (*config.model.PARAMETERS, *ROWS)
         try:
             config.validate()
-            self.placement = PLACEMENTS[config.placement](config.mesh)
+            self.placement = PLACEMENTS[config.placement](config.mesh, rows=rows)
         except ValueError as error:
             raise UserError(str(error)) from error
+        self.spec, self.sizes = config.data.spec(), config.model.sizes()
         self.model = models.build(config.model)
         self.task = tasks.build(config.task, self.model)
-        self.optimizer = optim.build(config.optim, config.steps)
+        self.optimizer = optim.build(config.optim, config.steps, rows)
         self.schedule = optim.learning_rate(config.optim, config.steps)
+
+    # State
 
     def make_state(self) -> TrainState:
         """The initial state, a pure function of the seed."""
-        return self.state_of(self.init_params())
+        return self.state_of(self.init_variables())
 
-    def state_of(self, params: Tree) -> TrainState:
-        """The state of a run that starts from these parameters."""
+    def state_of(self, variables: Tree) -> TrainState:
+        """The state of a run that starts from these variables."""
+        params, frozen = optim.partition(variables["params"], self.config.optim.train)
+        extra = {k: v for k, v in variables.items() if k != "params"}
         step, rng = jnp.zeros((), jnp.int32), jax.random.key(self.config.seed)
-        return TrainState(step, params, self.optimizer.init(params), rng)
+        return TrainState(step, params, frozen, extra, self.optimizer.init(params), rng)
 
-    def init_params(self) -> Tree:
-        """Fresh parameters, a pure function of the seed."""
+    def init_variables(self) -> Tree:
+        """Fresh parameters and collections, a pure function of the seed."""
         # Shapes of parameters do not depend on the batch's: one short row is enough.
-        batch = self.empty_batch(rows=1, length=self.config.data.lengths()[0])
+        batch = self.empty_batch(self.config.data.shapes()[0], rows=1)
         rng = jax.random.key(self.config.seed)
         return self.task.init(jax.random.fold_in(rng, 2**31), batch)
-
-    def empty_batch(self, rows: int, length: int) -> dict[str, np.ndarray]:
-        """What every batch of the data holds, zero."""
-        config = self.config
-        return datasets.empty(config.data, rows, length, config.model.limits())
 
     def abstract_state(self) -> TrainState:
         """Shapes and placement of the state as it is saved."""
         return self.placement.abstract(jax.eval_shape(self.make_state))
 
+    def evaluation_variables(self, state: TrainState) -> Tree:
+        """What evaluation uses: the moving average of parameters if there is one."""
+        return state.variables(optim.evaluation_params(state.params, state.opt_state))
+
+    # Batches
+
+    def empty_batch(self, shape: batches.Shape, rows: int = 0) -> dict[str, np.ndarray]:
+        """A batch of zeros; 0 rows: as many as a training batch of this shape has."""
+        sizes = batches.resolved(shape, self.sizes)
+        rows = rows or self.config.data.rows(shape)
+        return batches.zeros(self.spec, {"B": rows, **sizes})
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> Tree:
+        """A batch on the devices, its rows padded to what steps need."""
+        return self.placement.put(batch, self.axes(), self.config.optim.accumulate)
+
+    def axes(self) -> dict[str, str]:
+        """Field of a batch -> its axes."""
+        return {name: field.axes for name, field in self.spec.items()}
+
+    def longest_target(self) -> int:
+        """Target positions of the longest row of the data."""
+        return max(shape["L"] for shape in self.config.data.shapes())
+
+    # Steps
+
     def train_step(
-        self,
-        state: TrainState,
-        batch: Tree,
-        reduce: Callable[[Tree], Tree],
-        part: Array | int,
-    ) -> tuple[TrainState, dict[str, Mean]]:
-        """One update, pure; for `reduce` and `part` see runtime/partition.py.
+        self, state: TrainState, batch: Tree, across: Across
+    ) -> tuple[TrainState, Metrics]:
+        """One update, pure. Denominators first: gradients of parts are then added."""
+        task, k = self.task, self.config.optim.accumulate
+        weights = across.sum(task.weights(batch))
+        factors = dict.fromkeys(weights, 1.0) | task.coefficients(state.step)
+        scale = {
+            name: factors[name] / jnp.maximum(weights[name], 1e-8) for name in weights
+        }
+        rng = jax.random.fold_in(
+            jax.random.fold_in(state.rng, state.step), across.index
+        )
 
-        Totals are summed over micro-batches and devices, then divided once:
-        accumulation and uneven rows are exact.
-        """
-        rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), part)
+        def objective(params: Tree, extra: Tree, micro: Tree, i: Array) -> tuple:
+            stream = jax.random.fold_in(rng, i)
+            rngs = {"dropout": stream, "sample": jax.random.fold_in(stream, 1)}
+            ctx = Context(state.step, rngs, True, across.rows)
+            variables = {"params": optim.join(params, state.frozen), **extra}
+            outputs, extra = task.outputs(variables, micro, ctx)
+            totals = task.terms(outputs, micro, ctx)
+            measured = task.metrics(outputs, micro, ctx)
+            loss = sum(scale[name] * totals[name] for name in scale)
+            return loss, ((totals, measured), extra)
 
-        def total_loss(params: Tree, part: Tree, i: Array) -> tuple[Array, tuple]:
-            loss, measured = self.task.loss(
-                params, part, jax.random.fold_in(rng, i), True
-            )
-            return loss.total, (loss.weight, measured)
-
-        gradient = jax.grad(total_loss, has_aux=True)
-        k = self.config.optim.accumulate
+        gradient = jax.grad(objective, has_aux=True)
         if k == 1:
-            summed = gradient(state.params, batch, jnp.int32(0))
-        else:
-            # Strided rows, so that a row stays on its device.
-            parts = jax.tree.map(
-                lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch
+            grads, (sums, extra) = gradient(
+                state.params, state.extra, batch, jnp.int32(0)
             )
-
-            def accumulate(so_far: Tree, part: tuple) -> tuple[Tree, None]:
-                new = gradient(state.params, *part)
-                return jax.tree.map(jnp.add, so_far, new), None
-
-            first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradient, state.params, first, jnp.int32(0))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            summed, _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(k)))
-        grads, (weight, measured) = reduce(summed)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
+        else:
+            grads, sums, extra = self._accumulated(gradient, state, batch)
+        grads, (totals, measured) = across.sum((grads, sums))
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        measured["grad_norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
-        return TrainState(state.step + 1, params, opt_state, state.rng), measured
+        one = jnp.float32(1)
+        measured = dict(measured)
+        if len(weights) > 1:
+            measured |= {f"{n}_loss": Mean(totals[n], weights[n]) for n in weights}
+        loss = sum(scale[name] * totals[name] for name in scale)
+        measured["loss"] = Mean(loss, one)
+        measured["grad_norm"] = Mean(optax.tree.norm(grads), one)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            extra=across.mean(extra),
+            opt_state=opt_state,
+        )
+        return state, measured
+
+    def _accumulated(self, gradient: Any, state: TrainState, batch: Tree) -> tuple:
+        """(gradients, sums, extra) of all micro-batches, one after another."""
+        k = self.config.optim.accumulate
+        # Strided rows, so that a row stays on its device.
+        micros = jax.tree.map(
+            lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def accumulate(carry: tuple, micro: tuple) -> tuple[tuple, None]:
+            summed, extra = carry
+            grads, (sums, extra) = gradient(state.params, extra, *micro)
+            return (jax.tree.map(jnp.add, summed, (grads, sums)), extra), None
+
+        first = jax.tree.map(lambda x: x[0], micros)
+        grads, (sums, _) = jax.eval_shape(
+            gradient, state.params, state.extra, first, jnp.int32(0)
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
+        carry, _ = jax.lax.scan(
+            accumulate, (zeros, state.extra), (micros, jnp.arange(k))
+        )
+        (grads, sums), extra = carry
+        return grads, sums, extra
 
     def eval_step(
-        self, params: Tree, batch: Tree, reduce: Callable[[Tree], Tree]
-    ) -> metrics.Metrics:
-        """Sums and weights of every metric over a batch, pure."""
-        return reduce(self.task.loss(params, batch, None, False)[1])
+        self, variables: Tree, step: Array, batch: Tree, across: Across
+    ) -> tuple[Metrics, Mapping[str, Array]]:
+        """(sums and weights of every term and metric, predictions [B, ...]), pure."""
+        task, ctx = self.task, Context(step, {}, False, across.rows)
+        outputs, _ = task.outputs(variables, batch, ctx)
+        weights, totals = task.weights(batch), task.terms(outputs, batch, ctx)
+        terms = {name: Mean(totals[name], weights[name]) for name in weights}
+        measured = {"terms": terms, **task.metrics(outputs, batch, ctx)}
+        return across.sum(measured), task.predict(outputs, batch)
 
-    def put(self, batch: dict[str, np.ndarray]) -> Tree:
-        """A batch on the devices, its rows padded to what steps need."""
-        return self.placement.put(batch, self.config.optim.accumulate)
-
-    def evaluation_params(self, state: TrainState) -> Tree:
-        """The parameters that evaluation uses: the moving average if there is one."""
-        return optim.evaluation_params(state.params, state.opt_state)
-
-    def load_params(self, checkpointer: Checkpointer, which: str) -> tuple[Tree, str]:
-        """Parameters of 'best', 'latest', 'average:K' (newest K) or a step number.
-
-        Returns them placed, with a description of what was loaded.
-        """
-        kept = checkpointer.steps()
-        if not kept:
-            raise UserError(
-                f"{checkpointer.directory}: no checkpoint yet; train first, or name "
-                "another workdir"
-            )
-        kind, _, count = which.partition(":")
-        if kind == "average" and count.isdigit() and int(count) > 0:
-            # Older ones are kept for being best, not for being next in line.
-            near = checkpointer.on_schedule()[-self.config.checkpoint.keep_newest :]
-            steps = near[-int(count) :]
-            if len(steps) < int(count):
-                raise UserError(
-                    f"checkpoint={which!r}: only {len(near)} consecutive checkpoints "
-                    f"are there ({', '.join(map(str, near))}); average at most so many"
-                )
-        elif which == "best":
-            best = checkpointer.best()
-            steps = [kept[-1] if best is None else best]
-        elif which == "latest":
-            steps = kept[-1:]
-        elif which.isdigit() and int(which) in kept:
-            steps = [int(which)]
-        else:
-            raise UserError(
-                f"checkpoint={which!r}: expected best, latest, average:K or one of the "
-                f"steps {', '.join(map(str, kept))}"
-            )
-        total = None
-        for step in steps:
-            try:
-                params = self._saved_params(checkpointer, step)
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"checkpoint {step} was removed by its run while it was read; try "
-                    "again"
-                ) from error
-            total = params if total is None else jax.tree.map(jnp.add, total, params)
-        mean = jax.tree.map(lambda x: (x / len(steps)).astype(x.dtype), total)
-        name = f"step {steps[0]}" if len(steps) == 1 else f"mean of steps {steps}"
-        return self.placement.load(mean), name
-
-    def _saved_params(self, checkpointer: Checkpointer, step: int) -> Tree:
-        abstract = self.abstract_state()
-        if not self.config.optim.ema_decay:
-            return checkpointer.restore_params(abstract.params, step)
-        state, _ = checkpointer.restore(abstract, step)
-        return self.evaluation_params(state)
-
-
-def saved_config(workdir: str) -> ExperimentConfig | None:
-    """The config of a workdir; None if it holds none."""
-    path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
-        return None
-    with open(path) as f:
-        text = f.read()
-    try:
-        return from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a config of this version of Triform ({error!r}); restore the "
-            "file or name another workdir"
-        ) from error
-
-
-def open_workdir(workdir: str) -> ExperimentConfig:
-    """The config of a workdir that must exist; UserError if it does not."""
-    config = saved_config(workdir)
-    if config is None:
-        raise UserError(
-            f"workdir={workdir!r}: holds no config.json; name the workdir of a run "
-            "that train.py has started"
-        )
-    return config
-
-
-def for_these_devices(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with its mesh, or with the batch split over all devices if not so many
-    are here as it was trained on.
-    """
-    try:
-        config.mesh.sizes(jax.device_count())
-    except ValueError:
-        config.mesh = type(config.mesh)()
-    config.placement = "mesh"
-    return config
-
-
-def checkpoint_dir(workdir: str) -> str:
-    """Where a workdir's checkpoints are."""
-    return os.path.join(workdir, "checkpoints")
+    def values(self, measured: Mapping[str, Any], step: int) -> dict[str, float]:
+        """{name: value} of what evaluation summed; `loss`: the objective at `step`."""
+        terms = {name: m.value() for name, m in measured["terms"].items()}
+        factors = dict.fromkeys(terms, 1.0) | dict(self.task.coefficients(step))
+        found = {k: m.value() for k, m in measured.items() if k != "terms"}
+        if len(terms) > 1:
+            found |= {f"{name}_loss": value for name, value in terms.items()}
+        loss = sum(float(factors[name]) * value for name, value in terms.items())
+        return found | {"loss": loss}

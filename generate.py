@@ -1,36 +1,53 @@
-"""Writes text with a trained workdir: translates sources, continues prompts.
+"""Writes with a trained workdir: translates sources, continues prompts, gives labels.
 
 python generate.py --workdir=runs/transformer_cldr --input="3 May 2024"
 cat sentences.txt | python generate.py --workdir=DIR --method=sample --top_p=0.9
 python generate.py --workdir=runs/gpt_char --input="ROMEO:" --max_tokens=500
 """
 
+import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
-from triform.configs.schema import ExperimentConfig
+from triform import workdir as workdirs
+from triform.data.codecs import Codec
 from triform.data.codecs.text import Tokenizer
-from triform.data.store import load_tokenizer
-from triform.evaluate import make_generate, one_line
-from triform.experiment import (
-    Experiment,
-    checkpoint_dir,
-    for_these_devices,
-    open_workdir,
-)
+from triform.data.datasets import request_batch
+from triform.experiment import Experiment
 from triform.models import decode
 from triform.models.decode import METHODS
-from triform.runtime import launch
-from triform.runtime.checkpoint import Checkpointer
+from triform.runtime import launch, paths
 from triform.runtime.errors import UserError
 
 OVERRIDES = ("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p")
 STRETCH = 8  # tokens between two looks at what has been written
+
+
+def make_generate(experiment: Experiment, tok: Tokenizer) -> Any:
+    """(variables, batch, seed) -> (tokens [B, length], scores [B]), compiled."""
+    config, model = experiment.config, experiment.model
+    length = config.decode.max_len or experiment.longest_target()
+
+    @jax.jit
+    def generate(variables: Any, batch: Any, seed: jax.Array) -> tuple:
+        def extend(tokens: Any, positions: Any, cache: Any) -> tuple:
+            return model.apply(variables, tokens, positions, cache, method="extend")
+
+        start = model.apply(variables, batch, length, method="start")
+        options = {"eos": tok.eos, "length": length, "rng": jax.random.key(seed)}
+        return decode.generate(config.decode, extend, *start, **options)
+
+    return generate
+
+
+def one_line(text: str) -> str:
+    """Text without what would break a line or move a terminal's cursor."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -43,35 +60,6 @@ def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
             part = []
     if part:
         yield part
-
-
-def sources(
-    lines: list[str], first: int, rows: int, config: ExperimentConfig, tok: Tokenizer
-) -> dict[str, np.ndarray]:
-    """A source batch of exactly `rows` rows, of the shortest bucket that holds all.
-
-    `first` is the number of the first line, for messages.
-    """
-    ids, data = tok.encode_batch(lines), config.data
-    longest = max(len(x) for x in ids) + 1
-    if longest > data.max_len:
-        where = next(i for i, x in enumerate(ids) if len(x) + 1 == longest)
-        raise UserError(
-            f"input line {first + where + 1} ({lines[where][:40]!r}): {longest} "
-            f"tokens, the model reads at most data.max_len={data.max_len}; shorten or "
-            "split it"
-        )
-    length = next(n for n in data.lengths() if n >= longest)
-    batch = {
-        "encoder_inputs": np.full((rows, length), tok.pad, np.int32),
-        "encoder_segments": np.zeros((rows, length), np.int32),
-        "inputs": np.full((rows, 1), tok.start, np.int32),
-    }
-    for r, x in enumerate(ids):
-        batch["encoder_inputs"][r, : len(x)] = x
-        batch["encoder_inputs"][r, len(x)] = tok.eos
-        batch["encoder_segments"][r, : len(x) + 1] = 1
-    return batch
 
 
 def prompts(ids: list[np.ndarray], rows: int, tok: Tokenizer) -> dict[str, np.ndarray]:
@@ -94,22 +82,21 @@ def prompts(ids: list[np.ndarray], rows: int, tok: Tokenizer) -> dict[str, np.nd
 class Continuation:
     """Continues prompts piece by piece, as far as wanted.
 
-    A window reads at most half of the model's context and writes the other half; its
-    end is what the next one reads. So a text does not depend on its neighbours'
-    lengths.
+    A pass reads at most half of the model's context and writes the other half; its end
+    is what the next one reads. So a text does not depend on its neighbours' lengths.
     """
 
     def __init__(self, experiment: Experiment, tok: Tokenizer):
-        self.config, self.tokenizer = experiment.config, tok
-        config, model = self.config.decode, experiment.model
+        self.tokenizer, self.longest = tok, experiment.config.model.longest()["L"]
+        config, model = experiment.config.decode, experiment.model
 
-        def start(params: Any, batch: Any, seed: jax.Array, length: int):
-            found = model.apply({"params": params}, batch, length, method="start")
-            return decode.begin(*found, length, jax.random.key(seed))
+        def start(variables: Any, batch: Any, seed: jax.Array, length: int) -> Any:
+            first = model.apply(variables, batch, length, method="start")
+            return decode.begin(*first, length, jax.random.key(seed))
 
-        def advance(params: Any, text: decode.Text, until: jax.Array):
-            def extend(*args):
-                return model.apply({"params": params}, *args, method="extend")
+        def advance(variables: Any, text: decode.Text, until: jax.Array) -> Any:
+            def extend(*args: Any) -> tuple:
+                return model.apply(variables, *args, method="extend")
 
             return decode.advance(config, extend, text, tok.eos, until)
 
@@ -117,10 +104,10 @@ class Continuation:
         self._advance = jax.jit(advance, donate_argnums=1)
 
     def __call__(
-        self, params: Any, lines: list[str], rows: int, seed: int, limit: int
+        self, variables: Any, lines: list[str], rows: int, seed: int, limit: int
     ) -> Iterator[tuple[list[list[int]], np.ndarray]]:
         """(ids written so far a line, log-probabilities), a stretch at a time."""
-        tok, longest = self.tokenizer, self.config.model.longest()
+        tok, longest = self.tokenizer, self.longest
         read = max(1, longest // 2)
         # A text begins as documents do; a prompt without a mark of its own goes on.
         lead = [tok.eos if tok.bos is None else tok.bos]
@@ -133,10 +120,10 @@ class Continuation:
             batch = prompts([np.array(x[-read:]) for x in texts], rows, tok)
             length = min(longest - read, limit - written)
             room = min(longest - read, limit)
-            text = self._start(params, batch, np.uint32(seed), room)
+            text = self._start(variables, batch, np.uint32(seed), room)
             before, base, over = [*texts], scores, ended
             for until in range(STRETCH, length + STRETCH, STRETCH):
-                text = self._advance(params, text, min(until, length))
+                text = self._advance(variables, text, min(until, length))
                 tokens = np.asarray(text.tokens)[:, : int(text.count)]
                 scores = base + np.where(over, 0, np.asarray(text.score)[: len(lines)])
                 for r in np.flatnonzero(~over):
@@ -149,37 +136,107 @@ class Continuation:
             written, seed = written + length, seed + 1
 
 
-def main(argv: list[str]) -> None:
-    """One output an input line, or live text of a single prompt."""
-    flag = flags.FLAGS
-    workdir = launch.folder_flag("workdir")
-    config = open_workdir(workdir)
-    given = [name for name in OVERRIDES if flag[name].value is not None]
-    # What only one method reads implies it.
-    if {"beam_size", "length_penalty"} & set(given):
-        config.decode.method = "beam"
-    if {"temperature", "top_k", "top_p"} & set(given):
-        config.decode.method = "sample"
-    for name in given:
-        setattr(config.decode, name, flag[name].value)
-    experiment = Experiment(for_these_devices(config))
-    if not hasattr(experiment.model, "extend"):
-        raise UserError(
-            f"{workdir}: model={type(config.model).__name__} writes no text; "
-            "score it with evaluate.py"
+@dataclasses.dataclass
+class Output:
+    """The answer to one request."""
+
+    text: str = ""  # written by the model; prompts are not repeated
+    score: float = 0.0  # log-probability of the text, or probability of the label
+    label: str | float | None = None  # name of the likeliest class, or a number
+    probabilities: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Sampler:
+    """A workdir as a function: requests (texts) -> outputs, one each, in order.
+
+    A model that writes text answers with it; a classifier gives label and
+    probabilities. `decode` replaces settings of config.decode: method="sample",
+    temperature=0.8.
+    """
+
+    def __init__(self, workdir: str, checkpoint: str = "best", **decode: Any):
+        config = workdirs.open_config(paths.absolute(workdir))
+        for name, value in decode.items():
+            if name not in OVERRIDES:
+                raise UserError(
+                    f"{name}={value!r}: no setting of decoding; expected one of "
+                    f"{', '.join(OVERRIDES)}"
+                )
+            setattr(config.decode, name, value)
+        self.run = workdirs.open_run(workdir, checkpoint, config)
+        self.config, self.experiment = config, self.run.experiment
+        self.codecs: Mapping[str, Codec] = self.run.codecs
+        self.writes = config.model.generates()
+        self.reads_source = "S" in config.model.longest()
+        if self.writes and not self.reads_source and config.decode.method == "beam":
+            raise UserError(
+                "--method=beam: prompts are continued by greedy or sample; set one of "
+                "them"
+            )
+        if self.writes and self.reads_source:
+            self._generate = make_generate(self.experiment, self.codecs["text"])
+        elif self.writes:
+            self.continuation = Continuation(self.experiment, self.codecs["text"])
+        else:
+            placement = self.experiment.placement
+            self._eval = placement.compile_eval(self.experiment.eval_step)
+
+    def __call__(
+        self, requests: Sequence[str], *, seed: int = 0, max_tokens: int = 256
+    ) -> list[Output]:
+        """One output per request; `max_tokens` bounds the continuation of a prompt."""
+        return self.answer(list(requests), len(requests), seed, max_tokens)
+
+    def answer(
+        self, requests: list[str], rows: int, seed: int, max_tokens: int, first: int = 0
+    ) -> list[Output]:
+        """Outputs of up to `rows` requests; `first` is the first one's number."""
+        if not requests:
+            return []
+        if self.writes and not self.reads_source:
+            return self._continued(requests, rows, seed, max_tokens)
+        config = self.config.data
+        batch = request_batch(config, requests, rows, self.codecs, first)
+        if not self.writes:
+            return self._classified(batch, len(requests))
+        inputs = self.experiment.placement.for_generation(
+            self.run.variables, batch, self.experiment.axes()
         )
-    translates = "encoder_inputs" in config.model.reads
-    if not translates and config.decode.method == "beam":
-        raise UserError(
-            "--method=beam: prompts are continued by greedy or sample; set one of them"
+        tokens, scores = self._generate(*inputs, np.uint32(seed % 2**32))
+        decoded = map(self.codecs["text"].decode, np.asarray(tokens))
+        outputs = [Output(t, float(s)) for t, s in zip(decoded, scores, strict=True)]
+        return outputs[: len(requests)]
+
+    def _continued(
+        self, lines: list[str], rows: int, seed: int, max_tokens: int
+    ) -> list[Output]:
+        ids, scores = [[] for _ in lines], np.zeros(len(lines))
+        stretches = self.continuation(
+            self.run.variables, lines, rows, seed % 2**31, max_tokens
         )
-    with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
-        params, which = experiment.load_params(checkpointer, flag.checkpoint)
-    tok = load_tokenizer(workdir)
-    print(f"{workdir}: {which}, {config.decode.method}", file=sys.stderr)
-    write = translate if translates else continue_prompts
-    lines, rows = read_lines(flag)
-    write(experiment, params, tok, lines, rows)
+        for ids, scores in stretches:  # noqa: B007  (the last one is complete)
+            pass
+        decoded = map(self.codecs["text"].decode, ids)
+        return [Output(t, float(s)) for t, s in zip(decoded, scores, strict=True)]
+
+    def _classified(self, batch: Any, count: int) -> list[Output]:
+        experiment = self.experiment
+        step = np.int32(self.run.step)
+        _, rows = self._eval(self.run.variables, step, experiment.put(batch))
+        rows = {k: np.asarray(x)[:count] for k, x in rows.items()}
+        if "number" in rows:
+            return [Output(label=float(x)) for x in rows["number"]]
+        if "probabilities" not in rows:
+            raise UserError(
+                f"{self.run.path}: model={type(self.config.model).__name__} gives "
+                "neither text nor a label; score it with evaluate.py"
+            )
+        names = self.codecs["label"].names
+        outputs = []
+        for best, shares in zip(rows["label"], rows["probabilities"], strict=True):
+            shown = dict(zip(names, map(float, shares), strict=False))
+            outputs.append(Output("", float(shares[best]), names[best], shown))
+        return outputs
 
 
 def read_lines(flag: Any) -> tuple[Iterable[str], int]:
@@ -195,55 +252,56 @@ def read_lines(flag: Any) -> tuple[Iterable[str], int]:
     return sys.stdin, 1  # answer every line at once
 
 
-def translate(
-    experiment: Experiment,
-    params: Any,
-    tok: Tokenizer,
-    lines: Iterable[str],
-    rows: int,
-) -> None:
-    """One output line an input line; blank lines give blank lines."""
+def write_line(sampler: Sampler, line: str, output: Output, scores: bool) -> None:
+    """Prints one output in one line."""
+    if not sampler.writes:
+        text = str(output.label)
+    elif sampler.reads_source:
+        text = one_line(output.text) if line.strip() else ""
+    else:
+        text = one_line(line + output.text)
+    print(f"{output.score:.4f}\t{text}" if scores else text, flush=True)
+
+
+def write_live(sampler: Sampler, line: str, seed: int, max_tokens: int) -> None:
+    """Prints a prompt and its continuation as it is written."""
+    print(line, end="", flush=True)
+    shown, tok = "", sampler.codecs["text"]
+    stretches = sampler.continuation(
+        sampler.run.variables, [line], 1, seed % 2**31, max_tokens
+    )
+    for (row,), _ in stretches:
+        # The last character may be incomplete until the next token.
+        text = tok.decode(row).removesuffix("\ufffd")
+        if text.startswith(shown):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def main(argv: list[str]) -> None:
+    """One output an input line, or live text of a single prompt."""
     flag = flags.FLAGS
-    generate = make_generate(experiment, tok)
+    workdir = launch.folder_flag("workdir")
+    given = {n: flag[n].value for n in OVERRIDES if flag[n].value is not None}
+    # A setting that only one method reads implies it.
+    if {"beam_size", "length_penalty"} & set(given):
+        given = {"method": "beam", **given}
+    if {"temperature", "top_k", "top_p"} & set(given):
+        given = {"method": "sample", **given}
+    sampler = Sampler(workdir, flag.checkpoint, **given)
+    method = sampler.config.decode.method if sampler.writes else "labels"
+    print(f"{workdir}: {sampler.run.which}, {method}", file=sys.stderr)
+    lines, rows = read_lines(flag)
+    live = sampler.writes and not sampler.reads_source and not flag.scores
     for number, part in enumerate(chunks(lines, rows)):
-        batch = sources(part, number * rows, rows, experiment.config, tok)
-        tokens, scores = generate(
-            params, batch, np.uint32((flag.seed + number) % 2**32)
-        )
-        for line, row, score in zip(part, np.asarray(tokens), scores, strict=False):
-            text = one_line(tok.decode(row)) if line.strip() else ""
-            print(f"{float(score):.4f}\t{text}" if flag.scores else text, flush=True)
-
-
-def continue_prompts(
-    experiment: Experiment,
-    params: Any,
-    tok: Tokenizer,
-    lines: Iterable[str],
-    rows: int,
-) -> None:
-    """Prompt and continuation: live if there is one, else a line each."""
-    flag, go_on = flags.FLAGS, Continuation(experiment, tok)
-    for number, part in enumerate(chunks(lines, rows)):
-        seed = (flag.seed + number) % 2**31
-        stretches = go_on(params, part, rows, seed, flag.max_tokens)
-        if len(part) > 1 or flag.scores:
-            ids, scores = [[] for _ in part], np.zeros(len(part))
-            for ids, scores in stretches:  # noqa: B007  (the last one is the whole)
-                pass
-            for line, row, score in zip(part, ids, scores, strict=True):
-                text = one_line(line + tok.decode(row))
-                print(f"{score:.4f}\t{text}" if flag.scores else text, flush=True)
+        seed = flag.seed + number
+        if live and len(part) == 1:
+            write_live(sampler, part[0], seed, flag.max_tokens)
             continue
-        print(part[0], end="", flush=True)
-        shown = ""
-        for (row,), _ in stretches:
-            # The last character may be half of one until the next token.
-            text = tok.decode(row).removesuffix("\ufffd")
-            if text.startswith(shown):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        print()
+        outputs = sampler.answer(part, rows, seed, flag.max_tokens, number * rows)
+        for line, output in zip(part, outputs, strict=True):
+            write_line(sampler, line, output, flag.scores)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
 """Source -> dataset -> batches. Batch t is a function of (seed, t).
 
-A dataset (see dataset/) writes one item of a split into one row. What is written
+A dataset (see data/datasets/) writes one item of a split into one row. What is written
 here holds for all of them: which items make a batch, in which order, what is checked,
 and that evaluation sees every item once. The position of a run is one integer, the
 step, on any number of devices.
 """
 
+import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from triform.data.datasets.base import EVALUATION, Batch, Dataset, Epoch, Limits
+from triform.data import batch as batches
+from triform.data.batch import Batch, Shape, Sizes
+from triform.data.codecs import Codec
+from triform.data.datasets import dataset
+from triform.data.datasets.base import EVALUATION, Dataset, Epoch
 from triform.runtime.errors import DataError
-
-# Key of a batch: what must be raised if it holds an id that the model has not.
-RAISED = {
-    "inputs": "model.vocab_size or use the tokenizer of this model",
-    "token_type_ids": "model.num_types",
-    "label": "model.num_labels",
-}
 
 
 class Batches:
@@ -31,72 +30,113 @@ class Batches:
 
     def __init__(self, dataset: Dataset):
         self.dataset, self.config = dataset, dataset.config
-        empty = np.flatnonzero(dataset.sizes < 0)
+        empty = np.flatnonzero(dataset.empty)
         if len(empty) and not self.config.drop_empty:
             raise DataError(
-                f"{dataset.describe(int(empty[0]))}: a text is empty; mend the "
+                f"{dataset.describe(int(empty[0]))}: a text is empty; correct the "
                 "corpus or set data.drop_empty=True"
             )
 
-    def buckets(self, cut: bool) -> dict[int, np.ndarray]:
-        """Row length -> items, ascending. Over-long ones are in the last if `cut`."""
-        lengths, sizes = self.config.lengths(), self.dataset.sizes
-        which = np.searchsorted(
-            lengths, np.minimum(sizes, lengths[-1]) if cut else sizes
-        )
-        result = {
-            n: np.flatnonzero((which == i) & (sizes >= 0))
-            for i, n in enumerate(lengths)
-        }
-        if not any(map(len, result.values())):
-            raise DataError(
-                f"{self.dataset.title()}: none of its {len(sizes)} items fits into "
-                f"data.max_len={lengths[-1]}; raise it"
-            )
-        return {n: items for n, items in result.items() if len(items)}
+    def buckets(self, truncate: bool) -> dict[int, np.ndarray]:
+        """Index of a shape -> items, ascending: each in the first shape that holds it.
 
-    def collate(self, length: int, items: np.ndarray, epoch: Epoch) -> Batch:
-        """The batch of these items with rows of `length`, checked.
-
-        Always the full number of rows of that length: missing ones have weight 0.
+        Longer items are in the last one if `truncate`, else left out.
         """
-        dataset, rows = self.dataset, self.config.rows(length)
-        batch = dataset.empty(self.config, rows, length, dataset.limits)
+        dataset, shapes = self.dataset, self.config.shapes()
+        which = np.full(len(dataset), len(shapes) - 1 if truncate else len(shapes))
+        for index in reversed(range(len(shapes))):
+            which[self._fits(shapes[index])] = index
+        which[dataset.empty] = len(shapes)
+        found = {i: np.flatnonzero(which == i) for i in range(len(shapes))}
+        if not any(map(len, found.values())):
+            raise DataError(
+                f"{dataset.title()}: none of its {len(dataset)} items fits into rows "
+                f"of {_shown(shapes[-1])}; raise data.max_len"
+            )
+        return {i: items for i, items in found.items() if len(items)}
+
+    def _fits(self, shape: Shape) -> np.ndarray:
+        """bool [N]: items that the shape holds."""
+        fits = np.ones(len(self.dataset), bool)
+        for axis, needed in self.dataset.sizes.items():
+            fits &= needed <= shape[axis]
+        return fits
+
+    def collate(
+        self, index: int, items: np.ndarray, epoch: Epoch, rows: slice = slice(None)
+    ) -> Batch:
+        """The batch of these items in the shape of this index, checked.
+
+        Always the full number of rows of that shape: missing ones have weight 0. Of
+        these, the given ones: each is a function of (seed, step, row) alone.
+        """
+        dataset, shape = self.dataset, self.config.shapes()[index]
+        sizes = batches.resolved(shape, dataset.model_sizes)
+        chosen = range(self.config.rows(shape))[rows]
+        items = items[rows]
+        batch = batches.zeros(dataset.spec, {"B": len(chosen), **sizes})
         for row, item in enumerate(items.tolist()):
             dataset.write(batch, row, item, epoch)
-        check_batch(batch, dataset.limits, lambda row: dataset.describe(items[row]))
+        batches.check(
+            *(batch, dataset.spec, dataset.model_sizes),
+            lambda row: dataset.describe(int(items[row])),
+        )
         return batch
 
-    def cut(self) -> int:
+    def real(self, batch: Batch) -> int:
+        """Number of tokens (or images) that are no padding."""
+        return batches.count(batch, self.dataset.spec)
+
+    def truncated(self) -> int:
         """How many items are longer than the longest row: evaluation shortens them."""
-        return int((self.dataset.sizes > self.config.lengths()[-1]).sum())
+        return int((~self._fits(self.config.shapes()[-1]) & ~self.dataset.empty).sum())
 
     def evaluation(self) -> Iterator[tuple[np.ndarray, Batch]]:
         """(items, batch) in a fixed order, every item exactly once."""
-        for length, items in self.buckets(cut=True).items():
-            rows = self.config.rows(length)
+        shapes = self.config.shapes()
+        for index, items in self.buckets(truncate=True).items():
+            rows = self.config.rows(shapes[index])
             for start in range(0, len(items), rows):
                 part = items[start : start + rows]
-                yield part, self.collate(length, part, EVALUATION)
+                yield part, self.collate(index, part, EVALUATION)
+
+
+@dataclasses.dataclass
+class Split:
+    """One split, opened."""
+
+    name: str
+    batches: Batches
+    dataset: Dataset
+
+    @classmethod
+    def open(
+        cls, config: Any, codecs: Mapping[str, Codec], name: str, sizes: Sizes
+    ) -> "Split":
+        """DataError if it does not exist or holds what the model cannot read."""
+        opened = dataset(config, name, codecs, sizes)
+        found = Batches(opened)
+        found.buckets(truncate=True)
+        return cls(name, found, opened)
 
 
 class TrainBatches:
     """Endless training batches, addressed by step.
 
-    A bucket's items are permuted by (seed, epoch), cut into batches, the last one
-    smaller, and the batches of all buckets permuted by (seed, epoch).
+    A bucket's items are permuted by (seed, epoch) and divided into batches, the last
+    one smaller, and the batches of all buckets permuted by (seed, epoch).
     """
 
     def __init__(self, batches: Batches, seed: int):
         self.batches, self.seed = batches, seed
-        self.buckets = batches.buckets(cut=batches.dataset.cut)
+        self.buckets = batches.buckets(truncate=batches.dataset.truncates)
         kept = sum(map(len, self.buckets.values()))
-        self.left_out = len(batches.dataset.sizes) - kept
+        self.left_out = len(batches.dataset) - kept
         self._epoch = (0, self.plan(0))
         self.per_epoch = len(self._epoch[1])
 
     def ids(self, step: int) -> tuple[int, np.ndarray]:
-        """(row length, items) of the batch of a step."""
+        """(index of its shape, items) of the batch of a step."""
         epoch, position = divmod(step, self.per_epoch)
         cached, plan = self._epoch
         if cached != epoch:
@@ -105,54 +145,44 @@ class TrainBatches:
         return plan[position]
 
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """(row length, items) of every batch of an epoch."""
+        """(index of its shape, items) of every batch of an epoch."""
         epoch = self._epoch_of(epoch)
         rng = epoch.rng()
         slots = []
-        for length, items in self.buckets.items():
+        config, shapes = self.batches.config, self.batches.config.shapes()
+        for index, items in self.buckets.items():
             order = self.batches.dataset.order(items, epoch, rng)
-            rows = self.batches.config.rows(length)
-            slots += [(length, order[i : i + rows]) for i in range(0, len(order), rows)]
+            rows = config.rows(shapes[index])
+            slots += [(index, order[i : i + rows]) for i in range(0, len(order), rows)]
         return [slots[i] for i in rng.permutation(len(slots))]
 
     def _epoch_of(self, epoch: int) -> Epoch:
         return Epoch(self.seed, epoch, train=True)
 
     def __getitem__(self, step: int) -> Batch:
-        length, items = self.ids(step)
-        return self.batches.collate(
-            length, items, self._epoch_of(step // self.per_epoch)
-        )
+        index, items = self.ids(step)
+        epoch = self._epoch_of(step // self.per_epoch)
+        return self.batches.collate(index, items, epoch)
 
     def shapes(self) -> list[int]:
-        """The row lengths that occur, ascending."""
+        """The indices of the shapes that occur, ascending."""
         return list(self.buckets)
 
     def fill(self) -> float:
-        """Share of the places of an epoch that its items need."""
-        config, sizes = self.batches.config, self.batches.dataset.sizes
-        plan = self.plan(0)
-        needed = sum(int(np.minimum(sizes[items], n).sum()) for n, items in plan)
-        return needed / max(1, sum(n * config.rows(n) for n, _ in plan))
+        """Share of the positions of an epoch that its items need."""
+        config, dataset = self.batches.config, self.batches.dataset
+        shapes, needed, total = config.shapes(), 0, 0
+        for index, items in self.plan(0):
+            shape = shapes[index]
+            for axis, sizes in dataset.sizes.items():
+                needed += int(np.minimum(sizes[items], shape[axis]).sum())
+                total += shape[axis] * config.rows(shape)
+        return needed / max(1, total)
 
 
-def check_batch(batch: Batch, limits: Limits, name: Callable[[int], str]) -> None:
-    """Stops on ids that the model does not know: an embedding makes them NaN silently.
-
-    `name(row)` says which item a row is.
-    """
-    for key, limit in limits.items():
-        x = batch.get(key)
-        if x is None or not np.issubdtype(x.dtype, np.integer):
-            continue
-        bad = (x < 0) | (x >= limit)
-        if bad.any():
-            row = int(np.flatnonzero(bad.reshape(len(x), -1).any(-1))[0])
-            value = int(x[row][bad[row]].flat[0])
-            raise DataError(
-                f"{name(row)}: id {value} in '{key}' is outside the vocabulary of "
-                f"{limit}; raise {RAISED.get(key, RAISED['inputs'])}"
-            )
+def _shown(shape: Shape) -> str:
+    """'S=64, L=32'."""
+    return ", ".join(f"{axis}={size}" for axis, size in shape.items())
 
 
 class Prefetch:
@@ -201,28 +231,29 @@ class Prefetch:
 
 
 def report(train: TrainBatches) -> str:
-    """One paragraph: items, buckets, steps an epoch, share of places in use."""
+    """One paragraph: items, buckets, steps an epoch, share of positions in use."""
     config, dataset = train.batches.config, train.batches.dataset
-    visited = dict.fromkeys(train.buckets, 0)
-    for length, items in train.plan(0):
-        visited[length] += len(items)
+    visited, shapes = dict.fromkeys(train.buckets, 0), config.shapes()
+    for index, items in train.plan(0):
+        visited[index] += len(items)
     lines = [
         f"data: {dataset.title()}, {sum(visited.values()):,} rows and "
         f"{train.per_epoch:,} batches an epoch"
     ]
-    for length, count in visited.items():
-        if length:
-            rows = config.rows(length)
-            lines.append(f"  length {length}: {count:,} rows, {rows} a batch")
-    if config.lengths()[-1]:
-        lines[0] += f", {train.fill():.1%} of their places are in use"
-    if dataset.cut and train.batches.cut():
+    if dataset.sizes:
+        lines[0] += f", {train.fill():.1%} of their positions are in use"
+        for index, count in visited.items():
+            shape = shapes[index]
+            lines.append(
+                f"  rows of {_shown(shape)}: {count:,}, {config.rows(shape)} a batch"
+            )
+    longest = _shown(shapes[-1])
+    if dataset.truncates and train.batches.truncated():
         lines.append(
-            f"  {train.batches.cut():,} longer than data.max_len={config.max_len}, cut"
+            f"  {train.batches.truncated():,} longer than {longest}, shortened"
         )
     if train.left_out:
         lines.append(
-            f"  {train.left_out:,} longer than data.max_len={config.max_len} or empty, "
-            "left out of training"
+            f"  {train.left_out:,} longer than {longest} or empty, left out of training"
         )
     return "\n".join(lines)

@@ -4,17 +4,17 @@
         [--config.any.key=value] [--dry_run]
 
 Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTERM,
-Ctrl-C) after saving: start the same command again.
+Ctrl-C) after saving: start the same command again. From Python: `run(config, workdir)`.
 """
 
 import contextlib
-import fcntl
+import copy
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,23 +25,12 @@ from ml_collections import config_flags
 from triform import workdir as workdirs
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
-from triform.data import datasets
-from triform.data.codecs.text import Tokenizer
-from triform.data.store import build_tokenizer, load_tokenizer
-from triform.evaluate import Evaluator, Split, summary, write_samples
-from triform.experiment import (
-    Experiment,
-    TrainState,
-    checkpoint_dir,
-    saved_config,
-)
-from triform.input_pipeline import (
-    Batches,
-    Prefetch,
-    TrainBatches,
-    report,
-)
-from triform.runtime import launch, metrics
+from triform.data.codecs import Codec
+from triform.data.codecs import files as codec_files
+from triform.evaluate import Evaluator, summary, write_samples
+from triform.experiment import Experiment, TrainState
+from triform.input_pipeline import Prefetch, Split, TrainBatches, report
+from triform.runtime import launch, metrics, paths
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
@@ -49,92 +38,35 @@ from triform.runtime.partition import parameter_table
 from triform.runtime.progress import Progress
 
 INTERRUPTED = 75  # EX_TEMPFAIL: try again
-# What a workdir's parameters and step numbers mean: never changed on resuming.
-FIXED = (
-    "model.",
-    "task.type",
-    "data.type",
-    "data.source",
-    "data.train_split",
-    "data.tok",
-    "optim.name",
-    "optim.ema_decay",
-)
-FREE = (
-    "model.trunk.remat",
-    "model.trunk.dropout",
-    "model.trunk.attention_dropout",
-    "data.tokenizer.path",  # the workdir has a copy
-)
+Stop = Callable[[], str]  # why to save and leave, '' to go on
 
 
 def print_plan(experiment: Experiment) -> None:
-    """Devices, placement, parameters and tokens a step, from abstract shapes."""
+    """Devices, placement, parameters and batches, from abstract shapes."""
     config = experiment.config
     devices = jax.devices()
     print(f"devices: {len(devices)} x {devices[0].device_kind}")
     print(f"placement: {experiment.placement.describe()}")
-    params = jax.eval_shape(experiment.make_state).params
+    state = jax.eval_shape(experiment.make_state)
     print("parameters:")
-    print(parameter_table(params, experiment.placement))
-    for length in config.data.lengths():
-        rows = config.data.rows(length)
-        batch = experiment.empty_batch(rows, length)
+    print(parameter_table(state.params, experiment.placement))
+    if jax.tree.leaves(state.frozen):
+        print("frozen parameters:")
+        print(parameter_table(state.frozen, experiment.placement))
+    k = config.optim.accumulate
+    for shape in config.data.shapes():
+        batch = experiment.empty_batch(shape)
         arrays = ", ".join(f"{k} {list(x.shape)}" for k, x in batch.items())
-        print(f"batch: {arrays}, in {config.optim.accumulate} micro-batches")
+        print(f"batch: {arrays}, in {k} micro-batches")
+    if experiment.task.couples_rows and k > 1:
+        print("a term compares rows with one another: with those of a micro-batch only")
     print(f"steps: {config.steps:,}, optimiser {config.optim.name}")
-
-
-def check_workdir(workdir: str, config: ExperimentConfig) -> None:
-    """On resuming prints what differs, and refuses what may not."""
-    old = saved_config(workdir)
-    changed = schema.differences(old, config) if old is not None else {}
-    for name, (before, after) in changed.items():
-        print(f"config: {name} was {before!r}, is now {after!r}")
-    for name, (before, after) in changed.items():
-        if name == "seed" or (name.startswith(FIXED) and name not in FREE):
-            raise UserError(
-                f"workdir={workdir!r}: it belongs to another experiment ({name} is "
-                f"{before!r} there, {after!r} here); name another workdir or change it "
-                "back"
-            )
-
-
-def claim_workdir(
-    workdir: str, config: ExperimentConfig, tok: Tokenizer | None
-) -> None:
-    """Writes tokenizer and config.json, once what can be wrong with them was tried."""
-    if tok is not None:
-        tok.save(workdir)
-    path = os.path.join(workdir, "config.json")
-    with open(path + ".tmp", "w") as f:
-        f.write(schema.to_json(config))
-    os.replace(path + ".tmp", path)
-
-
-def lock(workdir: str) -> Any:
-    """Held until the process ends: two runs in one workdir would mix their files."""
-    file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115  (kept open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"workdir={workdir!r}: another train.py runs in it; wait for it, stop it, "
-            "or name another workdir"
-        ) from error
-    return file
-
-
-def tested(workdir: str, step: int) -> bool:
-    """Has the test split been scored after this step?"""
-    lines = metrics.read_lines(workdir)
-    return any(x["step"] == step and "test/loss" in x for x in lines)
 
 
 class Interrupt:
     """Turns SIGTERM and the first Ctrl-C into a request to save and leave.
 
-    Until `listening` there is nothing to save: they end the process at once.
+    Until `listening` there is nothing to save: signals end the process at once.
     """
 
     def __init__(self) -> None:
@@ -142,6 +74,10 @@ class Interrupt:
         self.listening = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
+
+    def __call__(self) -> str:
+        """The signal's name, '' before one came."""
+        return self.requested
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = signal.Signals(number).name
@@ -157,11 +93,11 @@ class Interrupt:
 def batches_from(
     train: TrainBatches, experiment: Experiment, first: int
 ) -> Iterator[tuple[Any, int, int]]:
-    """(batch on the devices, row length, real units) of the steps from `first` on."""
+    """(batch on the devices, index of its shape, real units) from step `first` on."""
     for step in range(first, experiment.config.steps):
-        length, _ = train.ids(step)
+        index, _ = train.ids(step)
         batch = train[step]
-        yield experiment.put(batch), length, train.batches.dataset.real(batch)
+        yield experiment.put(batch), index, train.batches.real(batch)
 
 
 def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> None:
@@ -181,18 +117,17 @@ def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> N
 def compile_steps(
     experiment: Experiment, train: TrainBatches, state: TrainState
 ) -> dict[int, Any]:
-    """The train step compiled for every row length, before the first step."""
-    compiled = {}
-    for length in train.shapes():
+    """The train step compiled for every shape of a batch, before the first step."""
+    compiled, shapes = {}, experiment.config.data.shapes()
+    for index in train.shapes():
         start = time.perf_counter()
-        rows = experiment.config.data.rows(length)
-        batch = experiment.put(experiment.empty_batch(rows, length))
-        compiled[length] = experiment.placement.compile_train(
+        batch = experiment.put(experiment.empty_batch(shapes[index]))
+        compiled[index] = experiment.placement.compile_train(
             experiment.train_step, state, batch
         )
         took = time.perf_counter() - start
-        rows = f" for rows of {length}" if length else ""
-        print(f"compiled the step{rows} in {took:.1f} s", flush=True)
+        axes = ", ".join(f"{k}={n}" for k, n in shapes[index].items())
+        print(f"compiled the step for {axes or 'rows'} in {took:.1f} s", flush=True)
     return compiled
 
 
@@ -204,18 +139,19 @@ def train_loop(
     evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
     writer: MetricWriter,
-    interrupt: Interrupt,
+    stop: Stop,
 ) -> TrainState:
-    """Steps until config.steps or an interruption; the last state is saved."""
+    """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
     steps = compile_steps(experiment, train, state)
+    unit = train.batches.dataset.unit
     progress = Progress(
         start,
         config.steps,
         config.log_every,
         experiment.schedule,
         meta["window"],
-        train.batches.dataset.unit,
+        unit,
     )
     source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
     pending = None
@@ -232,12 +168,12 @@ def train_loop(
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
-                batch, length, real = next(source)
-            state, measured = steps[length](state, batch)
+                batch, index, real = next(source)
+            state, measured = steps[index](state, batch)
             settle()
             pending = (step, measured, real)
             due = evaluation_due(config, step)
-            if not (interrupt.requested or due or step % config.checkpoint.every == 0):
+            if not (stop() or due or step % config.checkpoint.every == 0):
                 continue
             settle()
             pending = None
@@ -245,11 +181,11 @@ def train_loop(
                 # Batch t is a function of (seed, t): the step is the whole position.
                 meta["data"]["step"] = step
                 meta["window"] = progress.saved_window()
-                saved = experiment.placement.unload(state)
+                saved = experiment.placement.unload(state).replace(frozen={})
                 checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
-            if interrupt.requested:
+            if stop():
                 break
     finally:
         source.close()
@@ -270,80 +206,68 @@ def finish(
     checkpointer: Checkpointer,
     writer: MetricWriter,
     workdir: str,
-    interrupt: Interrupt,
-) -> None:
+    stop: Stop,
+) -> dict[str, Any]:
     """Scores the test split with the best or averaged parameters; says what is next."""
     config = experiment.config
     average = config.evaluation.average
-    params, which = experiment.load_params(
-        checkpointer, f"average:{average}" if average else "best"
-    )
-    result = evaluator(params, test, "test", stop=lambda: interrupt.requested)
+    chosen = f"average:{average}" if average else "best"
+    loaded = workdirs.load_variables(experiment, checkpointer, chosen)
+    variables, trained, which = loaded
+    result = evaluator(variables, trained, test, "test", stop=stop)
     if result is None:
-        return
+        return {}
     step = checkpointer.latest()
-    writer.write(step, result.scalars | {"test/checkpoint": which})
+    scores = result.scalars | {"test/checkpoint": which}
+    writer.write(step, scores)
     if result.samples:
         write_samples(workdir, "test", result.samples)
         print(f"\n{result.samples}")
     print(f"test ({which}): {summary(result)}")
     shown = shlex.quote(os.path.relpath(workdir))
     python = shlex.quote(os.path.relpath(sys.executable))
-    chosen = f"--checkpoint=average:{average}" if average else "--checkpoint=best"
     print(f"finished: {step} steps in {shown}. Next:")
-    if hasattr(experiment.model, "extend"):
-        print(f'  {python} generate.py --workdir={shown} {chosen} --input="..."')
+    flag = f"--checkpoint={chosen}"
+    if config.model.generates():
+        print(f'  {python} generate.py --workdir={shown} {flag} --input="..."')
     print(
-        f"  {python} evaluate.py --workdir={shown} {chosen} "
+        f"  {python} evaluate.py --workdir={shown} {flag} "
         f"--split={shlex.quote(test.name)}\n"
         f"  {python} -m tensorboard.main --logdir={shown}\n"
         f"  {python} train.py ... --config.steps={2 * step}   to go on"
     )
+    return scores
 
 
-def prepare_data(
-    config: ExperimentConfig, workdir: str
-) -> tuple[Tokenizer | None, TrainBatches, Split, Split]:
-    """Tokenizer, training batches, evaluation and test split, checked."""
-    tok = find_tokenizer(config, workdir)
-    limits = config.model.limits()
-    opened = datasets.open(config.data, config.data.train_split, tok, limits)
-    train = TrainBatches(Batches(opened), config.seed)
-    evaluation = Split.open(config, tok, config.data.eval_split)
-    test = Split.open(config, tok, config.data.test_split)
-    print(report(train))
-    print(f"first batch:\n{opened.preview(train[0], tok)}")
-    return tok, train, evaluation, test
-
-
-def find_tokenizer(config: ExperimentConfig, workdir: str) -> Tokenizer | None:
-    """The workdir's; else the one named; else that of init_from; else a new one."""
+def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
+    """The workdir's; else built, with the tokenizer of init_from if none is named."""
     data = config.data
-    if not datasets.needs_tokenizer(data):
-        return None
-    if saved_config(workdir) is not None:
-        return load_tokenizer(workdir)
-    if config.init_from and not data.tokenizer.path:
-        return load_tokenizer(workdirs.parse(config.init_from)[0])
-    return build_tokenizer(data, config.model.vocab_size)
+    source, rules = "", workdirs.init_rules(config)
+    if workdirs.saved_config(workdir) is not None:
+        saved = codec_files.load(workdir, data)
+        if saved.keys() >= data.classes().keys():
+            return saved
+        source = workdir  # imported weights: their classes have no names yet
+    elif rules:
+        source = workdirs.parse(rules[0].source)[0]
+    return codec_files.build(data, config.model.sizes(), tokenizer_from=source)
 
 
 def restore_or_init(
     experiment: Experiment, train: TrainBatches, checkpointer: Checkpointer
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest intact state, or a new one, and what is saved beside it."""
+    """The newest intact state, or a new one, placed; and what is saved beside it."""
     config = experiment.config
     data = {"seed": config.seed, "tokens": train.batches.dataset.digest}
-    source = config.init_from
-    if imported(checkpointer):
-        source = f"{checkpointer.directory.parent}:0"
-    restored = None
-    if not imported(checkpointer):
-        restored = checkpointer.restore(experiment.abstract_state())
+    rules, restored = workdirs.init_rules(config), None
+    if workdirs.is_imported(checkpointer):
+        rules = (schema.InitRule(f"{checkpointer.directory.parent}:0"),)
+    else:
+        restored = workdirs.restore(experiment, checkpointer)
     if restored is None:
         meta = {"data": data | {"step": 0}, "window": {}}
-        if source:
-            state, found = workdirs.start(experiment, source)
+        if rules:
+            state, found = workdirs.start(experiment, rules)
             print(found)
         else:
             state = experiment.placement.init(experiment.make_state)
@@ -365,85 +289,146 @@ def restore_or_init(
     return state, meta | {"config": schema.to_json(config)}
 
 
-def imported(checkpointer: Checkpointer) -> bool:
-    """Does it hold parameters only, which no step of ours has changed?"""
-    step = checkpointer.latest()
-    return step == 0 and bool(checkpointer.meta_of(0).get("params_only"))
+def resolve(
+    config: ExperimentConfig, workdir: str = ""
+) -> tuple[ExperimentConfig, Mapping[str, Codec] | None]:
+    """(the config with what follows from the data filled in, codecs if it needed them).
+
+    Only numbers of classes that the config leaves to the data need the data.
+    """
+    if not config.needs_classes():
+        return config.resolved(), None
+    codecs = find_codecs(config, workdir)
+    return config.resolved(codec_files.class_counts(config.data, codecs)), codecs
 
 
-def main(argv: list[str]) -> int:
-    """config -> mesh -> data -> state -> loop -> eval -> save."""
-    config = launch.config_flag()
-    experiment = Experiment(config)
-    if flags.FLAGS.dry_run:
-        print_plan(experiment)
-        return 0
-    workdir = launch.folder_flag("workdir")
-    interrupt = Interrupt()
+def run(
+    config: ExperimentConfig, workdir: str, *, stop: Stop = lambda: ""
+) -> dict[str, Any]:
+    """Trains, or resumes, in `workdir`; returns the test scores by name.
+
+    `stop` is asked after every step; once it returns a reason, the state is saved and
+    {} is returned. Raises TriformError for what a user can mend.
+    """
+    config, workdir = copy.deepcopy(config), paths.absolute(workdir)
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes: train.py runs on one host")
+    config, codecs = resolve(config, workdir)
+    experiment = Experiment(config)
     os.makedirs(workdir, exist_ok=True)
-    held = lock(workdir)
-    check_workdir(workdir, config)
     with contextlib.ExitStack() as stack:
-        checkpointer = stack.enter_context(
-            Checkpointer(checkpoint_dir(workdir), config.checkpoint)
-        )
+        stack.enter_context(workdirs.lock(workdir))
+        workdirs.check_config(workdir, config)
+        directory = workdirs.checkpoint_dir(workdir)
+        checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         done = checkpointer.latest() or 0
-        if done >= config.steps and tested(workdir, done):
+        if done >= config.steps and (scores := workdirs.tested(workdir, done)):
             print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
-            return 0
+            return scores
         print_plan(experiment)
-        tok, train, evaluation, test = prepare_data(config, workdir)
-        state, meta = restore_or_init(experiment, train, checkpointer)
-        claim_workdir(workdir, config, tok)
-        evaluator = Evaluator(experiment, tok)
-        writer = stack.enter_context(
-            contextlib.closing(MetricWriter(workdir, meta["data"]["step"]))
+        codecs = codecs or find_codecs(config, workdir)
+        splits = open_splits(experiment, codecs)
+        state, meta = restore_or_init(experiment, splits[0], checkpointer)
+        workdirs.claim(workdir, config, codecs)
+        workdirs.save_frozen(workdir, experiment.placement.unload(state))
+        writer = MetricWriter(workdir, meta["data"]["step"])
+        stack.enter_context(contextlib.closing(writer))
+        evaluator = Evaluator(experiment, codecs)
+        return _train_and_test(
+            experiment, splits, state, meta, evaluator, checkpointer, writer, stop
         )
 
-        def evaluate(state: TrainState, step: int) -> None:
-            result = evaluator(
-                experiment.evaluation_params(state),
-                evaluation,
-                "eval",
-                config.evaluation.examples,
-                lambda: interrupt.requested,
-            )
+
+def open_splits(
+    experiment: Experiment, codecs: Mapping[str, Codec]
+) -> tuple[TrainBatches, dict[str, tuple[Split, int, tuple[str, ...]]], Split]:
+    """(training batches, what is evaluated by prefix, test split).
+
+    Each evaluation is (split, number of examples to generate for, names of scores).
+    """
+    config, sizes = experiment.config, experiment.sizes
+    train = Split.open(config.data, codecs, config.data.train_split, sizes)
+    batches = TrainBatches(train.batches, config.seed)
+    first = Split.open(config.data, codecs, config.data.eval_split, sizes)
+    main = config.evaluation
+    evaluated = {"eval": (first, main.examples, main.metrics)}
+    for other in config.evaluations:
+        data = copy.deepcopy(config.data)
+        data.source = other.source or data.source
+        split = Split.open(data, codecs, other.split, sizes)
+        evaluated[other.name] = (split, other.examples, other.scores)
+    test = Split.open(config.data, codecs, config.data.test_split, sizes)
+    print(report(batches))
+    print(f"first batch:\n{train.dataset.preview(batches[0])}")
+    return batches, evaluated, test
+
+
+def _train_and_test(
+    experiment: Experiment,
+    splits: tuple[TrainBatches, dict[str, tuple[Split, int, tuple[str, ...]]], Split],
+    state: TrainState,
+    meta: dict[str, Any],
+    evaluator: Evaluator,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    stop: Stop,
+) -> dict[str, Any]:
+    config, (train, evaluated, test) = experiment.config, splits
+    workdir = str(checkpointer.directory.parent)
+
+    def evaluate(state: TrainState, step: int) -> None:
+        variables, numbers = experiment.evaluation_variables(state), {}
+        for prefix, (split, limit, names) in evaluated.items():
+            result = evaluator(variables, step, split, prefix, limit, stop, names=names)
             if result is None:
                 return
             writer.write(step, result.scalars)
+            numbers |= result.numbers()
             if result.samples:
-                write_samples(workdir, f"step_{step:08d}", result.samples)
-            checkpointer.record(step, result.numbers())
-            print(
-                f"step {step}: {summary(result)} ({result.seconds:.0f} s)", flush=True
-            )
+                name = f"step_{step:08d}"
+                name = name if prefix == "eval" else f"{name}_{prefix}"
+                write_samples(workdir, name, result.samples)
+            seconds = f"({result.seconds:.0f} s)"
+            print(f"step {step}: {summary(result)} {seconds}", flush=True)
+        checkpointer.record(step, numbers)
 
-        interrupt.listening = True
-        step = meta["data"]["step"]
-        if evaluation_due(config, step) and not checkpointer.metrics_of(step):
-            evaluate(state, step)  # the one that was interrupted
-        if step < config.steps and not interrupt.requested:
-            state = train_loop(
-                experiment,
-                train,
-                state,
-                meta,
-                evaluate,
-                checkpointer,
-                writer,
-                interrupt,
-            )
-        if not interrupt.requested:
-            finish(
-                experiment, evaluator, test, checkpointer, writer, workdir, interrupt
-            )
-        if interrupt.requested:
+    if isinstance(stop, Interrupt):
+        stop.listening = True
+    step = meta["data"]["step"]
+    if evaluation_due(config, step) and not checkpointer.metrics_of(step):
+        evaluate(state, step)  # the one that was interrupted
+    if step < config.steps and not stop():
+        state = train_loop(
+            experiment,
+            train,
+            state,
+            meta,
+            evaluate,
+            checkpointer,
+            writer,
+            stop,
+        )
+    if stop():
+        return {}
+    return finish(experiment, evaluator, test, checkpointer, writer, workdir, stop)
+
+
+def main(argv: list[str]) -> int:
+    """Reads the flags, trains; the exit code."""
+    config = launch.config_flag()
+    if flags.FLAGS.dry_run:
+        print_plan(Experiment(resolve(config)[0]))
+        return 0
+    workdir = launch.folder_flag("workdir")
+    interrupt = Interrupt()
+    run(config, workdir, stop=interrupt)
+    if interrupt.requested:
+        with Checkpointer(
+            workdirs.checkpoint_dir(workdir), config.checkpoint
+        ) as checkpointer:
             saved = checkpointer.latest()
-            print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
-            return INTERRUPTED
-    held.close()
+        print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -1,110 +1,422 @@
-"""Starting from parameters of another run: fine-tuning, imported weights."""
+"""Everything that a run keeps on disk, and starting from what other runs kept.
+
+A workdir holds config.json, the codecs (tokenizer, class names), checkpoints/, frozen/
+(parameters that are not trained, saved once), scores.json, metrics.jsonl, samples/ and
+what evaluate.py reports.
+"""
 
 import dataclasses
+import fcntl
 import os
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from triform.experiment import (
-    Experiment,
-    checkpoint_dir,
-    for_these_devices,
-    open_workdir,
-)
-from triform.models.transformer import cycle, looped_layers, stacked_layers
-from triform.runtime.checkpoint import Checkpointer
+from triform.configs import schema
+from triform.configs.schema import ExperimentConfig, InitRule
+from triform.data.codecs import Codec
+from triform.data.codecs import files as codec_files
+from triform.experiment import Experiment, TrainState
+from triform.models.stacking import looped_layers, stacked_layers
+from triform.runtime import metrics, paths
+from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
-from triform.runtime.paths import path_name
 
 Tree = Any
 Shape = tuple[int, ...]
+# Config keys that must not change on resuming: parameters or step numbers depend on
+# them. (Prefixes; FREE are the exceptions below them.)
+FIXED = (
+    "model.",
+    "task.type",
+    "data.type",
+    "data.source",
+    "data.train_split",
+    "data.tokenizer.",
+    "optim.name",
+    "optim.ema_decay",
+    "optim.train",
+)
+FREE = (
+    "model.trunk.remat",
+    "model.trunk.dropout",
+    "model.trunk.attention_dropout",
+    "data.tokenizer.path",  # the workdir has a copy
+)
+
+
+# The config and the files beside it
+
+
+def saved_config(workdir: str) -> ExperimentConfig | None:
+    """The config of a workdir; None if it holds none."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    try:
+        return schema.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a config of this version of Triform ({error!r}); restore the "
+            "file or name another workdir"
+        ) from error
+
+
+def open_config(workdir: str) -> ExperimentConfig:
+    """The config of a workdir that must exist; UserError if it does not."""
+    config = saved_config(workdir)
+    if config is None:
+        raise UserError(
+            f"workdir={workdir!r}: holds no config.json; name the workdir of a run "
+            "that train.py has started"
+        )
+    return config
+
+
+def for_these_devices(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its mesh, or with the batch split over all devices if another
+    number of devices is here than it was trained on.
+    """
+    try:
+        config.mesh.sizes(jax.device_count())
+    except ValueError:
+        config.mesh = type(config.mesh)()
+    config.placement = "mesh"
+    return config
+
+
+def check_config(workdir: str, config: ExperimentConfig) -> None:
+    """On resuming prints what differs, and refuses what may not."""
+    old = saved_config(workdir)
+    changed = schema.differences(old, config) if old is not None else {}
+    for name, (before, after) in changed.items():
+        print(f"config: {name} was {before!r}, is now {after!r}")
+    for name, (before, after) in changed.items():
+        if name == "seed" or (name.startswith(FIXED) and name not in FREE):
+            raise UserError(
+                f"workdir={workdir!r}: it belongs to another experiment ({name} is "
+                f"{before!r} there, {after!r} here); name another workdir or change it "
+                "back"
+            )
+
+
+def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -> None:
+    """Writes codecs and config.json. Called last, after everything that may fail."""
+    codec_files.save(codecs, workdir)
+    path = os.path.join(workdir, "config.json")
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(schema.to_json(config))
+    os.replace(path + ".tmp", path)
+
+
+def lock(workdir: str) -> Any:
+    """A file that is locked until it is closed: one run at a time per workdir."""
+    file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115  (kept open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"workdir={workdir!r}: another train.py runs in it; wait for it, stop it, "
+            "or name another workdir"
+        ) from error
+    return file
+
+
+def tested(workdir: str, step: int) -> dict[str, Any]:
+    """The test scores that were written after this step; {} if there are none."""
+    lines = metrics.read_lines(workdir)
+    found = [x for x in lines if x["step"] == step and "test/loss" in x]
+    return {k: v for k, v in found[-1].items() if k != "step"} if found else {}
+
+
+# Checkpoints
+
+
+def checkpoint_dir(workdir: str) -> str:
+    """Where a workdir's checkpoints are."""
+    return os.path.join(workdir, "checkpoints")
+
+
+def _frozen(workdir: str) -> Checkpointer:
+    return Checkpointer(os.path.join(workdir, "frozen"), CheckpointConfig())
+
+
+def save_frozen(workdir: str, state: TrainState) -> None:
+    """Saves the parameters that are not trained, once per run."""
+    if jax.tree.leaves(state.frozen):
+        with _frozen(workdir) as checkpointer:
+            if checkpointer.latest() is None:
+                frozen = {"frozen": state.frozen}
+                checkpointer.save(0, frozen, meta={}, wait=True)
+
+
+def restore_frozen(workdir: str, abstract: TrainState) -> Tree:
+    """The parameters that `save_frozen` saved."""
+    if not jax.tree.leaves(abstract.frozen):
+        return abstract.frozen
+    with _frozen(workdir) as checkpointer:
+        return checkpointer.restore({"frozen": abstract.frozen}, 0)[0]["frozen"]
+
+
+def restore(
+    experiment: Experiment, checkpointer: Checkpointer
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """(newest intact state, not yet placed; what was saved beside it), or None."""
+    abstract = experiment.abstract_state()
+    restored = checkpointer.restore(abstract.replace(frozen={}))
+    if restored is None:
+        return None
+    frozen = restore_frozen(str(checkpointer.directory.parent), abstract)
+    return restored[0].replace(frozen=frozen), restored[1]
+
+
+def is_imported(checkpointer: Checkpointer) -> bool:
+    """Does it hold parameters only, which no training step has changed?"""
+    step = checkpointer.latest()
+    return step == 0 and bool(checkpointer.meta_of(0).get("params_only"))
+
+
+def steps_of(checkpointer: Checkpointer, which: str, near: Sequence[int]) -> list[int]:
+    """Steps of 'best', 'latest', 'average:K' (newest K of `near`) or a step number.
+
+    Raises UserError if there are none such.
+    """
+    kept = checkpointer.steps()
+    if not kept:
+        raise UserError(
+            f"{checkpointer.directory}: no checkpoint yet; train first, or name "
+            "another workdir"
+        )
+    kind, _, count = which.partition(":")
+    if kind == "average" and count.isdigit() and int(count) > 0:
+        steps = list(near[-int(count) :])
+        if len(steps) < int(count):
+            raise UserError(
+                f"checkpoint={which!r}: only {len(near)} consecutive checkpoints are "
+                f"there ({', '.join(map(str, near))}); average at most so many"
+            )
+        return steps
+    if which == "best":
+        best = checkpointer.best()
+        return [kept[-1] if best is None else best]
+    if which == "latest":
+        return kept[-1:]
+    if which.isdigit() and int(which) in kept:
+        return [int(which)]
+    raise UserError(
+        f"checkpoint={which!r}: expected best, latest, average:K or one of the steps "
+        f"{', '.join(map(str, kept))}"
+    )
+
+
+def load_variables(
+    experiment: Experiment, checkpointer: Checkpointer, which: str
+) -> tuple[Tree, int, str]:
+    """(variables placed, newest step among them, description) of a checkpoint.
+
+    `which` is 'best', 'latest', 'average:K' or a step number.
+    """
+    # Older steps are kept for being best, not for being next in line.
+    newest = experiment.config.checkpoint.keep_newest
+    steps = steps_of(checkpointer, which, checkpointer.on_schedule()[-newest:])
+    total = None
+    for step in steps:
+        try:
+            found = _saved_variables(experiment, checkpointer, step)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"checkpoint {step} was removed by its run while it was read; try again"
+            ) from error
+        total = found if total is None else jax.tree.map(np.add, total, found)
+    mean = total
+    if len(steps) > 1:
+        mean = jax.tree.map(lambda x: (x / len(steps)).astype(x.dtype), total)
+    name = f"step {steps[0]}" if len(steps) == 1 else f"mean of steps {steps}"
+    return experiment.placement.load(mean), steps[-1], name
+
+
+def _saved_variables(
+    experiment: Experiment, checkpointer: Checkpointer, step: int
+) -> Tree:
+    abstract = experiment.abstract_state()
+    if checkpointer.meta_of(step).get("params_only"):
+        params = experiment.placement.abstract(
+            {"params": abstract.variables()["params"]}
+        )["params"]
+        return {"params": checkpointer.restore_params(params, step)}
+    frozen = restore_frozen(str(checkpointer.directory.parent), abstract)
+    if experiment.config.optim.ema_decay or jax.tree.leaves(abstract.extra):
+        state, _ = checkpointer.restore(abstract.replace(frozen={}), step)
+        return experiment.evaluation_variables(state.replace(frozen=frozen))
+    params = checkpointer.restore_params(abstract.params, step)
+    return abstract.replace(params=params, frozen=frozen).variables()
+
+
+# A finished or running workdir, opened
+
+
+@dataclasses.dataclass
+class Run:
+    """A workdir, opened for reading."""
+
+    path: str
+    config: ExperimentConfig
+    experiment: Experiment
+    variables: Tree  # placed
+    codecs: Mapping[str, Codec]
+    step: int  # of the checkpoint
+    which: str  # description of the checkpoint
+
+
+class Loaded(NamedTuple):
+    """What `load` returns."""
+
+    config: ExperimentConfig
+    model: Any  # Linen module: model.apply(params, batch) -> {output name: array}
+    params: Tree  # variables: {"params": ...}
+    codecs: Mapping[str, Codec]
+
+
+def open_run(
+    path: str, checkpoint: str = "best", config: ExperimentConfig | None = None
+) -> Run:
+    """Config, codecs and variables of a workdir; UserError if it cannot be read."""
+    path = paths.absolute(path)
+    config = for_these_devices(config or open_config(path))
+    experiment = Experiment(config)
+    with Checkpointer(checkpoint_dir(path), config.checkpoint) as checkpointer:
+        variables, step, which = load_variables(experiment, checkpointer, checkpoint)
+    codecs = codec_files.load(path, config.data)
+    return Run(path, config, experiment, variables, codecs, step, which)
+
+
+def load(path: str, checkpoint: str = "best") -> Loaded:
+    """(config, model, params, codecs) of a workdir.
+
+    `model.apply(params, batch)` gives the outputs; `codecs["text"]` is the tokenizer.
+    """
+    run = open_run(path, checkpoint)
+    return Loaded(run.config, run.experiment.model, run.variables, run.codecs)
+
+
+# Initialisation from other runs
 
 
 @dataclasses.dataclass
 class Report:
-    """What became of every array, by name with its shape (saved, then wanted)."""
+    """What became of every array, by name with its shape."""
 
     source: str
     restored: dict[str, Shape]
-    adapted: dict[str, tuple[Shape, Shape]]
-    copied: dict[str, str]  # from an array that is also restored, by its name
+    adapted: dict[str, str]  # how a saved array was fitted to another shape
+    copied: dict[str, str]  # from a saved array of another name
     skipped: dict[str, Shape]
     new: dict[str, Shape]
 
     def __str__(self) -> str:
-        def size(shapes: Any) -> str:
-            return f"{sum(int(np.prod(s)) for s in shapes):,} parameters"
+        def size(shapes: Mapping[str, Shape]) -> str:
+            return f"{sum(int(np.prod(s)) for s in shapes.values()):,} parameters"
 
-        def lines(names: dict[str, Any]) -> list[str]:
-            return [f"    {name} {shape}" for name, shape in names.items()]
+        def lines(names: Mapping[str, Any], title: str) -> list[str]:
+            shown = [f"    {name} {how}" for name, how in names.items()]
+            return [f"  {title}", *shown] if shown else []
 
-        changed = {k: f"{old} -> {new}" for k, (old, new) in self.adapted.items()}
         return "\n".join(
             [
                 f"init_from: {self.source}",
-                f"  restored: {len(self.restored)} arrays, "
-                f"{size(self.restored.values())}",
-                *(["  restored in another shape:"] if changed else []),
-                *lines(changed),
-                *(["  copied:"] if self.copied else []),
-                *(f"    {name} from {origin}" for name, origin in self.copied.items()),
-                f"  skipped: {len(self.skipped)} saved arrays without a place, "
-                f"{size(self.skipped.values())}",
-                *lines(self.skipped),
-                f"  newly initialised: {len(self.new)} arrays, "
-                f"{size(self.new.values())}",
-                *lines(self.new),
+                f"  restored: {len(self.restored)} arrays, {size(self.restored)}",
+                *lines(self.adapted, "restored in another shape:"),
+                *lines({k: f"from {v}" for k, v in self.copied.items()}, "copied:"),
+                f"  skipped: {len(self.skipped)} saved arrays, {size(self.skipped)}",
+                *lines(self.skipped, "skipped, the model has no such parameter:"),
+                f"  newly initialised: {len(self.new)} arrays, {size(self.new)}",
+                *lines(self.new, "newly initialised:"),
             ]
         )
 
 
-def parse(init_from: str) -> tuple[str, str]:
+def parse(source: str) -> tuple[str, str]:
     """(workdir, which checkpoint) of WORKDIR or WORKDIR:best|latest|average:K|STEP.
 
-    UserError if there is no such workdir.
+    UserError if there is no such folder.
     """
-    found = re.fullmatch(r"(.+?)(?::(best|latest|average:\d+|\d+))?", init_from)
-    workdir = os.path.abspath(found[1])
+    found = re.fullmatch(r"(.+?)(?::(best|latest|average:\d+|\d+))?", source)
+    workdir = paths.absolute(found[1])
     if not os.path.isdir(workdir):
-        raise UserError(f"init_from={init_from!r}: no such folder; name a workdir")
+        raise UserError(f"init_from={source!r}: no such folder; name a workdir")
     return workdir, found[2] or "best"
 
 
-def saved_params(init_from: str) -> tuple[Tree, str]:
-    """Looped parameters on the host, and a description; UserError if there are none."""
-    workdir, which = parse(init_from)
-    config = for_these_devices(open_workdir(workdir))
-    experiment = Experiment(config)
-    with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
-        params, found = experiment.load_params(checkpointer, which)
-    return looped_layers(jax.device_get(params)), f"{workdir}, {found}"
+def init_rules(config: ExperimentConfig) -> tuple[InitRule, ...]:
+    """The rules of a config: `init_from` is one that takes everything."""
+    return (InitRule(config.init_from),) if config.init_from else config.init
 
 
-def start(experiment: Experiment, init_from: str) -> tuple[Any, Report]:
-    """(first state of a run with what fits of another's parameters, report), placed."""
-    saved, source = saved_params(init_from)
-    model = experiment.config.model
-    if model.trunk.scan_layers:
-        saved = stacked_layers(saved, cycle(model.trunk), np)
-    saved = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(saved)}
-    placement = experiment.placement
+def _saved_params(rule: InitRule) -> tuple[dict[str, np.ndarray], str]:
+    """(looped parameters by our names, description) of a rule's source."""
+    workdir, which = parse(rule.source)
+    run = open_run(workdir, which)
+    params = looped_layers(jax.device_get(run.variables["params"]))
+    found = {}
+    for name, x in flatten_dict(params, sep="/").items():
+        for pattern, replacement in rule.rename:
+            name = re.sub(pattern, replacement, name)
+        if re.search(rule.only, name):
+            found[name] = x
+    if not found:
+        raise UserError(
+            f"init: no array of {rule.source!r} is left after only={rule.only!r}; "
+            f"saved names are such as {next(iter(flatten_dict(params, sep='/')))!r}"
+        )
+    return found, f"{workdir}, {run.which}"
+
+
+def _stacked(saved: Tree, wanted: Tree) -> Tree:
+    """Saved looped layers stacked wherever `wanted` has scanned ones."""
+    if not isinstance(saved, dict) or not isinstance(wanted, dict):
+        return saved
+    if "layers" in wanted and "layers" not in saved:
+        return stacked_layers(saved, len(wanted["layers"]), np)
+    return {k: _stacked(x, wanted.get(k)) for k, x in saved.items()}
+
+
+def start(
+    experiment: Experiment, rules: Sequence[InitRule]
+) -> tuple[TrainState, Report]:
+    """(first state of a run, placed; report) from what fits of other runs' parameters.
+
+    Later rules replace what earlier ones restored.
+    """
+    saved, sources = {}, []
+    for rule in rules:
+        found, source = _saved_params(rule)
+        saved |= found
+        sources.append(source)
+    model, placement = experiment.config.model, experiment.placement
     shapes = jax.eval_shape(experiment.make_state)
-    places = placement.shardings(shapes)
-    params = jax.jit(experiment.init_params, out_shardings=places.params)()
-    report = Report(source, {}, {}, {}, {}, {})
+    wanted = shapes.variables()
+    tree = _stacked(unflatten_dict(saved, sep="/"), wanted["params"])
+    saved = flatten_dict(tree, sep="/")
+    shardings = placement.shardings(wanted)
+    variables = jax.jit(experiment.init_variables, out_shardings=shardings)()
+    report = Report("; ".join(sources), {}, {}, {}, {}, {})
 
     def choose(path: tuple, fresh: jax.Array) -> jax.Array:
-        name = path_name(path)
+        name = paths.path_name(path)
         origin = name if name in saved else model.origin(name)
         found = saved.get(origin)
         if found is not None and found.shape != fresh.shape:
-            fitted = model.adapt(name, found, fresh.shape)
-            if fitted is not None:
-                report.adapted[name] = (found.shape, fresh.shape)
-            found = fitted
+            fitted = model.adapt(name, np.asarray(found), np.asarray(fresh))
+            found, how = fitted if fitted is not None else (None, "")
+            if found is not None:
+                report.adapted[name] = f"{saved[origin].shape} -> {fresh.shape}: {how}"
         if found is None:
             report.new[name] = fresh.shape
             return fresh
@@ -114,14 +426,17 @@ def start(experiment: Experiment, init_from: str) -> tuple[Any, Report]:
             report.restored[name] = fresh.shape
         return jax.device_put(np.asarray(found, fresh.dtype), fresh.sharding)
 
-    params = jax.tree_util.tree_map_with_path(choose, params)
-    used = report.restored.keys() | report.adapted.keys()
+    params = jax.tree_util.tree_map_with_path(choose, variables["params"])
+    used = {*report.restored, *report.adapted, *report.copied.values()}
     report.skipped |= {k: x.shape for k, x in saved.items() if k not in used}
-    if not used:
+    if not report.restored and not report.adapted:
         raise UserError(
-            f"init_from={init_from!r}: none of its {len(saved)} arrays has a place in "
-            f"model={type(experiment.config.model).__name__}; name a workdir of the "
-            "same family"
+            f"init_from={rules[0].source!r}: none of its {len(saved)} arrays has a "
+            f"name and shape of model={type(model).__name__}; name a workdir of the "
+            "same family, or rename its arrays with config.init"
         )
-    state = jax.jit(experiment.state_of, out_shardings=places)(params)
+    places = placement.shardings(shapes)
+    state = jax.jit(experiment.state_of, out_shardings=places)(
+        {**variables, "params": params}
+    )
     return placement.load(state), report

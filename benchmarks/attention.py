@@ -6,14 +6,7 @@
 One causal row of 6 heads of 64, one layer's attention alone, forward and forward with
 backward. Memory is that of the compiled program's temporaries; a case that needs more
 than --limit_gb is compiled and not run. Steps of all algorithms are timed in turns, and
-what counts are ratios: machines are noisy.
-
-On 2 cores of an AMD EPYC, float32: flash was faster than dot from 256 on (3.9 against
-5.0 ms with backward; 50 against 122 at 1,024) and took 1/85 of its memory at 8,192.
-local was faster than flash from 1,024 on, and 12.4 times as fast at 16,384; performer
-from 4,096 on. Another run, from 4,096 to 32,768 with --rounds=1: microseconds a place,
-forward and backward, at 4,096, 8,192, 16,384 and 32,768: local 38, 38, 40 and 41,
-performer 98, 83, 91 and 90; local 10.3 times as fast as flash at 16,384.
+what counts are ratios: machines are noisy. Results: benchmarks/RESULTS.md.
 """
 
 import argparse

@@ -5,10 +5,8 @@
 Both do all of a step on random tokens: forward, cross-entropy, backward, clipping,
 AdamW, and reading the loss. nanoGPT's modules are re-created here with torch.nn, in
 its shapes and with its choices (no biases, erf gelu, scaled_dot_product_attention).
-Machines are noisy, so steps are timed in turns and what counts is the ratio. On 2
-shared cores of an AMD EPYC, with flash, three runs each: 0.98, 0.95 and 0.97 for char
-(--rounds=20), 0.98, 1.01 and 1.02 for full (--rounds=6); in the first ones 38.2 against
-39.0 ms, and 1,778 against 1,809.
+Machines are noisy, so the two are timed alternately and what counts is the ratio.
+Results: benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -75,7 +73,7 @@ class NanoGPT(nn.Module):
         super().__init__()
         width, rate = trunk.d_model, trunk.dropout
         self.tokens = nn.Embedding(VOCAB, width)
-        self.places = nn.Embedding(trunk.max_len, width)
+        self.positions = nn.Embedding(trunk.max_len, width)
         self.drop = nn.Dropout(rate)
         blocks = (Block(width, trunk.num_heads, rate) for _ in range(trunk.num_layers))
         self.blocks = nn.Sequential(*blocks)
@@ -85,7 +83,7 @@ class NanoGPT(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of targets y after inputs x, both [B, L]."""
-        h = self.drop(self.tokens(x) + self.places(torch.arange(x.shape[1])))
+        h = self.drop(self.tokens(x) + self.positions(torch.arange(x.shape[1])))
         logits = self.head(self.norm(self.blocks(h)))
         return F.cross_entropy(logits.view(-1, VOCAB), y.reshape(-1))
 
@@ -119,9 +117,10 @@ def triform_step(config):
     state = experiment.placement.init(experiment.make_state)
 
     def put(tokens: np.ndarray):
-        x, y = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
-        weights = np.ones(x.shape, np.float32)
-        return experiment.put({"inputs": x, "targets": y, "weights": weights})
+        batch = experiment.empty_batch(config.data.shapes()[-1])
+        batch["inputs"][:], batch["targets"][:] = tokens[:, :-1], tokens[:, 1:]
+        batch["weights"][:] = 1
+        return experiment.put(batch)
 
     batch = put(np.zeros((config.data.batch_size, config.data.max_len + 1), np.int64))
     compiled = experiment.placement.compile_train(experiment.train_step, state, batch)
@@ -147,6 +146,7 @@ def main() -> None:
     config.data.batch_size = args.batch_size or (12 if args.shape == "char" else 16)
     config.model.trunk.attention = args.attention
     config.model.trunk.dropout = config.model.trunk.attention_dropout = 0.0
+    config = config.resolved()
     steps = {"PyTorch": torch_step(config), "Triform": triform_step(config)}
     rng = np.random.default_rng(0)
     shape = (config.data.batch_size, config.data.max_len + 1)

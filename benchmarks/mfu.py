@@ -39,7 +39,7 @@ def configured(args: argparse.Namespace):
     """The experiment's config: GPT-2's of another size, without dropout of weights."""
     config = gpt2.get_config("small")
     trunk = config.model.trunk
-    trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.max_len = SHAPES[args.shape]
+    trunk.num_layers, trunk.d_model, trunk.num_heads, length = SHAPES[args.shape]
     trunk.d_ff = 4 * trunk.d_model
     trunk.dropout = trunk.attention_dropout = 0.0
     trunk.attention, trunk.remat, trunk.scan_layers = (
@@ -49,8 +49,8 @@ def configured(args: argparse.Namespace):
     )
     # A multiple of 128, as everybody rounds it: matrix units work in such tiles.
     config.model.vocab_size = 50_304
-    config.data.max_len, config.data.batch_size = trunk.max_len, args.batch_size
-    return config
+    config.data.max_len, config.data.batch_size = length, args.batch_size
+    return config.resolved()
 
 
 def main() -> None:
@@ -69,8 +69,9 @@ def main() -> None:
     state = experiment.placement.init(experiment.make_state)
     shape = (config.data.batch_size, config.data.max_len)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(3, config.model.vocab_size, shape).astype(np.int32)
-    batch = {"inputs": tokens, "targets": tokens, "weights": np.ones(shape, np.float32)}
+    tokens = rng.integers(3, config.model.vocab_size, shape)
+    batch = experiment.empty_batch(config.data.shapes()[-1])
+    batch["inputs"][:], batch["targets"][:], batch["weights"][:] = tokens, tokens, 1
     batch = experiment.put(batch)
     start = time.perf_counter()
     step = experiment.placement.compile_train(experiment.train_step, state, batch)

@@ -6,38 +6,49 @@ Shapes are the published ones, the text is C4. Counted and dry-run only: 1,235,8
 and 8,030,261,248 parameters.
 """
 
-from triform.configs.schema import ExperimentConfig
-from triform.data.datasets import CausalLMConfig
-from triform.models import LanguageModelConfig
-from triform.models.config import TransformerConfig
-from triform.models.decode import DecodeConfig
-from triform.runtime.checkpoint import CheckpointConfig
-from triform.runtime.optim import OptimConfig
-from triform.scores.text import EvaluationConfig
-from triform.tasks import TokenPredictionConfig
+import functools
 
-# Layers, width, heads, key/value heads, feed-forward width, vocabulary, tied head.
-SHAPES = {
-    "1b": (16, 2048, 32, 8, 8192, 128_256, True),
-    "8b": (32, 4096, 32, 8, 14_336, 128_256, False),
-    "smoke": (2, 16, 4, 2, 32, 400, False),
+from triform.configs.schema import (
+    CausalLMConfig,
+    CheckpointConfig,
+    DecodeConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    LanguageModelConfig,
+    OptimConfig,
+    RopeConfig,
+    TokenPredictionConfig,
+    TransformerConfig,
+    smoke,
+    vary,
+)
+
+VARIANTS = {
+    "1b": {
+        "model.trunk": {"num_layers": 16, "d_model": 2048, "d_ff": 8192},
+        "model.tie_head": True,
+        # It reaches further than it was first trained for.
+        "model.trunk.rope": {"scaling": "llama3", "factor": 32.0, "length": 8192},
+    },
+    "8b": {},
+    "smoke": (
+        {"data.source": "wikitext2"},
+        functools.partial(smoke, split="validation[:2]"),
+    ),
 }
 
 
 def get_config(variant: str = "1b") -> ExperimentConfig:
     """Variants: '1b', '8b', 'smoke'."""
-    if variant not in SHAPES:
-        raise ValueError(f"variant {variant!r}: expected '1b', '8b' or 'smoke'")
-    layers, width, heads, kv_heads, d_ff, vocab, tied = SHAPES[variant]
     trunk = TransformerConfig(
-        num_layers=layers,
-        d_model=width,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        d_ff=d_ff,
-        max_len=8192,
+        num_layers=32,
+        d_model=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        d_ff=14_336,
+        max_len=0,
         positions="rotary",
-        rope_base=500_000.0,
+        rope=RopeConfig(base=500_000.0),
         norm="rms",
         norm_position="pre",
         norm_eps=1e-5,
@@ -49,13 +60,15 @@ def get_config(variant: str = "1b") -> ExperimentConfig:
         remat=True,
         scan_layers=True,
     )
-    if variant == "1b":  # reaches further than it was first trained for
-        trunk.rope_scaling = ("llama3", 32.0, 1.0, 4.0, 8192)
     config = ExperimentConfig(
-        model=LanguageModelConfig(trunk, vocab, tie_head=tied),
+        model=LanguageModelConfig(trunk, vocab_size=128_256, tie_head=False),
         task=TokenPredictionConfig(label_smoothing=0.0, z_loss=1e-4),
         data=CausalLMConfig(
-            source="c4/en", max_len=8192, batch_size=512, documents="separate"
+            source="c4/en",
+            test_split="validation",
+            max_len=8192,
+            batch_size=512,
+            documents="separate",
         ),
         optim=OptimConfig(
             name="adamw",
@@ -73,12 +86,4 @@ def get_config(variant: str = "1b") -> ExperimentConfig:
         checkpoint=CheckpointConfig(every=1000),
         steps=100_000,
     )
-    config.data.test_split = "validation"
-    if variant == "smoke":
-        trunk.max_len = config.data.max_len = 32
-        config.data.source = "wikitext2"
-        config.data.train_split = config.data.eval_split = "validation[:2]"
-        config.data.test_split, config.data.batch_size = "validation[:2]", 128
-        config.steps, config.log_every = 4, 2
-        config.evaluation.every = config.checkpoint.every = 2
-    return config
+    return vary(config, VARIANTS, variant)

@@ -7,53 +7,69 @@ baselines", in outline. Counted and dry-run only: 86,567,656 parameters (b16),
 304,326,632 (l16), 632,045,800 (h14).
 """
 
-from triform.configs.schema import ExperimentConfig
-from triform.data.datasets import ImagesConfig
-from triform.models import VisionConfig
-from triform.models.config import TransformerConfig
-from triform.runtime.checkpoint import CheckpointConfig
-from triform.runtime.optim import OptimConfig
-from triform.scores.text import EvaluationConfig
-from triform.tasks import ClassificationConfig
+from typing import Any
 
-# Layers, width, heads, feed-forward width, patch, image.
-SHAPES = {
-    "b16": (12, 768, 12, 3072, 16, 224),
-    "l16": (24, 1024, 16, 4096, 16, 224),
-    "h14": (32, 1280, 16, 5120, 14, 224),
-    "smoke": (2, 16, 2, 32, 7, 28),
+from triform.configs.schema import (
+    CheckpointConfig,
+    ClassificationConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    ImagesConfig,
+    OptimConfig,
+    TransformerConfig,
+    VisionConfig,
+    smoke,
+    vary,
+)
+
+
+def size(layers: int, width: int, heads: int, d_ff: int, patch: int) -> dict[str, Any]:
+    """A variant; those of more than 12 layers are scanned and recomputed."""
+    deep = layers > 12
+    shape = {"num_layers": layers, "d_model": width, "num_heads": heads, "d_ff": d_ff}
+    return {
+        "model.trunk": {**shape, "remat": deep, "scan_layers": deep},
+        "model.patch_size": patch,
+    }
+
+
+VARIANTS = {
+    "b16": size(12, 768, 12, 3072, 16),
+    "l16": size(24, 1024, 16, 4096, 16),
+    "h14": size(32, 1280, 16, 5120, 14),
+    "smoke": (
+        {
+            "model": {"patch_size": 7, "num_labels": 10},
+            "data": {
+                "source": "mnist",
+                "eval_split": "test",
+                "size": 28,
+                "channels": 1,
+            },
+        },
+        smoke,
+    ),
 }
 
 
 def get_config(variant: str = "b16") -> ExperimentConfig:
     """Variants: 'b16', 'l16', 'h14', 'smoke'."""
-    if variant not in SHAPES:
-        raise ValueError(
-            f"variant {variant!r}: expected 'b16', 'l16', 'h14' or 'smoke'"
-        )
-    layers, width, heads, d_ff, patch, image = SHAPES[variant]
     trunk = TransformerConfig(
-        num_layers=layers,
-        d_model=width,
-        num_heads=heads,
-        d_ff=d_ff,
-        max_len=(image // patch) ** 2 + 1,
         positions="learned",
         norm_position="pre",
         norm_eps=1e-12,
         ffn="gelu",
         dropout=0.1,
         dtype="bfloat16",
-        remat=layers > 12,
-        scan_layers=layers > 12,
+        max_len=0,
     )
     config = ExperimentConfig(
-        model=VisionConfig(trunk, image_size=image, patch_size=patch),
+        model=VisionConfig(trunk, image_size=0, channels=0, num_labels=1000),
         task=ClassificationConfig(label_smoothing=0.1),
         data=ImagesConfig(
             source="imagenet2012",
             test_split="validation",
-            size=image,
+            size=224,
             channels=3,
             batch_size=1024,
             crop="resized",
@@ -75,12 +91,4 @@ def get_config(variant: str = "b16") -> ExperimentConfig:
         checkpoint=CheckpointConfig(every=1000, metric="eval/accuracy", mode="max"),
         steps=112_600,
     )
-    if variant == "smoke":
-        config.model.channels = config.data.channels = 1
-        config.model.num_labels = 10
-        config.data.source = "mnist"
-        config.data.train_split = config.data.eval_split = "test[:100]"
-        config.data.test_split, config.data.batch_size = "test[:100]", 32
-        config.steps, config.log_every = 4, 2
-        config.evaluation.every = config.checkpoint.every = 2
-    return config
+    return vary(config, VARIANTS, variant)

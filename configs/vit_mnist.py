@@ -4,17 +4,25 @@
 
 Measured on 2 cores of an AMD EPYC beside other jobs: 99.19 % of the test images right
 after 6,000 steps, in 21 min 17 s from start to end, 22 min 54 s of CPU time. The
-training images are 55,000 of the 60,000; the others chose nothing but the checkpoint.
+training images are 55,000 of the 60,000; the others only chose the checkpoint.
 """
 
-from triform.configs.schema import ExperimentConfig
-from triform.data.datasets import ImagesConfig
-from triform.models import VisionConfig
-from triform.models.config import TransformerConfig
-from triform.runtime.checkpoint import CheckpointConfig
-from triform.runtime.optim import OptimConfig
-from triform.scores.text import EvaluationConfig
-from triform.tasks import ClassificationConfig
+import functools
+
+from triform.configs.schema import (
+    CheckpointConfig,
+    ClassificationConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    ImagesConfig,
+    OptimConfig,
+    TransformerConfig,
+    VisionConfig,
+    smoke,
+    vary,
+)
+
+VARIANTS = {"": {}, "smoke": functools.partial(smoke, split="test[:100]")}
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
@@ -24,7 +32,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
         d_model=64,
         num_heads=4,
         d_ff=192,
-        max_len=50,
+        max_len=0,
         positions="learned",
         norm_position="pre",
         ffn="gelu",
@@ -33,7 +41,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
     )
     config = ExperimentConfig(
         model=VisionConfig(
-            trunk, image_size=28, patch_size=4, channels=1, num_labels=10
+            trunk, image_size=0, patch_size=4, channels=0, num_labels=10
         ),
         task=ClassificationConfig(label_smoothing=0.1),
         data=ImagesConfig(
@@ -60,13 +68,4 @@ def get_config(variant: str = "") -> ExperimentConfig:
         checkpoint=CheckpointConfig(every=500, metric="eval/accuracy", mode="max"),
         steps=6000,
     )
-    if variant == "smoke":
-        trunk.num_layers, trunk.d_model, trunk.num_heads, trunk.d_ff = 2, 16, 2, 32
-        config.data.train_split = config.data.eval_split = "test[:100]"
-        config.data.test_split = "test[:100]"
-        config.data.batch_size = 32
-        config.steps, config.log_every = 4, 2
-        config.evaluation.every = config.checkpoint.every = 2
-    elif variant:
-        raise ValueError(f"variant {variant!r}: expected '' or 'smoke'")
-    return config
+    return vary(config, VARIANTS, variant)

@@ -44,9 +44,7 @@ def zeros(spec: Spec, shape: Mapping[str, int]) -> dict[str, np.ndarray]:
     }
 
 
-def abstract(
-    spec: Spec, shape: Mapping[str, int]
-) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(spec: Spec, shape: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch."""
     return {
         name: jax.ShapeDtypeStruct([shape[a] for a in field.axes], field.dtype)
@@ -63,7 +61,11 @@ def check(batch: Batch, spec: Spec, sizes: Sizes, name: Callable[[int], str]) ->
     for key, field in spec.items():
         x = batch[key]
         if field.below:
-            limit = sizes[field.below] if isinstance(field.below, str) else field.below
+            limit = field.below
+            if isinstance(limit, str):
+                if limit not in sizes:
+                    continue  # the model does not read the field
+                limit = sizes[limit]
             bad = (x < 0) | (x >= limit)
             fix = f"raise model.{field.below}"
             if field.below == "vocab_size":
@@ -88,15 +90,3 @@ def count(batch: Batch, spec: Spec) -> int:
     """Number of real positions (or rows): non-zero entries of every `counts` field."""
     fields = {field.counts for field in spec.values() if field.counts}
     return int(sum((batch[name] != 0).sum() for name in fields))
-
-
-def pad_rows(batch: Batch, multiple: int) -> dict[str, np.ndarray]:
-    """Appends rows of zeros (weight and segment 0) up to a multiple of rows."""
-    rows = len(next(iter(batch.values())))
-    extra = -rows % multiple
-    if not extra:
-        return dict(batch)
-    return {
-        k: np.concatenate([x, np.zeros((extra, *x.shape[1:]), x.dtype)])
-        for k, x in batch.items()
-    }

@@ -1,4 +1,4 @@
-"""Texts tokenised once into memory-mapped arrays, and the tokenizer of a config.
+"""Examples encoded once into memory-mapped arrays.
 
 The arrays are cached by everything that changes them: the corpus, which of its features
 are read and how, and the tokenizer.
@@ -12,22 +12,23 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from triform.data import sources
-from triform.data.codecs import text as tokenizer
 from triform.data.codecs.text import Tokenizer
+from triform.data.sources import Source
+from triform.runtime import paths
 from triform.runtime.errors import DataError
 
 LAYOUT = "v3"  # of the arrays; another one makes other cache entries
 
 
-def whole(value: Any) -> list:
-    """A value as it is."""
+def single(value: Any) -> list:
+    """The value, undivided."""
     return [value]
 
 
@@ -44,13 +45,13 @@ class Feature:
     source: str
     name: str
     prefix: str = ""  # put before every text
-    cut: Callable[[Any], list] = whole  # value -> texts, each tokenised by itself
+    divide: Callable[[Any], list] = single  # value -> texts, each tokenised by itself
     end: bool = False  # EOS after every text
     is_text: bool = True  # else numbers or names, kept as they are
 
     def key(self) -> str:
         """What its arrays depend on, besides source and tokenizer."""
-        how = self.cut.__qualname__, self.end, self.is_text
+        how = self.divide.__qualname__, self.end, self.is_text
         return repr((self.field, self.name, self.prefix, *how))
 
 
@@ -107,21 +108,19 @@ class TokenStore:
                     self.first[feature.field] = arrays["first"]
 
 
+def origin(config: Any, source: str) -> Source:
+    """A source, with the folders that a config names."""
+    return sources.source(source, config.data_dir, config.manual_dir)
+
+
 def examples(config: Any, source: str, split: str) -> Sequence[Mapping[str, Any]]:
     """The examples of a split, as the source has them."""
-    return sources.load(
-        source, split, data_dir=config.data_dir, manual_dir=config.manual_dir
-    )
+    return origin(config, source).examples(split)
 
 
 def class_names(config: Any, feature: Feature) -> tuple[str, ...]:
     """The names of the classes that a feature numbers; () if it does not."""
-    return sources.label_names(
-        feature.source,
-        feature.name,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-    )
+    return origin(config, feature.source).classes(feature.name)
 
 
 def reader(config: Any, feature: Feature) -> Callable[[Mapping[str, Any]], list]:
@@ -147,7 +146,7 @@ def reader(config: Any, feature: Feature) -> Callable[[Mapping[str, Any]], list]
                 f"data.{feature.field}: {feature.source!r} has no feature "
                 f"{feature.name!r}; expected one of {', '.join(sorted(example))}"
             )
-        parts = feature.cut(example[feature.name])
+        parts = feature.divide(example[feature.name])
         if not feature.is_text:
             return parts
         return [feature.prefix + text(part) for part in parts]
@@ -177,10 +176,8 @@ def cached(
     write: Callable[[str], None],
 ) -> str:
     """The folder that `write(folder)` filled for this source, split and keys."""
-    origin = sources.fingerprint(
-        source, split, data_dir=config.data_dir, manual_dir=config.manual_dir
-    )
-    key = hashlib.sha256("\0".join([LAYOUT, origin, *keys]).encode())
+    content = origin(config, source).fingerprint(split)
+    key = hashlib.sha256("\0".join([LAYOUT, content, *keys]).encode())
     final = os.path.join(cache_root(config), kind, key.hexdigest()[:32])
     if not os.path.isdir(final):
         os.makedirs(os.path.dirname(final), exist_ok=True)
@@ -202,7 +199,9 @@ def cached(
 def cache_root(config: Any) -> str:
     """Where arrays are kept."""
     default = os.path.join(os.path.expanduser("~"), ".cache", "triform")
-    return config.cache_dir or os.environ.get("TRIFORM_CACHE") or default
+    return paths.absolute(
+        config.cache_dir or os.environ.get("TRIFORM_CACHE") or default
+    )
 
 
 def _sweep(directory: str) -> None:
@@ -289,55 +288,3 @@ class _ValueWriter:
                 f"({self.values[0]!r:.40}); name another"
             )
         np.savez(f"{self.path}.npz", values=values, first=np.cumsum(self.first))
-
-
-def load_tokenizer(workdir: str) -> Tokenizer:
-    """The tokenizer that a run saved in its workdir."""
-    path = tokenizer.find(workdir)
-    if path is None:
-        raise DataError(f"{workdir}: its tokenizer is gone; restore the file")
-    try:
-        return tokenizer.load(path)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-
-
-def build_tokenizer(config: Any, vocab_size: int) -> Tokenizer:
-    """The tokenizer that a TextConfig names, or a new one trained on what it reads."""
-    path = config.tokenizer.path
-    if path and not os.path.exists(path):
-        raise DataError(
-            f"data.tokenizer.path={path!r}: no such file; leave it empty to train a "
-            "tokenizer on the corpus"
-        )
-    try:
-        if path:
-            result = tokenizer.load(path)
-        else:
-            texts = _training_texts(config)
-            result = tokenizer.train(
-                config.tokenizer, texts, vocab_size, config.SPECIALS
-            )
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    if result.vocab_size > vocab_size:
-        raise DataError(
-            f"model.vocab_size={vocab_size}: the tokenizer "
-            f"{path or config.tokenizer.kind} has {result.vocab_size} ids; raise it to "
-            "at least that"
-        )
-    return result
-
-
-def _training_texts(config: Any) -> Iterator[str]:
-    features = [feature for feature in config.features() if feature.is_text]
-    for corpus in config.tokenizer.corpora:
-        source, _, name = corpus.rpartition(":")
-        features.append(Feature("tokenizer.corpora", source, name))
-    for source, group in itertools.groupby(features, lambda feature: feature.source):
-        readers = [reader(config, feature) for feature in group]
-        for example in examples(config, source, config.train_split):
-            for read in readers:
-                yield from read(example)

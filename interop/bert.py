@@ -1,41 +1,78 @@
 """BERT, RoBERTa and Longformer."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
+from triform.interop import settings
 from triform.interop.mapping import Family, Row, linear, norm, same, table
-from triform.interop.settings import (
-    THEIR_ACTIVATIONS,
-    UNGATED,
-    activation,
-    label_names,
-    labels,
-    need,
-    plain_heads,
-    refused,
-    shortest_cycle,
-    unmet,
-)
 from triform.models import EncoderConfig
 from triform.models.config import TransformerConfig
 
-DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-}
+# Vision transformers have these, too.
+SIZES = (
+    settings.equal("trunk.num_layers", "num_hidden_layers", 12),
+    settings.equal("trunk.d_model", "hidden_size", 768),
+    settings.equal("trunk.num_heads", "num_attention_heads", 12),
+    settings.equal("trunk.d_ff", "intermediate_size", 3072),
+    settings.choice("trunk.ffn", "hidden_act", "gelu", settings.ACTIVATIONS),
+    settings.equal("trunk.norm_eps", "layer_norm_eps", 1e-12),
+    settings.preset("trunk.init", "normal"),
+)
 NAMES = ("Bert", "Roberta", "Longformer")
 
 
-def _heads(hf: Mapping[str, Any], weights: Any) -> dict[str, Any]:
+def _settings(name: str, vocab_size: int) -> tuple[settings.Setting, ...]:
+    table = (
+        *settings.TRUNK,
+        *SIZES,
+        *settings.blocks("layer", "post", "all", "learned"),
+        *settings.UNGROUPED,
+        settings.UNSCALED,
+        settings.equal("vocab_size", "vocab_size", vocab_size),
+        settings.equal("num_types", "type_vocab_size", 2),
+        settings.equal("trunk.max_len", "max_position_embeddings", 512),
+        settings.equal("trunk.dropout", "hidden_dropout_prob", 0.1),
+        settings.equal("trunk.attention_dropout", "attention_probs_dropout_prob", 0.1),
+        settings.only("position_embedding_type", "absolute"),
+        settings.only("is_decoder", False),
+        settings.only("add_cross_attention", False),
+        settings.Setting("", "tie_word_embeddings", write=lambda config: True),
+    )
+    if name == "Longformer":
+        local = settings.fixed("trunk.attention", "local")
+        windows = settings.Setting(
+            "trunk.windows", "attention_window", 512, _windows, _widths
+        )
+        table = (*table, local, windows)
+    else:
+        table = (*table, *settings.EXACT, settings.FULL)
+    if name == "Bert":
+        return (*table, settings.fixed("position_offset", 0))
+    offset = settings.Setting(
+        *("position_offset", "pad_token_id", 1),
+        read=lambda hf: hf["pad_token_id"] + 1,
+        write=lambda config: config.position_offset - 1,
+    )
+    return (*table, offset)
+
+
+def _windows(hf: settings.Given) -> tuple[int, ...]:
+    """Longformer's windows: w of theirs are w / 2 positions on either side."""
+    widths, count = hf["attention_window"], hf["num_hidden_layers"]
+    widths = [widths] * count if isinstance(widths, int) else widths
+    even = all(isinstance(w, int) and w > 0 and w % 2 == 0 for w in widths)
+    if len(widths) != count or not even:
+        rule = f"expected an even number, or {count} of them, one a layer"
+        advice = "use the config.json of these weights"
+        raise settings.refused("attention_window", hf["attention_window"], rule, advice)
+    return tuple(w // 2 + 1 for w in widths)
+
+
+def _widths(config: EncoderConfig) -> list[int]:
+    return [2 * (w - 1) for w in settings.windows_of(config)]
+
+
+def heads(hf: settings.Given, weights: Any) -> dict[str, Any]:
     """Which heads an architecture has.
 
     The body alone comes with the head that it is mostly fine-tuned for, freshly made.
@@ -47,129 +84,52 @@ def _heads(hf: Mapping[str, Any], weights: Any) -> dict[str, Any]:
     # Google's own files say MaskedLM and hold both heads of the pre-training.
     if kind == "ForMaskedLM" and "cls.seq_relationship.weight" in stored:
         kind = "ForPreTraining"
-    found = {"masked_head": False, "num_tags": 0, "num_labels": 0}
-    if kind in ("ForMaskedLM", "ForPreTraining"):
-        need(hf, "tie_word_embeddings", True)
-        found["masked_head"] = True
-    if kind in ("ForPreTraining", "Model"):
-        found["num_labels"] = 2
-    if kind == "ForSequenceClassification":
-        found["num_labels"] = labels(hf)
-    if kind == "ForTokenClassification":
-        found["num_tags"] = labels(hf)
-    return found
-
-
-def _local(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Longformer's windows: w of theirs are w / 2 places on either side."""
-    widths, count = hf["attention_window"], hf["num_hidden_layers"]
-    widths = [widths] * count if isinstance(widths, int) else widths
-    even = all(isinstance(w, int) and w > 0 and w % 2 == 0 for w in widths)
-    if len(widths) != count or not even:
-        rule = f"expected an even number, or {count} of them, one a layer"
-        advice = "use the config.json of these weights"
-        raise refused("attention_window", hf["attention_window"], rule, advice)
-    windows = shortest_cycle(tuple(w // 2 + 1 for w in widths))
-    return {"attention": "local", "windows": windows}
-
-
-def model_config(hf: Mapping[str, Any], weights: Any = None) -> EncoderConfig:
-    """Our config of any one's settings."""
-    need(hf, "position_embedding_type", "absolute")
-    need(hf, "is_decoder", False)
-    need(hf, "add_cross_attention", False)
-    kind = hf["model_type"]
-    offset = 0 if kind == "bert" else hf["pad_token_id"] + 1
-    heads = _heads(hf, weights)
-    if offset and heads["masked_head"] and activation(hf, "hidden_act") != "gelu":
+    masked = kind in ("ForMaskedLM", "ForPreTraining")
+    if masked:
+        settings.only("tie_word_embeddings", True).read(
+            {"tie_word_embeddings": True, **hf}
+        )
+    act = hf["hidden_act"]
+    if masked and hf["model_type"] != "bert" and act != "gelu":
         rule = "their masked head has 'gelu' whatever the layers have, ours has one"
-        raise refused("hidden_act", hf["hidden_act"], rule, "import another checkpoint")
-    trunk = TransformerConfig(
-        num_layers=hf["num_hidden_layers"],
-        d_model=hf["hidden_size"],
-        num_heads=hf["num_attention_heads"],
-        d_ff=hf["intermediate_size"],
-        max_len=hf["max_position_embeddings"],
-        **(_local(hf) if kind == "longformer" else {}),
-        positions="learned",
-        norm="layer",
-        norm_position="post",
-        norm_eps=hf["layer_norm_eps"],
-        ffn=activation(hf, "hidden_act"),
-        init="normal",
-        dropout=hf["hidden_dropout_prob"],
-        attention_dropout=hf["attention_probs_dropout_prob"],
-    )
-    return EncoderConfig(
-        trunk,
-        vocab_size=hf["vocab_size"],
-        num_types=hf["type_vocab_size"],
-        position_offset=offset,
-        **heads,
-    )
+        raise settings.refused("hidden_act", act, rule, "import another checkpoint")
+    classes = settings.labels(hf)
+    if kind in ("ForPreTraining", "Model"):
+        classes = 2
+    return {
+        "masked_head": masked,
+        "num_tags": classes if kind == "ForTokenClassification" else 0,
+        "num_labels": 0
+        if kind in ("ForMaskedLM", "ForTokenClassification")
+        else classes,
+    }
 
 
-def hf_config(config: EncoderConfig, name: str) -> dict[str, Any]:
-    """The settings of a config that has no `obstacles`."""
-    trunk = config.trunk
-    count = config.num_tags or config.num_labels
-    kind = "SequenceClassification"
-    if config.num_tags:
-        kind = "TokenClassification"
+def architecture(config: EncoderConfig, name: str) -> dict[str, Any]:
+    """The class with a config's heads, and its classes."""
     if config.masked_head:
         kind = "PreTraining" if config.num_labels else "MaskedLM"
-    found = {
-        "architectures": [f"{name}For{kind}"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": trunk.d_model,
-        "num_hidden_layers": trunk.num_layers,
-        "num_attention_heads": trunk.num_heads,
-        "intermediate_size": trunk.d_ff,
-        "hidden_act": THEIR_ACTIVATIONS[trunk.ffn],
-        "hidden_dropout_prob": trunk.dropout,
-        "attention_probs_dropout_prob": trunk.attention_dropout,
-        "max_position_embeddings": trunk.max_len,
-        "type_vocab_size": config.num_types,
-        "layer_norm_eps": trunk.norm_eps,
-        "tie_word_embeddings": True,
-    }
-    if not config.masked_head:
-        found |= label_names(count)
-    if name != "Bert":
-        found["pad_token_id"] = config.position_offset - 1
-    if name == "Longformer":
-        cycle = [2 * (w - 1) for w in trunk.windows]
-        found["attention_window"] = [
-            cycle[i % len(cycle)] for i in range(trunk.num_layers)
-        ]
-    return found
+        return {"architectures": [f"{name}For{kind}"]}
+    kind = "TokenClassification" if config.num_tags else "SequenceClassification"
+    names = settings.label_names(config.num_tags or config.num_labels)
+    return {"architectures": [f"{name}For{kind}"], **names}
 
 
-def obstacles(config: EncoderConfig, name: str) -> list[str]:
-    """What transformers cannot express."""
-    wanted = plain_heads(config) | {
-        "trunk.positions": ("learned",),
-        "trunk.norm": ("layer",),
-        "trunk.norm_position": ("post",),
-        "trunk.bias": ("all",),
-        "trunk.ffn": UNGATED,
-    }
+def limits(config: EncoderConfig, name: str) -> list[str]:
+    """What transformers' heads and embeddings cannot express."""
+    counts: tuple[int, ...] = ()
+    if config.num_tags or (config.masked_head and name != "Bert"):
+        counts = (0,)
+    elif config.masked_head:  # one of its settings.labels is the next sentence
+        counts = (0, 2)
+    table = [settings.Setting("num_labels", accepted=counts)]
     if config.num_labels:
-        wanted["pool"] = ("token",)
-    if config.num_tags:
-        wanted["num_labels"] = (0,)
-    if name == "Bert":
-        wanted["position_offset"] = (0,)
-        if config.masked_head:  # one of its labels is the next sentence
-            wanted["num_labels"] = (0, 2)
-    elif config.masked_head:
-        wanted["num_labels"] = (0,)
-        wanted["trunk.ffn"] = ("gelu",)
-    local = name == "Longformer"
-    if local:
-        wanted["trunk.attention"] = ("local",)
-        del wanted["trunk.windows"]
-    found = unmet(config, wanted) + (_local_obstacles(config.trunk) if local else [])
+        table.append(settings.fixed("pool", "token"))
+    if config.masked_head and name != "Bert":
+        table.append(settings.fixed("trunk.ffn", "gelu"))
+    found = settings.obstacles(table, config)
+    if name == "Longformer":
+        found += _local_obstacles(config.trunk)
     if not config.num_types:
         found.append("model.num_types=0: expected at least 1")
     if name != "Bert" and not config.position_offset:
@@ -178,21 +138,15 @@ def obstacles(config: EncoderConfig, name: str) -> list[str]:
 
 
 def _local_obstacles(trunk: TransformerConfig) -> list[str]:
-    found = []
     sides = [w - 1 for w in trunk.windows]
-    # Rows are padded to the widest window, and each layer cuts them into its own; with
-    # one place on either side transformers' cutting fails.
-    if min(sides, default=0) < 2 or any(max(sides) % n for n in sides):
-        found.append(
-            f"model.trunk.windows={trunk.windows}: expected windows w from 3 on, each "
-            "w - 1 a divisor of the largest"
-        )
-    if trunk.options().get("dilation", 1) != 1:
-        found.append(
-            f"model.trunk.attention_options={trunk.attention_options}: expected no "
-            "dilation"
-        )
-    return found
+    # Rows are padded to the widest window, and each layer divides them by its own;
+    # with one position on either side transformers fails.
+    if min(sides, default=0) >= 2 and not any(max(sides) % n for n in sides):
+        return []
+    return [
+        f"model.trunk.windows={trunk.windows}: expected windows w from 3 on, each "
+        "w - 1 a divisor of the largest"
+    ]
 
 
 def rows(config: EncoderConfig, name: str) -> list[Row]:
@@ -248,18 +202,19 @@ def copies(config: EncoderConfig, name: str) -> dict[str, str]:
     }
 
 
-def _family(model_type: str, name: str, *extra: str, **fields: Any) -> Family:
-    kinds = ("MaskedLM", "SequenceClassification", "TokenClassification", *extra)
+def _family(name: str, *more: str, vocab_size: int, **fields: Any) -> Family:
+    kinds = ("MaskedLM", "SequenceClassification", "TokenClassification", *more)
     return Family(
-        model_type=model_type,
+        model_type=name.lower(),
         config_type=EncoderConfig,
         architectures=(*(f"{name}For{kind}" for kind in kinds), f"{name}Model"),
-        prefix=f"{model_type}.",
-        model_config=model_config,
-        hf_config=functools.partial(hf_config, name=name),
-        obstacles=functools.partial(obstacles, name=name),
-        rows=functools.partial(rows, name=model_type),
-        copies=functools.partial(copies, name=model_type),
+        prefix=f"{name.lower()}.",
+        settings=_settings(name, vocab_size),
+        read=heads,
+        write=functools.partial(architecture, name=name),
+        limits=functools.partial(limits, name=name),
+        rows=functools.partial(rows, name=name.lower()),
+        copies=functools.partial(copies, name=name.lower()),
         heads=("cls.", "lm_head.", "classifier."),
         ignored=r"embeddings\.(position_ids|token_type_ids)$",
         fresh=("label_head", "pooler"),
@@ -268,23 +223,22 @@ def _family(model_type: str, name: str, *extra: str, **fields: Any) -> Family:
 
 
 BERT = _family(
-    *("bert", "Bert", "PreTraining"),
-    defaults=DEFAULTS | {"vocab_size": 30522},
+    *("Bert", "PreTraining"),
+    vocab_size=30522,
     renamed=(
         (r"LayerNorm\.gamma$", "LayerNorm.weight"),
         (r"LayerNorm\.beta$", "LayerNorm.bias"),
     ),
 )
 ROBERTA = _family(
-    *("roberta", "Roberta"),
-    defaults=DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1},
+    "Roberta",
+    vocab_size=50265,
     # The pooler of the body is the first half of the classifier.
     renamed=((r"^roberta\.pooler\.dense\.", "classifier.dense."),),
 )
 LONGFORMER = _family(
-    *("longformer", "Longformer"),
-    defaults=DEFAULTS
-    | {"vocab_size": 30522, "pad_token_id": 1, "attention_window": 512},
+    "Longformer",
+    vocab_size=30522,
     renamed=((r"^longformer\.pooler\.dense\.", "classifier.dense."),),
-    reads=("global_attention_mask",),
+    reads={"global_attention_mask": ("BL", "int32")},
 )

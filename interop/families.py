@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from triform.interop import settings
 from triform.interop.bert import BERT, LONGFORMER, ROBERTA
 from triform.interop.gpt2 import GPT2
 from triform.interop.llama import LLAMA, MISTRAL, QWEN2
@@ -28,12 +29,12 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+def complete(hf: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with everything it leaves to its class; UserError if it is not for
     us.
     """
     family = family_of(hf)
-    found = {**family.defaults, **hf}
+    found = {**settings.defaults(family.settings), **family.defaults, **hf}
     found["architectures"] = hf.get("architectures") or [family.architectures[0]]
     kind = found["architectures"][0]
     if kind not in family.architectures:
@@ -54,7 +55,9 @@ def model_config(hf: Mapping[str, Any], weights: Any = None) -> Any:
 
     UserError, in one line, for every setting that our model does not have.
     """
-    config = family_of(hf).model_config(settings(hf), weights)
+    family, hf = family_of(hf), complete(hf)
+    values = settings.imported(family.settings, hf) | family.read(hf, weights)
+    config = settings.build(family.config_type, values)
     try:
         config.validate()
     except ValueError as error:
@@ -87,4 +90,9 @@ def hf_config(config: Any, family: Family | None = None) -> dict[str, Any]:
             f"transformers' {family.model_type} cannot express {'; '.join(found)}; it "
             "can be exported after training with these settings"
         )
-    return {"model_type": family.model_type, **family.hf_config(config)}
+    return {
+        "model_type": family.model_type,
+        "architectures": [family.architectures[0]],
+        **settings.exported(family.settings, config),
+        **family.write(config),
+    }

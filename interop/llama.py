@@ -1,59 +1,79 @@
 """LLaMA, Mistral and Qwen2: one block, other biases and windows."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
+from triform.interop import settings
 from triform.interop.mapping import Family, Row, linear, norm, table
-from triform.interop.settings import (
-    EXACT,
-    THEIR_ACTIVATIONS,
-    activation,
-    refused,
-    rope,
-    rope_parameters,
-    shortest_cycle,
-    unmet,
-)
 from triform.models import LanguageModelConfig
-from triform.models.config import TransformerConfig
-
-DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-}
-# Our `bias` of each; LLaMA's is a setting.
-BIASES = {"Llama": ("none", "all"), "Mistral": ("none",), "Qwen2": ("qkv",)}
 
 
-def _bias(hf: Mapping[str, Any]) -> str:
-    if hf["model_type"] == "mistral":
-        return "none"
-    if hf["model_type"] == "qwen2":
-        return "qkv"
+def _settings(width: int, groups: int | None, length: int, vocab_size: int) -> tuple:
+    """What the three share; the numbers are defaults of theirs."""
+    return (
+        *settings.EXACT,
+        settings.UNSCALED,
+        *settings.blocks("rms", "pre", "", "rotary"),
+        settings.equal("vocab_size", "vocab_size", vocab_size),
+        settings.equal("tie_head", "tie_word_embeddings", False),
+        settings.equal("trunk.num_layers", "num_hidden_layers", 32),
+        settings.equal("trunk.d_model", "hidden_size", 4096),
+        settings.equal("trunk.num_heads", "num_attention_heads", 32),
+        settings.Setting(
+            *("trunk.num_kv_heads", "num_key_value_heads", groups),
+            read=lambda hf: hf["num_key_value_heads"] or 0,
+            write=lambda config: config.trunk.kv_heads(),
+        ),
+        settings.Setting(
+            *("trunk.head_dim", "head_dim"),
+            read=lambda hf: (
+                hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+            ),
+            write=lambda config: config.trunk.head_width(),
+        ),
+        settings.equal("trunk.d_ff", "intermediate_size", width),
+        settings.choice("trunk.ffn", "hidden_act", "silu", settings.GATED),
+        settings.equal("trunk.max_len", "max_position_embeddings", length),
+        settings.Setting(
+            "trunk.rope",
+            "rope_parameters",
+            None,
+            settings.rope,
+            settings.rope_parameters,
+        ),
+        settings.equal("trunk.norm_eps", "rms_norm_eps", 1e-6),
+        settings.Setting(
+            *("trunk.attention_dropout", "attention_dropout", 0.0),
+            read=lambda hf: hf["attention_dropout"] or 0.0,
+            write=lambda config: config.trunk.attention_dropout,
+        ),
+        settings.preset("trunk.dropout", 0.0),
+        settings.preset("trunk.init", "normal"),
+    )
+
+
+def _bias(hf: settings.Given) -> str:
     attention, rest = hf["attention_bias"], hf["mlp_bias"]
     if attention != rest:
         rule = f"with mlp_bias={rest} only the same value can be imported"
-        raise refused("attention_bias", attention, rule, "import another checkpoint")
+        raise settings.refused(
+            "attention_bias", attention, rule, "import another checkpoint"
+        )
     return "all" if attention else "none"
 
 
-def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shortest cycle of windows over the layers; () without any."""
-    count, width = hf["num_hidden_layers"], hf.get("sliding_window")
-    if hf["model_type"] == "mistral":
-        return (width,) if width else ()
-    if hf["model_type"] != "qwen2" or not (hf["use_sliding_window"] and width):
+def _biased(config: LanguageModelConfig) -> bool:
+    return config.trunk.bias == "all"
+
+
+def _width(config: LanguageModelConfig) -> int | None:
+    return max(config.trunk.windows, default=0) or None
+
+
+def _layer_types(hf: settings.Given) -> tuple[int, ...]:
+    """Qwen2's window of every layer."""
+    count, width = hf["num_hidden_layers"], hf["sliding_window"]
+    if not (hf["use_sliding_window"] and width):
         return ()
     first = hf["max_window_layers"]
     kinds = hf["layer_types"] or [
@@ -62,108 +82,31 @@ def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
     known = {"full_attention": 0, "sliding_attention": width}
     if len(kinds) != count or not set(kinds) <= set(known):
         rule = f"expected {count} of {', '.join(known)}"
-        raise refused("layer_types", kinds, rule, "import another checkpoint")
-    windows = tuple(known[kind] for kind in kinds)
-    return shortest_cycle(windows) if any(windows) else ()
+        raise settings.refused("layer_types", kinds, rule, "import another checkpoint")
+    return tuple(known[kind] for kind in kinds)
 
 
-def model_config(hf: Mapping[str, Any], weights: Any = None) -> LanguageModelConfig:
-    """Our config of any one's settings."""
-    heads, groups = hf["num_attention_heads"], hf["num_key_value_heads"]
-    width = hf["head_dim"] or hf["hidden_size"] // heads
-    trunk = TransformerConfig(
-        num_layers=hf["num_hidden_layers"],
-        d_model=hf["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=0 if groups in (None, heads) else groups,
-        head_dim=0 if width * heads == hf["hidden_size"] else width,
-        d_ff=hf["intermediate_size"],
-        max_len=hf["max_position_embeddings"],
-        windows=_windows(hf),
-        positions="rotary",
-        **rope(hf),
-        norm="rms",
-        norm_position="pre",
-        norm_eps=hf["rms_norm_eps"],
-        ffn=activation(hf, "hidden_act", gated=True),
-        bias=_bias(hf),
-        init="normal",
-        dropout=0.0,
-        attention_dropout=hf["attention_dropout"] or 0.0,
-    )
-    return LanguageModelConfig(
-        trunk, vocab_size=hf["vocab_size"], tie_head=hf["tie_word_embeddings"]
-    )
-
-
-def hf_config(config: LanguageModelConfig, name: str) -> dict[str, Any]:
-    """The settings of a config that has no `obstacles`."""
-    trunk = config.trunk
-    found = {
-        "architectures": [f"{name}ForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": trunk.d_model,
-        "intermediate_size": trunk.d_ff,
-        "num_hidden_layers": trunk.num_layers,
-        "num_attention_heads": trunk.num_heads,
-        "num_key_value_heads": trunk.kv_heads(),
-        "head_dim": trunk.head_width(),
-        "hidden_act": THEIR_ACTIVATIONS[trunk.ffn],
-        "max_position_embeddings": trunk.max_len,
-        "rms_norm_eps": trunk.norm_eps,
-        "tie_word_embeddings": config.tie_head,
-        "attention_dropout": trunk.attention_dropout,
-        "rope_parameters": rope_parameters(trunk),
+def _qwen2_windows(config: LanguageModelConfig) -> dict[str, Any]:
+    windows = settings.windows_of(config)
+    return {
+        "use_sliding_window": any(windows),
+        "sliding_window": _width(config),
+        "layer_types": [
+            "sliding_attention" if w else "full_attention" for w in windows
+        ],
+        "max_window_layers": next(
+            (i for i, w in enumerate(windows) if w), len(windows)
+        ),
     }
-    if name == "Llama":
-        biased = trunk.bias == "all"
-        return found | {"attention_bias": biased, "mlp_bias": biased}
-    width = max(trunk.windows, default=0)
-    found["sliding_window"] = width or None
-    if name == "Qwen2":
-        cycle = trunk.windows or (0,)
-        windows = [cycle[i % len(cycle)] for i in range(trunk.num_layers)]
-        kinds = ["sliding_attention" if w else "full_attention" for w in windows]
-        found |= {
-            "use_sliding_window": bool(width),
-            "layer_types": kinds,
-            "max_window_layers": next(
-                (i for i, w in enumerate(windows) if w), trunk.num_layers
-            ),
-        }
-    return found
 
 
-def obstacles(config: LanguageModelConfig, name: str) -> list[str]:
-    """What transformers cannot express."""
-    trunk = config.trunk
-    wanted = {
-        "trunk.attention": EXACT,
-        "trunk.attention_scale": (0.0, trunk.head_width() ** -0.5),
-        "trunk.positions": ("rotary",),
-        "trunk.norm": ("rms",),
-        "trunk.norm_position": ("pre",),
-        "trunk.ffn": ("swiglu", "geglu"),
-        "trunk.bias": {
-            "Llama": ("none", "all"),
-            "Mistral": ("none",),
-            "Qwen2": ("qkv",),
-        }[name],
-    }
-    found = unmet(config, wanted)
-    widths = set(trunk.windows)
-    fits = {
-        "Llama": not any(widths),
-        "Mistral": len(widths) <= 1,
-        "Qwen2": len(widths - {0}) <= 1,
-    }[name]
-    if not fits:
-        rule = {
-            "Llama": "none",
-            "Mistral": "the same in all layers",
-            "Qwen2": "one width",
-        }
-        found.append(f"model.trunk.windows={trunk.windows}: expected {rule[name]}")
+def limits(config: LanguageModelConfig, name: str) -> list[str]:
+    """What transformers' windows and heads cannot express."""
+    trunk, found = config.trunk, []
+    kept = {w for w in trunk.windows if w or name == "Mistral"}
+    if name != "Llama" and len(kept) > 1:
+        rule = {"Mistral": "the same in all layers", "Qwen2": "one width"}[name]
+        found.append(f"model.trunk.windows={trunk.windows}: expected {rule}")
     if name == "Llama" and trunk.d_model % trunk.num_heads:
         found.append(
             f"model.trunk.num_heads={trunk.num_heads}: expected a divisor of d_model="
@@ -201,38 +144,50 @@ def copies(config: LanguageModelConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_head else {}
 
 
-def _family(name: str, **defaults: Any) -> Family:
+def _family(name: str, *settings: settings.Setting, **fields: Any) -> Family:
     return Family(
         model_type=name.lower(),
         config_type=LanguageModelConfig,
         architectures=(f"{name}ForCausalLM", f"{name}Model"),
         prefix="model.",
-        defaults=DEFAULTS | defaults,
-        model_config=model_config,
-        hf_config=functools.partial(hf_config, name=name),
-        obstacles=functools.partial(obstacles, name=name),
+        settings=settings,
+        limits=functools.partial(limits, name=name),
         rows=rows,
         copies=copies,
         heads=("lm_head.",),
         ignored=r"rotary_emb\.inv_freq$",
+        **fields,
     )
 
 
-LLAMA = _family("Llama", attention_bias=False, mlp_bias=False)
+LLAMA = _family(
+    "Llama",
+    *_settings(11008, None, 2048, 32000),
+    settings.FULL,
+    settings.Setting(
+        "trunk.bias", "attention_bias", False, _bias, _biased, ("none", "all")
+    ),
+    settings.Setting("", "mlp_bias", False, lambda hf: None, _biased),
+)
 MISTRAL = _family(
     "Mistral",
-    intermediate_size=14336,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-    sliding_window=4096,
+    *_settings(14336, 8, 131072, 32000),
+    settings.fixed("trunk.bias", "none"),
+    settings.Setting(
+        *("trunk.windows", "sliding_window", 4096),
+        read=lambda hf: (hf["sliding_window"] or 0,),
+        write=_width,
+    ),
 )
 QWEN2 = _family(
     "Qwen2",
-    vocab_size=151936,
-    intermediate_size=22016,
-    max_position_embeddings=32768,
-    use_sliding_window=False,
-    sliding_window=4096,
-    max_window_layers=28,
-    layer_types=None,
+    *_settings(22016, 32, 32768, 151936),
+    settings.fixed("trunk.bias", "qkv"),
+    settings.Setting("trunk.windows", "layer_types", None, _layer_types),
+    write=_qwen2_windows,
+    defaults={
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
 )

@@ -12,21 +12,24 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from triform import models
-from triform.models.transformer import cycle
-from triform.models.vision import VisionConfig
+from triform.data.batch import Field, abstract
+from triform.interop import settings
+from triform.interop.settings import Given, Setting
+from triform.models.config import ModelConfig
 from triform.runtime.errors import UserError
 from triform.runtime.paths import path_name
 
 Shape = tuple[int, ...]
-Place = tuple[str, int | None]  # path of a parameter, and its element if it is stacked
+Reads = Mapping[str, tuple[str, str]]  # field of a batch -> (axes, dtype)
+# Path of a parameter, and the layer's index in it if layers are stacked.
+Element = tuple[str, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Transform:
+class Inverse:
     """Two exact inverses."""
 
     ours: Callable[[np.ndarray, Shape], np.ndarray]  # of a tensor, to this shape
@@ -39,7 +42,7 @@ class Row:
 
     ours: tuple[str, ...]
     theirs: str
-    how: Transform
+    how: Inverse
 
 
 def _columns(x: np.ndarray, inputs: int) -> np.ndarray:
@@ -47,30 +50,28 @@ def _columns(x: np.ndarray, inputs: int) -> np.ndarray:
     return x.reshape(math.prod(x.shape[:inputs]), -1)
 
 
-def _kernel(inputs: int) -> Transform:
+def _kernel(inputs: int) -> Inverse:
     """torch.nn.Linear keeps [out, in]."""
-    return Transform(
-        lambda x, shape: x.T.reshape(shape), lambda x: _columns(x, inputs).T
-    )
+    return Inverse(lambda x, shape: x.T.reshape(shape), lambda x: _columns(x, inputs).T)
 
 
-def _conv1d(inputs: int) -> Transform:
+def _conv1d(inputs: int) -> Inverse:
     """GPT-2's Conv1D keeps [in, out]."""
-    return Transform(lambda x, shape: x.reshape(shape), lambda x: _columns(x, inputs))
+    return Inverse(lambda x, shape: x.reshape(shape), lambda x: _columns(x, inputs))
 
 
-SAME = Transform(lambda x, shape: x, lambda x: x)
+SAME = Inverse(lambda x, shape: x, lambda x: x)
 # A bias of heads, [H, E] with us.
-FLAT = Transform(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
+FLAT = Inverse(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
 # An axis of one row before ours.
-LEAD = Transform(lambda x, shape: x[0], lambda x: x[None])
+LEAD = Inverse(lambda x, shape: x[0], lambda x: x[None])
 # [D, C, h, w] there, [h, w, C, D] here.
-IMAGE = Transform(
+IMAGE = Inverse(
     lambda x, shape: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
 )
 
 
-def same(ours: str, theirs: str, how: Transform = SAME) -> list[Row]:
+def same(ours: str, theirs: str, how: Inverse = SAME) -> list[Row]:
     """One parameter, one tensor."""
     return [Row((ours,), theirs, how)]
 
@@ -111,22 +112,29 @@ class Family:
     # Classes whose weights can be read; the first if a config.json names none.
     architectures: tuple[str, ...]
     prefix: str  # of the base model's tensors; files of a base model lack it
-    defaults: Mapping[str, Any]  # settings that a config.json may leave out
-    # (settings, weights or None) -> our config; UserError for what we do not do.
-    model_config: Callable[[Mapping[str, Any], Any], Any]
-    hf_config: Callable[[Any], dict[str, Any]]
-    # Our config -> what transformers cannot express of it; () is nothing.
-    obstacles: Callable[[Any], list[str]]
+    settings: tuple[Setting, ...]
     rows: Callable[[Any], list[Row]]
+    # What no row of `settings` says. Of a config.json and weights or None: {path in our
+    # config: value}; UserError for what we do not do.
+    read: Callable[[Given, Any], dict[str, Any]] = lambda hf, weights: {}
+    write: Callable[[Any], dict[str, Any]] = lambda config: {}  # keys of config.json
+    # Of our config: what transformers cannot express.
+    limits: Callable[[Any], list[str]] = lambda config: []
+    # Keys that `settings` lacks.
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Tensors that may be stored twice: another name -> the name in a row.
-    copies: Callable[[Any], dict[str, str]]
+    copies: Callable[[Any], dict[str, str]] = lambda config: {}
     heads: tuple[str, ...] = ()  # how names of tensors beside the base model begin
     ignored: str = r"$^"  # regular expression of buffers that are no parameters
     renamed: tuple[tuple[str, str], ...] = ()  # old names: expression, replacement
     # Our modules that files of the base model lack: freshly initialised.
     fresh: tuple[str, ...] = ()
-    # What a batch holds besides the model's own keys where all parameters are used.
-    reads: tuple[str, ...] = ()
+    # Fields of a batch that bring parameters with them: {field: (axes, dtype)}.
+    reads: Reads = dataclasses.field(default_factory=dict)
+
+    def obstacles(self, config: Any) -> list[str]:
+        """What transformers cannot express of a config."""
+        return settings.obstacles(self.settings, config) + self.limits(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +142,8 @@ class Entry:
     """One tensor, with its layer filled in."""
 
     name: str
-    places: tuple[Place, ...]
-    how: Transform
+    elements: tuple[Element, ...]
+    how: Inverse
     shapes: tuple[Shape, ...]  # of the parameters in it
 
     def shape(self) -> Shape:
@@ -148,14 +156,14 @@ class Entry:
             return parts[0]
         return (*parts[0][:-1], sum(part[-1] for part in parts))
 
-    def split(self, tensor: np.ndarray) -> Iterator[tuple[Place, np.ndarray]]:
-        """(place, value) of every parameter in a tensor; views."""
-        if len(self.places) == 1:
-            yield self.places[0], self.how.ours(tensor, self.shapes[0])
+    def split(self, tensor: np.ndarray) -> Iterator[tuple[Element, np.ndarray]]:
+        """(element, value) of every parameter in a tensor; views."""
+        if len(self.elements) == 1:
+            yield self.elements[0], self.how.ours(tensor, self.shapes[0])
             return
-        parts = np.split(tensor, len(self.places), axis=-1)
-        for place, part, shape in zip(self.places, parts, self.shapes, strict=True):
-            yield place, self.how.ours(part, shape)
+        parts = np.split(tensor, len(self.elements), axis=-1)
+        for element, part, shape in zip(self.elements, parts, self.shapes, strict=True):
+            yield element, self.how.ours(part, shape)
 
     def join(self, values: list[np.ndarray]) -> np.ndarray:
         """The tensor of its parameters."""
@@ -164,18 +172,15 @@ class Entry:
 
 
 def parameters(
-    config: Any, reads: tuple[str, ...] = ()
+    config: ModelConfig, reads: Reads | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype} of all parameters of a model config.
 
-    `reads` are the family's: keys of a batch that bring parameters with them.
+    `reads` are the family's: fields of a batch that bring parameters with them.
     """
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    if isinstance(config, VisionConfig):
-        shape = (1, config.image_size, config.image_size, config.channels)
-        batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    else:
-        batch = dict.fromkeys((*config.reads, *reads), tokens)
+    spec = {name: Field(*x) for name, x in (config.reads() | dict(reads or {})).items()}
+    sizes = {axis: 2 for field in spec.values() for axis in field.axes}
+    batch = abstract(spec, sizes | {"B": 1} | config.axes())
     init = models.build(config).init
     tree = jax.eval_shape(init, jax.random.key(0), batch)["params"]
     return {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -192,20 +197,20 @@ def entries(
     for row in family.rows(config):
         count = trunk.num_layers if "{i}" in row.theirs else 1
         for i in range(count):
-            places = tuple(_place(path, i, trunk) for path in row.ours)
-            if missing := [path for path, _ in places if path not in shapes]:
+            elements = tuple(_element(path, i, trunk) for path in row.ours)
+            if missing := [path for path, _ in elements if path not in shapes]:
                 raise UserError(
-                    f"{family.model_type}: {row.theirs} has no place in this model, "
-                    f"which lacks {missing[0]}"
+                    f"{family.model_type}: {row.theirs} needs a parameter of ours, "
+                    f"but the model has no {missing[0]}"
                 )
-            lead = [index is not None for _, index in places]
+            lead = [index is not None for _, index in elements]
             sizes = tuple(
                 shapes[path].shape[k:]
-                for (path, _), k in zip(places, lead, strict=True)
+                for (path, _), k in zip(elements, lead, strict=True)
             )
             name = row.theirs.replace("{i}", str(i))
-            found.append(Entry(name, places, row.how, sizes))
-    covered = {path for entry in found for path, _ in entry.places}
+            found.append(Entry(name, elements, row.how, sizes))
+    covered = {path for entry in found for path, _ in entry.elements}
     if left := sorted(set(shapes) - covered):
         raise UserError(
             f"{family.model_type} has no tensors for {len(left)} of our parameters: "
@@ -214,12 +219,12 @@ def entries(
     return found
 
 
-def _place(path: str, i: int, trunk: Any) -> Place:
+def _element(path: str, i: int, trunk: Any) -> Element:
     if "{i}" not in path:
         return path, None
     if not trunk.scan_layers:
         return path.replace("{i}", str(i)), None
-    width = cycle(trunk)
+    width = trunk.cycle()
     return path.replace("layer_{i}", f"layers/layer_{i % width}"), i // width
 
 

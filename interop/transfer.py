@@ -21,7 +21,7 @@ class Import:
     """What a folder's weights become; `read` fills the parameters.
 
     Raises UserError, in one line, for a setting that we do not do and for all tensors
-    that have no place here or are not there.
+    that are unknown here or absent.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Import:
     ):
         self.weights = weights
         self.family = families.family_of(hf)
-        self.architecture = families.settings(hf)["architectures"][0]
+        self.architecture = families.complete(hf)["architectures"][0]
         names = canonical(self.family, weights.names)
         dropped = {
             known: name
@@ -76,19 +76,19 @@ class Import:
         missing = [
             entry.name
             for entry in absent
-            if not all(path.split("/")[0] in fresh for path, _ in entry.places)
+            if not all(path.split("/")[0] in fresh for path, _ in entry.elements)
         ]
         left = [n for k, n in stored.items() if k not in expected and k not in copies]
-        told = []
+        lines = []
         if left:
-            told.append(f"without a place here: {', '.join(sorted(left))}")
+            lines.append(f"unknown to this model: {', '.join(sorted(left))}")
         if missing:
-            told.append(f"not in the files: {', '.join(sorted(missing))}")
-        if told:
+            lines.append(f"not in the files: {', '.join(sorted(missing))}")
+        if lines:
             hint = "; leave tensors out on purpose with --ignore=PATTERN" * bool(left)
             raise UserError(
-                f"{weights.folder}: tensors of {self.architecture} {'; '.join(told)}"
-                f"{hint or '; import the folder it was saved in whole'}"
+                f"{weights.folder}: tensors of {self.architecture} {'; '.join(lines)}"
+                f"{hint or '; import the complete folder that it was saved in'}"
             )
         for name, entry in expected.items():
             if name in stored and weights.shape(name) != entry.shape():
@@ -115,9 +115,9 @@ class Import:
         return 4 * self.count()
 
     def read(self, report: Callable[[int], Any] = lambda size: None) -> Parameters:
-        """{path: float32}; `report` is told the bytes of what has been filled.
+        """{path: float32}; `report` is lines the bytes of what has been filled.
 
-        Values are put where they belong as they are read: besides the parameters no
+        Values are copied as they are read: besides the parameters no
         more than one tensor is in memory.
         """
         params = {path: _aligned(x.shape) for path, x in self.shapes.items()}
@@ -125,7 +125,7 @@ class Import:
         fresh = {entry.name for entry in self.fresh}
         for entry in self.entries:
             if entry.name in fresh:
-                for path, _ in entry.places:
+                for path, _ in entry.elements:
                     _initialise(path, params[path], rng)
             else:
                 for (path, i), value in entry.split(self.weights.read(entry.name)):
@@ -162,7 +162,9 @@ def tensors(
 
     def make(entry: Entry) -> Callable[[], np.ndarray]:
         def values() -> np.ndarray:
-            parts = (params[p] if i is None else params[p][i] for p, i in entry.places)
+            parts = (
+                params[p] if i is None else params[p][i] for p, i in entry.elements
+            )
             return entry.join(list(parts))
 
         return values

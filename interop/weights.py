@@ -21,7 +21,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5_000_000_000  # bytes in a file at most, as transformers shards
 
 
@@ -31,11 +31,11 @@ class Weights:
     Nothing is held: every `read` reads its bytes. Use it as a context.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, single: str = SINGLE):
         self.folder = folder
         self._open = contextlib.ExitStack()
         files = {}
-        where = _files(folder)
+        where = _files(folder, single)
         for name in sorted(set(where.values())):
             files[name] = self._file(name)
         stored = {key: f for f in files.values() for key in f.keys()}  # noqa: SIM118
@@ -86,14 +86,14 @@ class Weights:
         return self._stored[self.names[name]].get_slice(self.names[name])
 
 
-def _files(folder: str) -> dict[str, str]:
+def _files(folder: str, single: str) -> dict[str, str]:
     """{tensor: file} of an index, or {'': file} of a single file."""
-    whole, index = (os.path.join(folder, name) for name in (WHOLE, INDEX))
-    if os.path.exists(whole):
-        return {"": WHOLE}
+    index = os.path.join(folder, INDEX)
+    if os.path.exists(os.path.join(folder, single)):
+        return {"": single}
     if not os.path.exists(index):
         raise UserError(
-            f"{folder}: holds neither {WHOLE} nor {INDEX}; save the model with "
+            f"{folder}: holds neither {single} nor {INDEX}; save the model with "
             "save_pretrained of a transformers that writes safetensors"
         )
     try:
@@ -105,7 +105,7 @@ def _files(folder: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One to be written; `make` gives its values when it is its turn."""
+    """One to be written; `make` gives its values when it is written."""
 
     name: str
     shape: Shape
@@ -130,20 +130,21 @@ def write(folder: str, tensors: Iterable[Tensor], shard: int = SHARD) -> Iterato
             shards.append([])
         shards[-1].append(tensor)
     if len(shards) == 1:
-        yield from _write(os.path.join(folder, WHOLE), order)
+        yield from write_file(os.path.join(folder, SINGLE), order)
         return
-    placed = {}
+    files = {}
     for i, part in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        placed |= {t.name: name for t in part}
-        yield from _write(os.path.join(folder, name), part)
+        files |= {t.name: name for t in part}
+        yield from write_file(os.path.join(folder, name), part)
     total = sum(t.size() for t in order)
     with open(os.path.join(folder, INDEX), "w") as f:
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
         json.dump(index, f, indent=2, sort_keys=True)
 
 
-def _write(path: str, tensors: list[Tensor]) -> Iterator[int]:
+def write_file(path: str, tensors: list[Tensor]) -> Iterator[int]:
+    """Writes one file; yields the bytes of each tensor when it is written."""
     header: dict[str, Mapping] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

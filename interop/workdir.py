@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,26 +14,29 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from triform.configs.schema import ExperimentConfig, to_json
-from triform.data import datasets
+from triform.data.codecs import files as codec_files
 from triform.data.codecs import text as tokenizer
-from triform.experiment import (
-    Experiment,
-    checkpoint_dir,
-    for_these_devices,
-    open_workdir,
-)
-from triform.interop import families, specials
-from triform.interop.experiments import experiment_config
-from triform.interop.mapping import Family, parameters
+from triform.data.codecs.classes import Classes
+from triform.experiment import Experiment
+from triform.interop import families, peft, settings, tokenizers
+from triform.interop.mapping import Family
+from triform.interop.suggest import experiment_config
 from triform.interop.transfer import Import, tensors
 from triform.interop.weights import SHARD, Weights, write
-from triform.models import EncoderConfig, EncoderDecoderConfig, VisionConfig
+from triform.models import EncoderDecoderConfig, LoRAConfig
+from triform.models.lora import merge
+from triform.runtime import optim
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
+from triform.workdir import (
+    checkpoint_dir,
+    for_these_devices,
+    load_variables,
+    open_config,
+)
 
 HF_CONFIG = "hf_config.json"  # the config.json that was imported
 GENERATION = "generation_config.json"
-ENCODERS = (EncoderConfig, VisionConfig)
 # Without a tokenizer: the ids of ours.
 OURS = {
     "pad_token_id": tokenizer.PAD,
@@ -61,16 +64,25 @@ def _all_or_nothing(target: str) -> Iterator[str]:
     target = os.path.abspath(target)
     if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise UserError(f"{target}: is there and not empty; name a new folder")
-    part = f"{target}.part"
+    partial = f"{target}.part"
     # Left by one that was killed.
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
     try:
-        yield part
-        os.replace(part, target)
+        yield partial
+        os.replace(partial, target)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _classes(experiment: ExperimentConfig, hf: dict[str, Any]) -> dict[str, Classes]:
+    """The classes that a config.json names, by field of the data."""
+    names = hf.get("id2label") or {}
+    ordered = [str(names[i]) for i in sorted(names, key=int)]
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered):
+        return {}  # transformers' names of classes without one
+    return {field: Classes(ordered) for field in experiment.data.classes()}
 
 
 def _bar(total: int, title: str) -> tqdm:
@@ -80,45 +92,61 @@ def _bar(total: int, title: str) -> tqdm:
 
 
 def import_model(
-    source: str, workdir: str, scan_layers: bool = False, ignore: Iterable[str] = ()
+    source: str,
+    workdir: str,
+    scan_layers: bool = False,
+    ignore: Iterable[str] = (),
+    adapter: str = "",
 ) -> list[str]:
-    """Makes a workdir of a Hugging Face folder; returns what to say of it, lines.
+    """Makes a workdir of a Hugging Face folder; returns a report, lines.
 
-    UserError, in one line, if it cannot be done; then there is no workdir.
+    `adapter` is a folder of PEFT with LoRA matrices for this model. UserError, in one
+    line, if it cannot be done; then there is no workdir.
     """
-    if not os.path.isdir(source):
-        raise UserError(f"{source}: no such folder; name one with a config.json")
-    hf = specials.read_json(source, "config.json")
+    for folder in (source, adapter):
+        if folder and not os.path.isdir(folder):
+            raise UserError(f"{folder}: no such folder; name one with a config.json")
+    hf = tokenizers.read_json(source, "config.json")
     if not hf:
         raise UserError(f"{source}: holds no config.json; name a folder with one")
-    with _all_or_nothing(workdir) as part, Weights(source) as weights:
+    with _all_or_nothing(workdir) as partial, Weights(source) as weights:
         found = Import(weights, hf, scan_layers, ignore)
-        experiment = experiment_config(found.config)
-        missing = specials.bring(source, part, hf)
-        specials.write_json(part, HF_CONFIG, hf)
-        with open(os.path.join(part, "config.json"), "w") as f:
+        model, adapters, kind = found.config, {}, ""
+        if adapter:
+            model, adapters, kind = peft.load(adapter, found.family, found.config)
+        size = sum(x.size for x in adapters.values())
+        experiment = experiment_config(model)
+        missing = tokenizers.bring(source, partial, hf)
+        tokenizers.write_json(partial, HF_CONFIG, hf)
+        with open(os.path.join(partial, "config.json"), "w") as f:
             f.write(to_json(experiment))
+        codec_files.save(_classes(experiment, hf), partial)
         with _bar(found.size(), "reading") as bar:
             params = found.read(bar.update)
-        _save(part, params, found)
-    said = [
+        params |= adapters
+        _save(partial, params, found, kind)
+    report = [
         f"imported {found.architecture}: {found.count():,} parameters, stored as "
         f"{NAMES[found.dtype]}, now float32",
-        f"  {workdir}: checkpoint 0, {type(found.config).__name__}",
+        f"  {workdir}: checkpoint 0, {type(model).__name__}",
     ]
+    if adapter:
+        report.append(f"  adapters of {adapter}: {size:,} parameters, {NAMES[kind]}")
     if found.ignored:
-        said.append(f"  ignored: {', '.join(found.ignored)}")
-    if fresh := [path for entry in found.fresh for path, _ in entry.places]:
-        said.append(f"  newly initialised: {', '.join(fresh)}")
+        report.append(f"  ignored: {', '.join(found.ignored)}")
+    if fresh := [path for entry in found.fresh for path, _ in entry.elements]:
+        report.append(f"  newly initialised: {', '.join(fresh)}")
     if missing:
-        said.append(
+        report.append(
             f"  {source} {missing}: put one into {workdir} before text is read or "
             "written"
         )
-    return said
+    return report
 
 
-def _save(workdir: str, params: dict[str, np.ndarray], found: Import) -> None:
+def _save(
+    workdir: str, params: dict[str, np.ndarray], found: Import, adapter_dtype: str
+) -> None:
     """Checkpoint 0; the arrays are taken as they are, not copied."""
     cpu = jax.local_devices(backend="cpu")[0]
     paths = list(params)
@@ -128,6 +156,7 @@ def _save(workdir: str, params: dict[str, np.ndarray], found: Import) -> None:
         "architecture": found.architecture,
         "dtype": found.dtype,
         "odd_dtypes": found.odd,
+        "adapter_dtype": adapter_dtype,
     }
     meta = {"imported": about, "params_only": True}
     state = {"params": unflatten_dict(tree, sep="/")}
@@ -137,33 +166,52 @@ def _save(workdir: str, params: dict[str, np.ndarray], found: Import) -> None:
 
 
 def export_model(
-    workdir: str, target: str, checkpoint: str = "best", shard: int = SHARD
+    workdir: str,
+    target: str,
+    checkpoint: str = "best",
+    shard: int = SHARD,
+    adapter: bool = False,
 ) -> list[str]:
-    """Makes a Hugging Face folder of a workdir; returns what to say of it, lines.
+    """Makes a Hugging Face folder of a workdir; returns a report, lines.
 
-    UserError, in one line, if transformers cannot express the model; then there is no
-    folder.
+    LoRA matrices are merged into the weights; with `adapter` they alone are written, as
+    PEFT does. UserError, in one line, if transformers cannot express the model; then
+    there is no folder.
     """
-    config = open_workdir(workdir)
-    original = specials.read_json(workdir, HF_CONFIG)
-    family, hf = _settings(config.model, original)
+    config = open_config(workdir)
+    lora = config.model if isinstance(config.model, LoRAConfig) else None
+    model = lora.model if lora else config.model
+    original = tokenizers.read_json(workdir, HF_CONFIG)
+    family, hf = _settings(model, original)
     _require_parameters(config, family)
-    with _all_or_nothing(target) as part:
-        params, about, which = _restore(workdir, config, family, checkpoint)
+    if adapter:
+        _require_adapter(config, lora)
+    with _all_or_nothing(target) as partial:
+        params, about, which = _restore(workdir, config, checkpoint)
+        if adapter:
+            kind = about.get("adapter_dtype") or "F32"
+            count = peft.save(partial, family, lora, params, kind)
+            return [
+                f"exported adapters of {which}: {count:,} parameters, {NAMES[kind]}",
+                f"  {target}: load it with peft.PeftModel.from_pretrained",
+            ]
+        if lora:
+            merged = merge(unflatten_dict(params, sep="/"), lora)
+            params = _flat(jax.device_get(merged))
         dtype, odd = about.get("dtype", "F32"), about.get("odd_dtypes", {})
-        known = specials.give(workdir, part, config.model.longest())
+        known = tokenizers.give(workdir, partial, model.longest().get("L", 0))
         known = _special_ids(family, known)
         if not original:
             hf = known | hf
         hf.pop("torch_dtype", None)
         hf["dtype"] = NAMES[dtype]
-        specials.write_json(part, "config.json", hf)
-        written = os.path.exists(os.path.join(part, GENERATION))
-        if known and not written and not isinstance(config.model, ENCODERS):
-            specials.write_json(part, GENERATION, known)
-        found = tensors(family, config.model, params, dtype, odd)
+        tokenizers.write_json(partial, "config.json", hf)
+        written = os.path.exists(os.path.join(partial, GENERATION))
+        if known and not written and model.generates():
+            tokenizers.write_json(partial, GENERATION, known)
+        found = tensors(family, model, params, dtype, odd)
         with _bar(sum(t.size() for t in found), "writing") as bar:
-            for size in write(part, found, shard):
+            for size in write(partial, found, shard):
                 bar.update(size)
     count = sum(x.size for x in params.values())
     return [
@@ -180,7 +228,7 @@ def _special_ids(family: Family, known: dict[str, Any]) -> dict[str, Any]:
         found.pop("decoder_start_token_id", None)
         return found
     found = OURS | found
-    if family.model_type == "marian":  # what ends a text that is cut
+    if family.model_type == "marian":  # what ends a shortened text
         found["forced_eos_token_id"] = found["eos_token_id"]
     return found
 
@@ -215,16 +263,16 @@ def _settings(config: Any, original: dict[str, Any]) -> tuple[Family, dict[str, 
 
 
 def _meaning(config: Any) -> Any:
-    return dataclasses.replace(
-        config, trunk=dataclasses.replace(config.trunk, **EXECUTION)
-    )
+    """The config without what says how it is computed or trained."""
+    usual = settings.plain(config)
+    trunk = dataclasses.replace(usual.trunk, **EXECUTION)
+    return dataclasses.replace(usual, trunk=trunk)
 
 
 def _require_parameters(config: ExperimentConfig, family: Family) -> None:
     """UserError if the model's batches left parameters of the family unused."""
     data = config.data
-    has = datasets.empty(data, 1, data.lengths()[0], config.model.limits())
-    if missing := [key for key in family.reads if key not in has]:
+    if missing := [field for field in family.reads if field not in data.spec()]:
         shown = getattr(data, "global_tokens", "none")
         raise UserError(
             f"data.global_tokens={shown!r}: batches without {missing[0]!r} trained "
@@ -233,33 +281,32 @@ def _require_parameters(config: ExperimentConfig, family: Family) -> None:
         )
 
 
+def _require_adapter(config: ExperimentConfig, lora: LoRAConfig | None) -> None:
+    """UserError if something else than the adapters differs from the base model."""
+    if lora is None:
+        raise UserError(
+            f"model={type(config.model).__name__}: has no adapters; leave out --adapter"
+        )
+    state = jax.eval_shape(Experiment(for_these_devices(config)).make_state)
+    trained, _ = optim.partition(state.variables()["params"], config.optim.train)
+    if others := [x for x in _flat(trained) if x.rpartition("/")[2][:5] != "lora_"]:
+        raise UserError(
+            f"optim.train={config.optim.train}: {others[0]} is trained besides the "
+            "adapters; leave out --adapter to export the merged weights"
+        )
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return flatten_dict(tree, sep="/")
+
+
 def _restore(
-    workdir: str, config: ExperimentConfig, family: Family, which: str
+    workdir: str, config: ExperimentConfig, which: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
     """(parameters, what was recorded at an import, description)."""
-    folder = checkpoint_dir(workdir)
-    with Checkpointer(folder, config.checkpoint) as checkpointer:
-        step = _step(checkpointer, which)
-        about = checkpointer.meta_of(step) if step is not None else {}
-        if step is None or (config.optim.ema_decay and not about.get("params_only")):
-            experiment = Experiment(for_these_devices(config))
-            tree, name = experiment.load_params(checkpointer, which)
-            return flatten_dict(jax.device_get(tree), sep="/"), {}, name
-        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        place = functools.partial(jax.ShapeDtypeStruct, sharding=cpu)
-        shapes = parameters(config.model, family.reads)
-        tree = {path: place(x.shape, x.dtype) for path, x in shapes.items()}
-        tree = checkpointer.restore_params(unflatten_dict(tree, sep="/"), step)
-    params = {k: np.asarray(x) for k, x in flatten_dict(tree, sep="/").items()}
-    return params, about.get("imported", {}), f"step {step}"
-
-
-def _step(checkpointer: Checkpointer, which: str) -> int | None:
-    """The step that best, latest or a number names; None for what is no single one."""
-    steps = checkpointer.steps()
-    if which == "best" and steps:
-        best = checkpointer.best()
-        return steps[-1] if best is None else best
-    if which == "latest" and steps:
-        return steps[-1]
-    return int(which) if which.isdigit() and int(which) in steps else None
+    experiment = Experiment(for_these_devices(config))
+    with Checkpointer(checkpoint_dir(workdir), config.checkpoint) as checkpointer:
+        variables, step, name = load_variables(experiment, checkpointer, which)
+        about = checkpointer.meta_of(step).get("imported", {})
+    params = {k: np.asarray(x) for k, x in _flat(variables["params"]).items()}
+    return params, about, name

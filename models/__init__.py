@@ -2,26 +2,34 @@
 
 Axes, one legend for the whole project: B batch, L queries, S keys, D model width,
 H query heads, K key/value heads, E head width, F feed-forward width, V vocabulary,
-N layers, M memory (encoder output), P places to predict.
+N layers, M memory (encoder output), P masked positions.
 
-A model maps a batch to logits of what it predicts, by the batch's name for it:
-'targets' token by token, 'label' of the whole row.
+A model maps a batch to logits by output: 'targets' token by token, 'label' of the row.
 """
 
+from flax import linen as nn
+
+from triform.models.autoencoder import Autoencoder, AutoencoderConfig
+from triform.models.config import ModelConfig
+from triform.models.distillation import Distillation, DistillationConfig
 from triform.models.encoder import Encoder, EncoderConfig
 from triform.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from triform.models.language_model import LanguageModel, LanguageModelConfig
-from triform.models.vision import Vision, VisionConfig
+from triform.models.lora import LoRA, LoRAConfig
+from triform.models.vision import VisionConfig
 
 # config type: module
 MODELS = {
     EncoderDecoderConfig: EncoderDecoder,
     LanguageModelConfig: LanguageModel,
     EncoderConfig: Encoder,
-    VisionConfig: Vision,
+    VisionConfig: Encoder,
+    LoRAConfig: LoRA,
+    DistillationConfig: Distillation,
+    AutoencoderConfig: Autoencoder,
 }
 
 
-def build(config):
-    """The Linen module of a model config."""
-    return MODELS[type(config)](config)
+def build(config: ModelConfig) -> nn.Module:
+    """The Linen module of a model config, around those of the models that it wraps."""
+    return MODELS[type(config)](config, *map(build, config.wraps()))

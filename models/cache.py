@@ -1,16 +1,19 @@
-"""What decoding carries for one attention layer from token to token.
+"""What decoding carries from token to token: `Cache`, one of these a layer.
 
-All have two methods: `empty` makes one, and `attend` takes the next tokens' queries,
-keys and values, and returns what the algorithm makes of them and of all before, and the
-cache with them in it.
+Those of a layer have two methods: `empty` makes one, and `attend` takes queries, keys
+and values of the next tokens and returns the algorithm's output over these and all
+earlier ones, and the cache that holds them too.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from triform.models.algorithms import STATES
+from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
 
 Array = jax.Array
@@ -100,4 +103,85 @@ class RingCache:
 
         return out, RingCache(
             put(self.key, key), put(self.value, value), put(self.positions, where)
+        )
+
+
+@struct.dataclass
+class Cache:
+    """What decoding carries from token to token.
+
+    Slots are filled left to right for all rows alike; a row's own positions say what is
+    in them (negative: nothing), so rows may be padded on either side.
+    """
+
+    # Per block {"self": one of the above or of STATES, "cross": KVCache or None};
+    # stacked if scanned.
+    blocks: Any
+    positions: Array  # int32 [B, S]
+    index: Array  # int32 []: the next free slot
+    memory_positions: Array | None = None  # int32 [B, M]; negative: padding
+    scanned: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def empty(
+        cls,
+        config: TransformerConfig,
+        batch: int,
+        length: int,
+        memory_positions: Array | None = None,
+    ) -> "Cache":
+        """An empty cache of `length` slots, and one for the memory if there is one."""
+        steps = config.num_layers // config.cycle()
+        lead = (steps,) if config.scan_layers else ()
+        rest = (config.kv_heads(), config.head_width())
+
+        def block(window: int) -> dict[str, Any]:
+            shape = (*lead, batch, length, *rest)
+            if config.attention in STATES:
+                kind = STATES[config.attention]
+                own = kind.empty(shape, config.dtype, **config.options())
+            # A relative bias has one column for each slot: keys must stay in them.
+            elif window and config.positions != "relative":
+                slots = min(config.reach(window), length)
+                own = RingCache.empty((*lead, batch, slots, *rest), config.dtype)
+            else:
+                own = KVCache.empty(shape, config.dtype)
+            cross = None
+            if memory_positions is not None:
+                shape = (*lead, batch, memory_positions.shape[1], *rest)
+                cross = KVCache.empty(shape, config.dtype)
+            return {"self": own, "cross": cross}
+
+        count = config.cycle() if config.scan_layers else config.num_layers
+        return cls(
+            blocks=[block(config.limits_of(i)[0]) for i in range(count)],
+            positions=jnp.full((batch, length), -1, jnp.int32),
+            index=jnp.zeros((), jnp.int32),
+            memory_positions=memory_positions,
+            scanned=config.scan_layers,
+        )
+
+    def map_rows(self, fn, *, memory: bool = True) -> "Cache":
+        """Applies fn(array [B, ...]) to every per-row array.
+
+        memory=False leaves what belongs to the memory alone: beams of one source share
+        it, so that reordering beams need not copy it.
+        """
+        axis = 1 if self.scanned else 0
+
+        def kv(x: Array) -> Array:
+            return jax.vmap(fn)(x) if axis else fn(x)
+
+        blocks = [
+            {
+                "self": jax.tree.map(kv, b["self"]),
+                "cross": jax.tree.map(kv, b["cross"]) if memory else b["cross"],
+            }
+            for b in self.blocks
+        ]
+        where = self.memory_positions
+        return self.replace(
+            blocks=blocks,
+            positions=fn(self.positions),
+            memory_positions=fn(where) if memory and where is not None else where,
         )

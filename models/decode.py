@@ -1,7 +1,7 @@
 """Greedy search, sampling and beam search over an explicit cache.
 
 All take `extend(tokens [B, l], positions [B, l], cache) -> (logits [B, l, V], cache)`
-and a cache whose rows hold what has been read so far, and are pure: jit them whole.
+and a cache whose rows hold what has been read so far. All are pure and can be jitted.
 """
 
 import dataclasses

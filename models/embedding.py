@@ -19,16 +19,20 @@ def embedding(trunk: TransformerConfig, size: int, stddev: float = 0.02) -> nn.E
     return nn.Embed(size, trunk.d_model, dtype=dtype, embedding_init=init)
 
 
-def head(trunk: TransformerConfig, size: int, bias: bool = False) -> nn.Dense:
+def head(
+    trunk: TransformerConfig, size: int, bias: bool = False, name: str | None = None
+) -> nn.Dense:
     """[..., D] -> float32 logits [..., size].
 
     They are accumulated in float32: in bfloat16 the best ones would tie.
     """
-    accumulate = functools.partial(dot_general, preferred_element_type=jnp.float32)
-    init = nn.initializers.normal(0.02)
-    dtype = jnp.dtype(trunk.dtype)
     return nn.Dense(
-        size, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=accumulate
+        size,
+        use_bias=bias,
+        dtype=jnp.dtype(trunk.dtype),
+        kernel_init=nn.initializers.normal(0.02),
+        dot_general=functools.partial(dot_general, preferred_element_type=jnp.float32),
+        name=name,
     )
 
 
@@ -37,11 +41,3 @@ def tied_logits(x: Array, table: nn.Embed) -> Array:
     weights = table.embedding.astype(x.dtype)
     axes = ((x.ndim - 1,), (0,)), ((), ())
     return dot_general(x, weights.T, axes, preferred_element_type=jnp.float32)
-
-
-def places(tokens: Array) -> Array:
-    """int32 [1, L]: the positions of rows that are one sequence each.
-
-    One row for all: whatever follows from positions is then computed once.
-    """
-    return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

@@ -1,32 +1,59 @@
-"""Encoder-only: BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), and their heads.
+"""Encoder-only: BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019).
 
-What is predicted is named as the batch names it: `targets` place by place (masked
-tokens, or the tag of every token), `label` of the whole row (next sentence, class,
-number), from the pooled first token or the mean of all.
+One module for every config that names a frontend and heads: see also vision.py.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from triform.models.attention import kernel_init
-from triform.models.config import POOLS, ModelConfig, TransformerConfig
-from triform.models.embedding import embedding, head, places, tied_logits
-from triform.models.mask import Mask
-from triform.models.matmul import dot_general
-from triform.models.positions import PositionEmbedding
-from triform.models.transformer import FFNS, Stack, make_norm
+from triform.models.config import (
+    POOLS,
+    POSITION_TABLE,
+    ModelConfig,
+    TransformerConfig,
+    nonzero,
+)
+from triform.models.frontends import Tokens
+from triform.models.heads import LabelHead, MaskedHead, TagHead
+from triform.models.transformer import Stack
 
 Array = jax.Array
 
 
+class FrontendConfig(ModelConfig):
+    """Base of the configs that `Encoder` serves."""
+
+    def frontend(self) -> nn.Module:
+        """One of models.frontends."""
+        raise NotImplementedError
+
+    def heads(self) -> tuple[nn.Module, ...]:
+        """Some of models.heads."""
+        raise NotImplementedError
+
+    def reads(self) -> dict[str, tuple[str, str]]:
+        """Field -> (axes, dtype) that a batch must have."""
+        return self.frontend().reads()
+
+    def outputs(self) -> dict[str, str]:
+        """Name of an output -> name of the size of its last axis."""
+        return {k: v for head in self.heads() for k, v in head.outputs().items()}
+
+    def longest(self) -> dict[str, int]:
+        """Axis letter -> longest row that the model takes."""
+        return self.frontend().longest()
+
+    def axes(self) -> dict[str, int]:
+        """Axis letter -> the size that every batch must have."""
+        return self.frontend().axes()
+
+
 @dataclasses.dataclass(unsafe_hash=True)
-class EncoderConfig(ModelConfig):
+class EncoderConfig(FrontendConfig):
     """A bidirectional stack, its embeddings, and the heads that are wanted."""
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
@@ -36,31 +63,48 @@ class EncoderConfig(ModelConfig):
     masked_head: bool = True  # predicts masked tokens
     num_tags: int = 0  # classes of a tag for every token, instead; 0: none
     num_labels: int = 2  # classes of a label for the row, 1: a number; 0: none
-    pool: str = "token"  # what the label is read off: the first token, or the mean
+    pool: str = "token"  # input of the label's head: the first token, or the mean
 
-    def longest(self) -> int:
-        """Tokens that a row may have."""
-        return self.trunk.max_len - self.position_offset
+    def frontend(self) -> Tokens:
+        """Tokens, token types and positions."""
+        return Tokens(
+            self.trunk,
+            self.vocab_size,
+            num_types=self.num_types,
+            position_offset=self.position_offset,
+            # Pre-norm blocks bring their own.
+            norm=self.trunk.norm_position == "post",
+        )
 
-    def limits(self) -> dict[str, int]:
-        """How many ids each key of a batch may hold."""
-        found = {
-            "inputs": self.vocab_size,
-            "token_type_ids": self.num_types,
-            "targets": self.vocab_size if self.masked_head else self.num_tags,
-            "label": self.num_labels,
-        }
-        return {k: n for k, n in found.items() if n}
+    def heads(self) -> tuple[nn.Module, ...]:
+        """Those that the fields ask for."""
+        heads: list[nn.Module] = []
+        if self.masked_head:
+            heads.append(MaskedHead(self.trunk))
+        if self.num_tags:
+            heads.append(TagHead(self.trunk, self.num_tags))
+        if self.num_labels:
+            head = LabelHead(self.trunk, self.num_labels, self.pool, pooler=True)
+            heads.append(head)
+        return tuple(heads)
 
-    def adapt(self, name: str, saved: Any, shape: tuple[int, ...]) -> Any | None:
+    def sizes(self) -> dict[str, int]:
+        """Name of a size -> its value; those that are 0 are left out."""
+        return nonzero(self, "vocab_size", "num_types", "num_tags", "num_labels")
+
+    def adapt(
+        self, name: str, saved: np.ndarray, fresh: np.ndarray
+    ) -> tuple[np.ndarray, str] | None:
         """Learned positions of longer rows repeat the saved ones (Beltagy et al. 2020,
-        5), of shorter rows are the first of them.
+        5), of shorter rows are the first of them. The rest as in the base class.
         """
-        if name != "positions/table/embedding" or saved.shape[1:] != shape[1:]:
-            return None
+        longer = len(fresh) > len(saved)
+        if name != POSITION_TABLE or not longer or saved.shape[1:] != fresh.shape[1:]:
+            return super().adapt(name, saved, fresh)
         offset = self.position_offset
-        rows = np.resize(saved[offset:], (shape[0] - offset, *shape[1:]))
-        return np.concatenate([saved[:offset], rows])
+        rows = np.resize(saved[offset:], (len(fresh) - offset, *fresh.shape[1:]))
+        values = np.concatenate([saved[:offset], rows])
+        return values, f"positions repeated to {len(rows)}"
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -72,7 +116,7 @@ class EncoderConfig(ModelConfig):
         self.require(
             not (self.masked_head and self.num_tags),
             "num_tags",
-            "every place has one prediction; set masked_head=False or num_tags=0",
+            "every position has one prediction; set masked_head=False or num_tags=0",
         )
         self.require(
             self.masked_head or self.num_tags > 0 or self.num_labels > 0,
@@ -82,118 +126,25 @@ class EncoderConfig(ModelConfig):
         self.trunk.validate()
 
 
-class MaskedHead(nn.Module):
-    """BERT's transform before the tied table: dense, activation, norm."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, P, D] -> [B, P, D]."""
-        cfg = self.config
-        x = nn.Dense(
-            cfg.d_model,
-            dtype=jnp.dtype(cfg.dtype),
-            kernel_init=kernel_init(cfg, "dense"),
-            dot_general=dot_general,
-            name="dense",
-        )(x)
-        return make_norm(cfg, "norm")(FFNS[cfg.ffn][0](x))
-
-
 class Encoder(nn.Module):
-    """Tokens in; logits of masked tokens or tags, and of the row's label, out."""
+    """Frontend, bidirectional stack, heads.
 
-    config: EncoderConfig
+    Parameters of the frontend and of the heads lie beside `encoder`, the stack's.
+    """
+
+    config: FrontendConfig
 
     def setup(self) -> None:
         """Submodule names are public: checkpoints and partition rules match on them."""
-        cfg, trunk = self.config, self.config.trunk
-        self.embedding = embedding(trunk, cfg.vocab_size)
-        if cfg.num_types:
-            self.token_type_embedding = embedding(trunk, cfg.num_types)
-        self.positions = PositionEmbedding(trunk)
-        if trunk.norm_position == "post":  # pre-norm blocks bring their own
-            self.embedding_norm = make_norm(trunk, None)
-        self.encoder = Stack(trunk)
-        self.dropout = nn.Dropout(trunk.dropout)
-        if cfg.masked_head:
-            self.masked_head = MaskedHead(trunk)
-            self.masked_bias = self.param(
-                "masked_bias", nn.initializers.zeros, (cfg.vocab_size,)
-            )
-        if cfg.num_tags:
-            self.tag_head = head(trunk, cfg.num_tags, bias=True)
-        if cfg.num_labels:
-            self.pooler = nn.Dense(
-                trunk.d_model,
-                dtype=jnp.dtype(trunk.dtype),
-                kernel_init=kernel_init(trunk, "pooler"),
-            )
-            self.label_head = head(trunk, cfg.num_labels, bias=True)
+        self.frontend = self.config.frontend()
+        self.encoder = Stack(self.config.trunk)
+        self.heads = self.config.heads()
+        for module in (self.frontend, *self.heads):
+            nn.share_scope(self, module)
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """{'targets': float32 [B, L or P, V or tags], 'label': float32 [B, labels]},
-        those that the config has.
-
-        Reads inputs [B, L] and, where they are there, segments (0: padding), positions,
-        types, globals [B, L] (1: sees all and is seen by all past windows), and predict
-        [B, P], the places whose tokens are predicted (without it: all).
-        """
-        cfg = self.config
-        x = self.encode(batch)
-        plain = not self.has_rng("dropout")
-        out = {}
-        if cfg.masked_head:
-            chosen = x
-            if "masked_positions" in batch:
-                chosen = jnp.take_along_axis(x, batch["masked_positions"][..., None], 1)
-            chosen = self.masked_head(chosen)
-            out["targets"] = tied_logits(chosen, self.embedding) + self.masked_bias
-        if cfg.num_tags:
-            out["targets"] = self.tag_head(self.dropout(x, deterministic=plain))
-        if cfg.num_labels:
-            pooled = x[:, 0] if cfg.pool == "token" else mean(x, batch.get("segments"))
-            pooled = nn.tanh(self.pooler(pooled))
-            pooled = self.dropout(pooled, deterministic=plain)
-            out["label"] = self.label_head(pooled)
-        return out
-
-    def encode(self, batch: Mapping[str, Array]) -> Array:
-        """[B, L, D] of inputs [B, L]."""
-        cfg, tokens = self.config, batch["inputs"]
-        positions = batch.get("positions", places(tokens))
-        if tokens.shape[1] > cfg.longest():
-            raise ValueError(
-                f"a sequence of {tokens.shape[1]} tokens exceeds {cfg.longest()}, "
-                "model.trunk.max_len less position_offset; raise it or shorten the data"
-            )
-        x = self.embedding(tokens)
-        if cfg.num_types:
-            x += self.token_type_embedding(
-                batch.get("token_type_ids", jnp.zeros_like(tokens))
-            )
-        x = self.positions(x, positions + cfg.position_offset)
-        if cfg.trunk.norm_position == "post":
-            x = self.embedding_norm(x)
-        marked = batch.get("global_attention_mask")
-        marked = None if marked is None else marked > 0
-        mask = Mask.self_attention(
-            positions,
-            batch.get("segments"),
-            q_global=marked,
-            kv_global=marked,
-            aligned="positions" not in batch,
-        )
-        return self.encoder(x, mask)[0]
-
-
-def mean(x: Array, segments: Array | None) -> Array:
-    """[B, D]: the mean of x [B, L, D] over the places that are no padding (segment 0).
-
-    Summed in float32.
-    """
-    shown = jnp.ones(x.shape[:2]) if segments is None else segments > 0
-    shown = shown.astype(jnp.float32)[..., None]
-    total = jnp.sum(x * shown, 1) / jnp.maximum(jnp.sum(shown, 1), 1)
-    return total.astype(x.dtype)
+        """The heads' logits by output, float32; see there for what they read."""
+        x, mask = self.frontend(batch)
+        x, _ = self.encoder(x, mask)
+        outputs = [head(x, mask, batch, self.frontend) for head in self.heads]
+        return {name: y for output in outputs for name, y in output.items()}

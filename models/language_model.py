@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from triform.models.cache import Cache
 from triform.models.config import ModelConfig, TransformerConfig
-from triform.models.embedding import embedding, head, places, tied_logits
+from triform.models.embedding import head, tied_logits
+from triform.models.frontends import Tokens
 from triform.models.mask import Mask
-from triform.models.positions import PositionEmbedding
-from triform.models.transformer import Cache, Stack
+from triform.models.transformer import Stack
 
 Array = jax.Array
 
@@ -24,9 +25,25 @@ class LanguageModelConfig(ModelConfig):
     vocab_size: int = 32_000  # also what a tokenizer is trained to
     tie_head: bool = True  # the head is the token table, transposed
 
-    def limits(self) -> dict[str, int]:
-        """How many ids each key of a batch may hold."""
-        return dict.fromkeys(("inputs", "targets"), self.vocab_size)
+    def frontend(self) -> Tokens:
+        """Tokens and positions, causal."""
+        return Tokens(self.trunk, self.vocab_size, causal=True)
+
+    def reads(self) -> dict[str, tuple[str, str]]:
+        """Field -> (axes, dtype) that a batch must have."""
+        return self.frontend().reads()
+
+    def outputs(self) -> dict[str, str]:
+        """Name of an output -> name of the size of its last axis."""
+        return {"targets": "vocab_size"}
+
+    def sizes(self) -> dict[str, int]:
+        """Name of a size -> its value."""
+        return {"vocab_size": self.vocab_size}
+
+    def generates(self) -> bool:
+        """Whether the module has `start` and `extend`."""
+        return True
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -42,8 +59,8 @@ class LanguageModel(nn.Module):
     def setup(self) -> None:
         """Submodule names are public: checkpoints and partition rules match on them."""
         cfg = self.config
-        self.embedding = embedding(cfg.trunk, cfg.vocab_size)
-        self.positions = PositionEmbedding(cfg.trunk)
+        self.frontend = cfg.frontend()
+        nn.share_scope(self, self.frontend)
         self.decoder = Stack(cfg.trunk)
         if not cfg.tie_head:
             self.head = head(cfg.trunk, cfg.vocab_size)
@@ -54,15 +71,8 @@ class LanguageModel(nn.Module):
         Reads inputs [B, L] and, where rows are packed or padded, segments and
         positions.
         """
-        tokens = batch["inputs"]
-        positions = batch.get("positions", places(tokens))
-        mask = Mask.self_attention(
-            positions,
-            batch.get("segments"),
-            causal=True,
-            aligned="positions" not in batch,
-        )
-        return {"targets": self._logits(self._run(tokens, mask)[0])}
+        x, mask = self.frontend(batch)
+        return {"targets": self._logits(self.decoder(x, mask)[0])}
 
     def start(
         self, batch: Mapping[str, Array], length: int
@@ -82,26 +92,27 @@ class LanguageModel(nn.Module):
         cache = Cache.empty(self.config.trunk, len(tokens), tokens.shape[1] + length)
         # The last token is fed when its logits are wanted.
         before = jnp.where(positions == at[:, None], -1, positions)
-        mask = Mask.self_attention(before, causal=True)
-        return self._run(tokens, mask, cache)[1], first, at
+        return self._run(tokens, before, cache)[1], first, at
 
-    def extend(self, tokens: Array, positions: Array, cache: Cache):
+    def extend(
+        self, tokens: Array, positions: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
         """Feeds the next tokens int32 [B, l]; returns (logits [B, l, V], cache).
 
         At most as many tokens in all as `start` was given `length`: beyond it the last
         slots are overwritten.
         """
-        mask = Mask.self_attention(positions, causal=True)
-        x, cache = self._run(tokens, mask, cache)
+        x, cache = self._run(tokens, positions, cache)
         return self._logits(x), cache
 
     def _run(
-        self, tokens: Array, mask: Mask, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None]:
-        x = self.positions(self.embedding(tokens), mask.q_positions)
+        self, tokens: Array, positions: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        x = self.frontend.embed(tokens, positions)
+        mask = Mask.self_attention(positions, causal=True)
         return self.decoder(x, mask, cache=cache)
 
     def _logits(self, x: Array) -> Array:
         if self.config.tie_head:
-            return tied_logits(x, self.embedding)
+            return tied_logits(x, self.frontend.embedding)
         return self.head(x)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from triform.runtime.errors import TriformError
+
 Array = jax.Array
 
 
-class Refused(ValueError):
+class Refused(TriformError, ValueError):
     """What an attention algorithm cannot do: the value, the rule and the fix."""
 
 

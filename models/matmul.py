@@ -13,10 +13,9 @@ def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options) -> Ar
     """lax.dot_general of the last axes of `lhs` with the first ones of `rhs`.
 
     On CPUs as a product of two matrices: of a batch of sequences, [B, L, D], XLA would
-    first transpose both operands of the kernel's gradient, which sums over two axes. A
-    step of the 6-layer, width-384 GPT on 2 CPU cores took 1.20 times PyTorch's without
-    and 1.03 times with, in one run. Elsewhere rows and places stay apart:
-    they may be split over different axes of a mesh.
+    first transpose both operands of the kernel's gradient, which sums over two axes
+    (see benchmarks/RESULTS.md). Elsewhere rows and positions remain two axes: they may
+    be split over different axes of a mesh.
     """
     if jax.default_backend() != "cpu":
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)

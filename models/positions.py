@@ -62,7 +62,7 @@ class PositionEmbedding(nn.Module):
 
 @struct.dataclass
 class Relative:
-    """What self-attention is told of positions; one for all blocks of a stack."""
+    """Positions for self-attention: the same for all blocks of a stack."""
 
     bias: Array | None = None  # [B or 1, H, L, S], added to the scores
     # Cosines and sines, each float32 [B or 1, L, 1, E / 2], of queries and new keys.
@@ -72,39 +72,30 @@ class Relative:
 def rotary_frequencies(config: TransformerConfig) -> tuple[np.ndarray, float]:
     """(float64 [E / 2] radians a position, factor on cosines and sines).
 
-    Su et al. 2021, 3.2.2. `rope_scaling` is one of
-      ("linear", factor)  positions divided (Chen et al. 2023)
-      ("llama3", factor, low, high, length)  frequencies that turn fewer than `low`
-        times over the original `length` are divided, those above `high` kept, in
-        between interpolated (Llama 3.1)
-      ("yarn", factor, beta_fast, beta_slow, length, attention)  Peng et al. 2023, 3.2;
-        `attention` is the factor returned, 0: 0.1 ln(factor) + 1.
+    Su et al. 2021, 3.2.2; for the scalings see RopeConfig.
     """
-    half = config.head_width() // 2
-    rates = config.rope_base ** -(np.arange(half) / half)
-    if not config.rope_scaling:
+    rope, half = config.rope, config.head_width() // 2
+    rates = rope.base ** -(np.arange(half) / half)
+    if rope.scaling == "none":
         return rates, 1.0
-    name, factor, *rest = config.rope_scaling
-    if name == "linear":
-        return rates / factor, 1.0
-    if name == "llama3":
-        low, high, length = rest
-        turns = length * rates / (2 * math.pi)
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        return (1 - kept) * rates / factor + kept * rates, 1.0
-    fast, slow, length, attention = rest
+    if rope.scaling == "linear":
+        return rates / rope.factor, 1.0
+    if rope.scaling == "llama3":
+        turns = rope.length * rates / (2 * math.pi)
+        kept = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
+        return (1 - kept) * rates / rope.factor + kept * rates, 1.0
 
     def channel(turns: float) -> float:
         """The channel whose frequency turns so often over the original length."""
-        period = length / (turns * 2 * math.pi)
-        return half * math.log(period) / math.log(config.rope_base)
+        period = rope.length / (turns * 2 * math.pi)
+        return half * math.log(period) / math.log(rope.base)
 
-    first = max(math.floor(channel(fast)), 0)
-    last = min(math.ceil(channel(slow)), 2 * half - 1)
+    first = max(math.floor(channel(rope.fast)), 0)
+    last = min(math.ceil(channel(rope.slow)), 2 * half - 1)
     ramp = (np.arange(half) - first) / max(last - first, 0.001)
     kept = 1 - np.clip(ramp, 0, 1)
-    mixed = (1 - kept) * rates / factor + kept * rates
-    return mixed, attention or 0.1 * math.log(factor) + 1
+    mixed = (1 - kept) * rates / rope.factor + kept * rates
+    return mixed, rope.attention or 0.1 * math.log(rope.factor) + 1
 
 
 def rotation(config: TransformerConfig, positions: Array) -> tuple[Array, Array]:
@@ -114,12 +105,12 @@ def rotation(config: TransformerConfig, positions: Array) -> tuple[Array, Array]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: Array, turn: tuple[Array, Array]) -> Array:
-    """Turns the channel pairs (i, i + E / 2) of x [B, L, H, E]; the dtype stays.
+def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
+    """Rotates the channel pairs (i, i + E / 2) of x [B, L, H, E]; the dtype stays.
 
     The pairs are halves, as in GPT-NeoX and Llama's published weights.
     """
-    cos, sin = turn
+    cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
     return out.astype(x.dtype)

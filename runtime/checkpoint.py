@@ -161,7 +161,8 @@ class Checkpointer:
         if not self._scores.exists():
             return {}
         try:
-            return {int(k): v for k, v in json.loads(self._scores.read_text()).items()}
+            saved = json.loads(self._scores.read_text()).items()
+            return {int(s): {k: float(x) for k, x in m.items()} for s, m in saved}
         except (ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{self._scores}: {error}; remove it to go on without the scores"
@@ -170,7 +171,11 @@ class Checkpointer:
     def _write_scores(self) -> None:
         if jax.process_index() == 0:
             part = self._scores.with_suffix(".tmp")
-            part.write_text(json.dumps(self._metrics, indent=1))
+            strict = {  # JSON has no infinity
+                step: {k: x if math.isfinite(x) else str(x) for k, x in found.items()}
+                for step, found in self._metrics.items()
+            }
+            part.write_text(json.dumps(strict, indent=1, allow_nan=False))
             part.replace(self._scores)
 
     def save(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from triform.runtime import host
+from triform.runtime import host, paths
 from triform.runtime.errors import TriformError, UserError
 
 
@@ -51,41 +51,48 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         # Not sys.exit: tearing XLA down while it compiles crashes the interpreter.
         os.write(2, b"\ninterrupted\n")
         os._exit(130)
-    except TriformError as error:
-        text = str(error)
     except BrokenPipeError:
         # Whoever reads our output has enough, as in `generate.py ... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            name = error.filename or "the workdir or the cache"
-            text = f"{error.strerror}: {name}; free disk space and start again"
-        elif error.filename:
-            text = f"{error.strerror}: {error.filename}; mend or name another path"
-        else:
-            raise
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        text = (
-            f"out of memory ({str(error).splitlines()[0]:.200}); lower "
-            "data.batch_size, raise optim.accumulate or set model.trunk.remat=True"
-        )
-    except flags.Error as error:
-        # A get_config that raised comes with its traceback: the last line says it.
-        lines = [x for x in str(error).strip().splitlines() if x.strip()]
-        text = lines[-1].strip().removeprefix("ValueError: ")
-        if "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
-            text += "; name an experiment with --config=configs/NAME.py"
-    except (KeyError, AttributeError) as error:
-        text = _config_error(error)
+    except Exception as error:
+        text = one_line(error)
         if not text:
             raise
     print(f"error: {text}", file=sys.stderr)
     if fail:
         sys.exit(1)
     return 1
+
+
+def one_line(error: Exception) -> str:
+    """What to tell the user of an error that they can correct; '' for the others."""
+    if isinstance(error, TriformError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            name = error.filename or "the workdir or the cache"
+            return f"{error.strerror}: {name}; free disk space and start again"
+        name = error.filename
+        return f"{error.strerror}: {name}; mend or name another path" if name else ""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            return ""
+        return (
+            f"out of memory ({str(error).splitlines()[0]:.200}); lower "
+            "data.batch_size, raise optim.accumulate or set model.trunk.remat=True"
+        )
+    if isinstance(error, flags.Error):
+        # A get_config that raised comes with its traceback: the last line says it.
+        lines = [x for x in str(error).strip().splitlines() if x.strip()]
+        text = lines[-1].strip().removeprefix("ValueError: ")
+        named = any(a.startswith("--config=") for a in sys.argv)
+        if "config" in flags.FLAGS and not named:
+            text += "; name an experiment with --config=configs/NAME.py"
+        return text
+    if isinstance(error, (KeyError, AttributeError)):
+        return _config_error(error)
+    return ""
 
 
 def _config_error(error: Exception) -> str:
@@ -110,9 +117,9 @@ def folder_flag(name: str) -> str:
     value = flags.FLAGS[name].value
     if not value:
         raise UserError(f"--{name} is empty: name a folder")
-    if os.path.isfile(value):
+    if os.path.isfile(paths.absolute(value)):
         raise UserError(f"--{name}={value}: is a file; name a folder")
-    return os.path.abspath(value)
+    return paths.absolute(value)
 
 
 def config_flag() -> Any:

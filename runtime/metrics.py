@@ -20,21 +20,26 @@ Array = jax.Array
 
 
 @struct.dataclass
-class Mean:
-    """A weighted mean, not yet divided."""
+class Metric:
+    """A total and a weight that are added over everything, and divided once."""
 
     total: Array
     weight: Array
-
-    @classmethod
-    def of(cls, values: Array, weights: Array) -> "Mean":
-        """Of values and weights of the same shape."""
-        return cls((values * weights).sum(), weights.sum())
 
     def value(self) -> float:
         """total / weight on the host; NaN if the weight is zero."""
         total, weight = float(self.total), float(self.weight)
         return total / weight if weight else math.nan
+
+
+@struct.dataclass
+class Mean(Metric):
+    """A weighted mean."""
+
+    @classmethod
+    def of(cls, values: Array, weights: Array) -> "Mean":
+        """From values and weights of the same shape."""
+        return cls((values * weights).sum(), weights.sum())
 
 
 @struct.dataclass
@@ -48,7 +53,7 @@ class Perplexity(Mean):
 
 
 @struct.dataclass
-class CalibrationError(Mean):
+class CalibrationError(Metric):
     """Expected calibration error (Guo et al. 2017, eq. 3).
 
     `total` [bins] holds the sum of (confidence - correct) over the predictions whose
@@ -56,8 +61,10 @@ class CalibrationError(Mean):
     """
 
     @classmethod
-    def of(cls, confidence: Array, correct: Array, weights: Array, bins: int = 15):
-        """From arrays of one shape: top probability, 0/1 correctness, weight."""
+    def of(
+        cls, confidence: Array, correct: Array, weights: Array, bins: int = 15
+    ) -> "CalibrationError":
+        """From arrays of one shape: top probability, correctness in [0, 1], weight."""
         index = jnp.clip((confidence * bins).astype(jnp.int32), 0, bins - 1)
         gap = (confidence - correct) * weights
         # A loop over bins: scattering millions of values is slow everywhere.
@@ -67,32 +74,11 @@ class CalibrationError(Mean):
     def value(self) -> float:
         """sum over bins of |gap| / weight, in [0, 1]."""
         weight = float(self.weight)
-        return (
-            float(np.abs(np.asarray(self.total)).sum()) / weight if weight else math.nan
-        )
+        gaps = np.abs(np.asarray(self.total)).sum()
+        return float(gaps) / weight if weight else math.nan
 
 
-@struct.dataclass
-class Correlation(Mean):
-    """Pearson's correlation; `total` [5] holds weighted sums of x, y, xx, yy and xy."""
-
-    @classmethod
-    def of(cls, x: Array, y: Array, weights: Array) -> "Correlation":
-        """From arrays of one shape."""
-        sums = [(v * weights).sum() for v in (x, y, x * x, y * y, x * y)]
-        return cls(jnp.stack(sums), weights.sum())
-
-    def value(self) -> float:
-        """In [-1, 1]; NaN where one side does not vary."""
-        weight = float(self.weight)
-        if not weight:
-            return math.nan
-        x, y, xx, yy, xy = (float(t) / weight for t in np.asarray(self.total))
-        spread = max(xx - x * x, 0.0) * max(yy - y * y, 0.0)
-        return (xy - x * y) / math.sqrt(spread) if spread else math.nan
-
-
-Metrics = Mapping[str, Mean]
+Metrics = Mapping[str, Metric]
 
 
 def add(a: Metrics | None, b: Metrics) -> Metrics:

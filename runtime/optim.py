@@ -1,13 +1,16 @@
 """Schedules, the decay mask by parameter path, and the optimiser chain."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from triform.runtime.parameters import ROWS, Rows, axes_of
 from triform.runtime.paths import path_name
 
 Schedule = Callable[[jax.Array | int], jax.Array]
@@ -82,6 +85,8 @@ class OptimConfig:
     weight_decay: float = 0.0  # decoupled; not on biases and norm scales
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
     accumulate: int = 1  # micro-batches an update
+    # Regular expressions of parameter paths that are trained; the rest is frozen.
+    train: tuple[str, ...] = (".*",)
     ema_decay: float = 0.0  # moving average of parameters, used by evaluation; 0: none
 
     def validate(self) -> None:
@@ -117,29 +122,35 @@ class OptimConfig:
         )
         require(self.clip_norm >= 0, "clip_norm", "must not be negative; 0 is off")
         require(self.accumulate >= 1, "accumulate", "must be at least 1")
+        for pattern in self.train:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                require(False, "train", f"{pattern!r} is no pattern ({error})")
 
 
-def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everything but biases and norm scales.
+def decay_mask(rows: Rows) -> Callable[[Any], Any]:
+    """(params) -> True where weight decay applies: all but biases and norm scales.
 
     By path, never by rank: q/k/v biases are matrices and scanned trunks add an axis.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path_name(path).endswith(("bias", "scale")),
-        params,
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, x: axes_of(path_name(path), x.shape, rows).decays, params
     )
 
 
-def _adam(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+def _adam(c: OptimConfig, rate: Schedule, rows: Rows) -> optax.GradientTransformation:
     return optax.adam(rate, c.b1, c.b2, c.eps)
 
 
-def _adamw(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
-    decay = {"weight_decay": c.weight_decay, "mask": decay_mask}
+def _adamw(c: OptimConfig, rate: Schedule, rows: Rows) -> optax.GradientTransformation:
+    decay = {"weight_decay": c.weight_decay, "mask": decay_mask(rows)}
     return optax.adamw(rate, c.b1, c.b2, c.eps, **decay)
 
 
-def _adafactor(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+def _adafactor(
+    c: OptimConfig, rate: Schedule, rows: Rows
+) -> optax.GradientTransformation:
     # Shazeer & Stern 2018. Optax's own decay is not scaled by the rate: ours is.
     # It scales by the size of each array, so a scanned trunk, whose arrays hold all
     # layers, is not updated as a looped one.
@@ -148,34 +159,34 @@ def _adafactor(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
     )
     return optax.chain(
         core,
-        optax.add_decayed_weights(-c.weight_decay, decay_mask),
+        optax.add_decayed_weights(-c.weight_decay, decay_mask(rows)),
         # adafactor's updates already point downhill.
         optax.scale_by_schedule(rate),
     )
 
 
-def _lion(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
-    decay = {"weight_decay": c.weight_decay, "mask": decay_mask}
+def _lion(c: OptimConfig, rate: Schedule, rows: Rows) -> optax.GradientTransformation:
+    decay = {"weight_decay": c.weight_decay, "mask": decay_mask(rows)}
     return optax.lion(rate, c.b1, c.b2, **decay)
 
 
-def _muon(c: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+def _muon(c: OptimConfig, rate: Schedule, rows: Rows) -> optax.GradientTransformation:
     # Optax's Muon would leave what it gives to Adam without decay: ours is added after.
     core = optax.contrib.muon(
         1.0,
         adam_b1=c.b1,
         adam_b2=c.b2,
         eps=c.eps,
-        muon_weight_dimension_numbers=muon_dimensions,
+        muon_weight_dimension_numbers=muon_dimensions(rows),
     )
     return optax.chain(
         core,
-        optax.add_decayed_weights(-c.weight_decay, decay_mask),
+        optax.add_decayed_weights(-c.weight_decay, decay_mask(rows)),
         optax.scale_by_schedule(rate),
     )
 
 
-# fn(config, schedule) -> transformation
+# fn(config, schedule, rows of parameter axes) -> transformation
 OPTIMIZERS = {
     "adam": _adam,
     "adamw": _adamw,
@@ -185,27 +196,19 @@ OPTIMIZERS = {
 }
 
 
-def muon_dimensions(params: Any) -> Any:
-    """Which axes of each parameter form Muon's matrix; None leaves it to Adam.
+def muon_dimensions(rows: Rows) -> Callable[[Any], Any]:
+    """(params) -> dimensions of Muon's matrix per parameter; None leaves it to Adam.
 
-    Kernels are matrices from inputs to outputs: query, key and value [D, H, E] as
-    D x (H E), out [H, E, D] as (H E) x D. Embeddings, heads, biases and scales are not
-    (Jordan et al. 2024). Optax's default, by rank, has this the wrong way round.
+    Kernels of hidden layers are matrices from inputs to outputs: query, key and value
+    [D, H, E] as D x (H E), out [H, E, D] as (H E) x D (Jordan et al. 2024). Optax's
+    default, by rank, has this the wrong way round.
     """
 
     def dimensions(path: tuple, x: jax.Array) -> Any:
-        parts = path_name(path).split("/")
-        name, kind = parts[-2] if len(parts) > 1 else "", parts[-1]
-        if kind != "kernel" or name.endswith("head"):
-            return None
-        # Axes of inputs and outputs; what is in front is a scanned trunk's.
-        attention = name.removesuffix("_global") in ("query", "key", "value")
-        inputs = {"out": 2, "patches": 3}.get(name, 1)
-        lead = x.ndim - inputs - (2 if attention else 1)
-        axes = tuple(range(lead, x.ndim))
-        return optax.contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+        matrix = axes_of(path_name(path), x.shape, rows).matrix()
+        return matrix and optax.contrib.MuonDimensionNumbers(*matrix)
 
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    return lambda params: jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 class EmaState(NamedTuple):
@@ -246,12 +249,18 @@ def evaluation_params(params: Any, opt_state: Any) -> Any:
     return next((x.average for x in leaves if is_ema(x)), params)
 
 
-def build(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The chain: clip -> optimiser with schedule -> moving average of parameters."""
-    parts = []
-    if config.clip_norm:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(OPTIMIZERS[config.name](config, learning_rate(config, steps)))
+def build(
+    config: OptimConfig, steps: int, rows: Rows = ROWS
+) -> optax.GradientTransformation:
+    """The chain: clip -> optimiser with schedule -> moving average of parameters.
+
+    `rows` is the table of parameter axes. The shape of the state does not depend on
+    clipping, which may be switched on and off between two starts of a run.
+    """
+    rate = learning_rate(config, steps)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    parts = [clip if config.clip_norm else optax.identity()]
+    parts.append(OPTIMIZERS[config.name](config, rate, rows))
     if config.ema_decay:
         parts.append(parameter_ema(config.ema_decay))
     return optax.chain(*parts)
@@ -261,3 +270,27 @@ def learning_rate(config: OptimConfig, steps: int) -> Schedule:
     """The schedule of a run of `steps` updates."""
     make = SCHEDULES[config.schedule]
     return make(config.learning_rate, config.warmup_steps, steps, config.floor)
+
+
+def partition(params: Any, patterns: Sequence[str]) -> tuple[Any, Any]:
+    """(trained, frozen) parameters: a path is trained if a pattern matches all of it.
+
+    Raises ValueError if nothing is trained.
+    """
+    flat = flatten_dict(params, sep="/")
+    trained = {
+        k: x for k, x in flat.items() if any(re.fullmatch(p, k) for p in patterns)
+    }
+    if not trained:
+        raise ValueError(
+            f"optim.train={tuple(patterns)!r}: matches none of {len(flat)} parameters, "
+            f"such as {next(iter(flat))!r}; use patterns that match whole paths"
+        )
+    rest = {k: x for k, x in flat.items() if k not in trained}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(rest, sep="/")
+
+
+def join(trained: Any, frozen: Any) -> Any:
+    """The inverse of `partition`."""
+    both = flatten_dict(trained, sep="/") | flatten_dict(frozen, sep="/")
+    return unflatten_dict(both, sep="/")

@@ -2,14 +2,13 @@
 
 Both placements run the same pure functions:
 
-    train_step(state, batch, reduce, part) -> (state, metrics)
-    eval_step(params, batch, reduce) -> metrics
+    train_step(state, batch, across) -> (state, metrics)
+    eval_step(variables, step, batch, across) -> (metrics, rows)
 
-`reduce` sums over devices: the identity under jit (where the compiler inserts what is
-needed), a psum under pmap. `part` is the number of the batch's part that the step sees:
-0 under jit, the device's under pmap, where each draws its own random numbers.
+`across` (class Across) is what a step may do over devices.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,29 +22,39 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from triform.runtime.parameters import ROWS, Rows, axes_of
 from triform.runtime.paths import path_name
 
 Tree = Any
+Batch = Mapping[str, np.ndarray]
+AxisLetters = Mapping[str, str]  # field of a batch -> its axes, "BL"
 AXES = ("data", "fsdp", "tensor", "sequence")
 
-# First match wins; a parameter that no row matches is an error. Specs name the axes of
-# the unscanned parameter; a scanned one has one more in front, never partitioned.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"(query|key|value)(_global)?/kernel$", P("fsdp", "tensor", None)),
-    (r"out/kernel$", P("tensor", None, "fsdp")),
-    (r"(query|key|value)(_global)?/bias$", P("tensor", None)),
-    (r"(up|gate)/kernel$", P("fsdp", "tensor")),
-    (r"down/kernel$", P("tensor", "fsdp")),
-    (r"(up|gate)/bias$", P("tensor")),
-    (r"(pooler|dense)/kernel$", P("fsdp", "tensor")),
-    (r"patches/kernel$", P(None, None, None, "fsdp")),
-    (r"relative_bias/embedding$", P(None, "tensor")),
-    (r"positions/table/embedding$", P(None, "fsdp")),
-    (r"embedding$", P("tensor", "fsdp")),
-    (r"head/kernel$", P("fsdp", "tensor")),
-    (r"(^|/)token$", P(None, None, "fsdp")),
-    (r"(bias|scale)$", P(None)),
-)
+# Axis letter of a batch's field -> mesh axes; other axes are not split.
+BATCH_AXES = {
+    "B": ("data", "fsdp"),
+    "L": ("sequence",),
+    "S": ("sequence",),
+    "T": ("sequence",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Across:
+    """What a step may do over devices. Under jit the compiler inserts what is needed,
+    so all of it is the identity; under pmap these are collectives.
+    """
+
+    sum: Callable[[Tree], Tree] = lambda tree: tree  # over devices
+    rows: Callable[[jax.Array], jax.Array] = lambda x: x  # [B, ...] of all devices
+    index: jax.Array | int = 0  # of this device: it draws its own random numbers
+    count: int = 1  # devices that run the step separately
+
+    def mean(self, tree: Tree) -> Tree:
+        """Mean over devices of every leaf."""
+        if self.count == 1:
+            return tree
+        return jax.tree.map(lambda x: (x / self.count).astype(x.dtype), self.sum(tree))
 
 
 @dataclasses.dataclass
@@ -78,38 +87,14 @@ class MeshConfig:
         return (data, *given[1:])
 
 
-def spec_for(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
-    """The PartitionSpec of a parameter; axes that do not divide a size are dropped."""
-    spec = next((s for pattern, s in RULES if re.search(pattern, path)), None)
-    if spec is None:
-        raise ValueError(
-            f"parameter {path!r} matches no partition rule; add a row to "
-            "runtime/partition.py RULES"
-        )
-    lead = max(0, len(shape) - len(spec))
-    names = (None,) * lead + tuple(spec)
-    names = names[-len(shape) :] if shape else ()
-    return P(
-        *(
-            name if name and size % mesh[name] == 0 and mesh[name] > 1 else None
-            for name, size in zip(names, shape, strict=True)
-        )
-    )
-
-
-def _optimizer_spec(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
-    """Moments follow their parameters; what has another rank is replicated."""
-    for pattern, spec in RULES:
-        if re.search(pattern, path) and len(shape) - len(spec) in (0, 1):
-            return spec_for(path, shape, mesh)
-    return P()
-
-
 class MeshPlacement:
     """jit over a mesh with the axes data, fsdp, tensor and sequence."""
 
-    def __init__(self, config: MeshConfig, devices: list | None = None):
+    def __init__(
+        self, config: MeshConfig, devices: list | None = None, rows: Rows = ROWS
+    ):
         devices = devices if devices is not None else jax.devices()
+        self.parameters = rows
         sizes = config.sizes(len(devices))
         # Auto, not the default Explicit axes: the compiler propagates shardings.
         self.mesh = jax.make_mesh(
@@ -126,11 +111,16 @@ class MeshPlacement:
         """NamedSharding of every leaf of a state or of parameters (abstract or not)."""
 
         def of(path: tuple, x: Any) -> NamedSharding:
-            name, shape = path_name(path), x.shape
-            # step, rng, and whatever the optimiser holds besides moments
-            whole = not name.startswith("params")
-            find = _optimizer_spec if whole else spec_for
-            return NamedSharding(self.mesh, find(name, shape, self.sizes))
+            name, spec = path_name(path), P()
+            if name.startswith(("params", "frozen")):
+                axes = axes_of(name, x.shape, self.parameters)
+                spec = axes.spec(x.shape, self.sizes)
+            elif name.startswith("opt_state"):
+                # Moments follow their parameters; what has another rank does not.
+                with contextlib.suppress(ValueError):
+                    axes = axes_of(name, x.shape, self.parameters)
+                    spec = axes.spec(x.shape, self.sizes)
+            return NamedSharding(self.mesh, spec)
 
         return jax.tree_util.tree_map_with_path(of, state)
 
@@ -154,34 +144,32 @@ class MeshPlacement:
         """The state as it is saved."""
         return state
 
-    def for_generation(self, params: Tree, batch: Tree) -> tuple[Tree, Tree]:
-        """Parameters and a host's batch as text is generated from them."""
-        return params, self.put(batch)
+    def for_generation(
+        self, variables: Tree, batch: Batch, axes: AxisLetters
+    ) -> tuple[Tree, Tree]:
+        """Variables and a host's batch as text is generated from them."""
+        return variables, self.put(batch, axes)
 
     def put(
-        self, batch: Mapping[str, np.ndarray], parts: int = 1
+        self, batch: Batch, axes: AxisLetters, parts: int = 1
     ) -> Mapping[str, jax.Array]:
         """A host's view of the global batch, onto the devices.
 
-        Rows are padded so that each of `parts` micro-batches divides evenly.
+        Rows are padded so that each of `parts` micro-batches divides evenly. Sequence
+        axes are split where their size allows it.
         """
         batch = pad_rows(batch, self.rows * parts)
 
+        def axis(letter: str, size: int) -> tuple[str, ...] | None:
+            over = BATCH_AXES.get(letter, ())
+            fits = size % math.prod(self.sizes[a] for a in over) == 0
+            return over if over and fits else None
+
         def place(name: str, x: np.ndarray) -> jax.Array:
-            # Places are split, where there are as many as the axis can take.
-            places = name not in whole and x.ndim == 2
-            places = places and x.shape[1] % self.sizes["sequence"] == 0
-            spec = P(("data", "fsdp"), *(("sequence",) if places else ()))
-            sharding = NamedSharding(self.mesh, spec)
+            split = P(*map(axis, axes[name], x.shape))
+            sharding = NamedSharding(self.mesh, split)
             return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
-        # Classes are no places, nor are the few that are chosen among them.
-        chosen = (
-            ("masked_positions", "targets", "weights")
-            if "masked_positions" in batch
-            else ()
-        )
-        whole = ("label", *chosen)
         return {name: place(name, x) for name, x in batch.items()}
 
     def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
@@ -191,23 +179,25 @@ class MeshPlacement:
         """
 
         def pinned(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-            out, metrics = step(state, batch, reduce=lambda x: x, part=0)
+            out, metrics = step(state, batch, Across())
             # Without this the compiler may return a state placed otherwise.
             return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
 
         compiled = jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
-        return lambda state, batch: settled(compiled(state, batch))
+        return lambda state, batch: block_on_cpu(compiled(state, batch))
 
     def compile_eval(self, step: Callable) -> Callable:
-        """(params, batch) -> metrics."""
-        compiled = jax.jit(functools.partial(step, reduce=lambda x: x))
-        return lambda params, batch: settled(compiled(params, batch))
+        """(variables, step, batch) -> (metrics, rows)."""
+        compiled = jax.jit(functools.partial(step, across=Across()))
+        return lambda *inputs: block_on_cpu(compiled(*inputs))
 
 
 class PmapPlacement:
     """Replicated data parallelism through jax.pmap."""
 
-    def __init__(self, config: MeshConfig, devices: list | None = None):
+    def __init__(
+        self, config: MeshConfig, devices: list | None = None, rows: Rows = ROWS
+    ):
         self.devices = devices if devices is not None else jax.local_devices()
         sizes = config.sizes(len(self.devices))
         if sizes[0] != len(self.devices):
@@ -254,13 +244,13 @@ class PmapPlacement:
         """The first device's copy."""
         return jax.tree.map(lambda x: x.addressable_data(0)[0], state)
 
-    def for_generation(self, params: Tree, batch: Tree) -> tuple[Tree, Tree]:
-        """Parameters and a host's batch for generation, on one device."""
-        return self.unload(params), batch
+    def for_generation(
+        self, variables: Tree, batch: Batch, axes: AxisLetters
+    ) -> tuple[Tree, Tree]:
+        """Variables and a host's batch for generation, on one device."""
+        return self.unload(variables), batch
 
-    def put(
-        self, batch: Mapping[str, np.ndarray], parts: int = 1
-    ) -> Mapping[str, np.ndarray]:
+    def put(self, batch: Batch, axes: AxisLetters, parts: int = 1) -> Batch:
         """The batch with a leading device axis; pmap moves it. See MeshPlacement."""
         batch = pad_rows(batch, self.rows * parts)
         n = self.rows
@@ -273,32 +263,38 @@ class PmapPlacement:
 
         The state is donated.
         """
-
-        def numbered(state: Tree, batch: Tree, reduce: Callable) -> tuple[Tree, Tree]:
-            return step(state, batch, reduce, part=jax.lax.axis_index("data"))
-
-        mapped = self._pmap(numbered, donate_argnums=0)
+        mapped = self._pmap(step, donate_argnums=0)
         compiled = mapped.lower(state, batch).compile()
 
         def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-            state, metrics = settled(compiled(state, batch))
+            state, metrics = block_on_cpu(compiled(state, batch))
             return state, self.unload(metrics)
 
         return run
 
     def compile_eval(self, step: Callable) -> Callable:
-        """(params, batch) -> metrics."""
-        mapped = self._pmap(step)
-        return lambda params, batch: self.unload(settled(mapped(params, batch)))
+        """(variables, step, batch) -> (metrics, rows)."""
+        mapped = self._pmap(step, in_axes=(0, None, 0))
+
+        def run(*inputs: Tree) -> tuple[Tree, Tree]:
+            metrics, rows = block_on_cpu(mapped(*inputs))
+            merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+            return self.unload(metrics), jax.tree.map(merge, rows)
+
+        return run
 
     def _pmap(self, step: Callable, **options) -> Callable:
-        reduce = functools.partial(jax.lax.psum, axis_name="data")
-        step = functools.partial(step, reduce=reduce)
-        return jax.pmap(step, axis_name="data", devices=self.devices, **options)
+        def across(*inputs: Tree) -> Tree:
+            gather = functools.partial(jax.lax.all_gather, axis_name="data", tiled=True)
+            total = functools.partial(jax.lax.psum, axis_name="data")
+            index = jax.lax.axis_index("data")
+            return step(*inputs, Across(total, gather, index, len(self.devices)))
+
+        return jax.pmap(across, axis_name="data", devices=self.devices, **options)
 
 
-def settled(results: Tree) -> Tree:
-    """The results, waited for on simulated CPU devices and nowhere else.
+def block_on_cpu(results: Tree) -> Tree:
+    """Blocks until the results are ready, but only on several CPU devices.
 
     Two programs with collectives in flight at once can deadlock there: every device
     holds a thread, and there are fewer threads than devices times programs.
@@ -312,10 +308,8 @@ def settled(results: Tree) -> Tree:
 PLACEMENTS = {"mesh": MeshPlacement, "pmap": PmapPlacement}
 
 
-def pad_rows(
-    batch: Mapping[str, np.ndarray], multiple: int
-) -> Mapping[str, np.ndarray]:
-    """Appends rows of zeros (so of weight and segment 0) up to a multiple of rows."""
+def pad_rows(batch: Batch, multiple: int) -> Batch:
+    """Appends rows of zeros (weight and segment 0) up to a multiple of rows."""
     rows = len(next(iter(batch.values())))
     extra = -rows % multiple
     if not extra:

@@ -19,11 +19,19 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from long_tests import is_long  # noqa: E402
 
 from triform.data import sources as source_table  # noqa: E402
 from triform.models import EncoderDecoderConfig  # noqa: E402
 from triform.models.algorithms import ALGORITHMS  # noqa: E402
-from triform.models.config import TransformerConfig  # noqa: E402
+from triform.models.config import RopeConfig, TransformerConfig  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of long_tests.py."""
+    for item in items:
+        if is_long(item.nodeid):
+            item.add_marker("long")
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +97,7 @@ def pair_batch():
 
 @pytest.fixture(scope="session")
 def packed():
-    """(batch, lengths, source lengths) -> its rows in one, and a place of padding.
+    """(batch, lengths, source lengths) -> its rows in one, and one position of padding.
 
     The first so many tokens of each row; the second lengths are of the encoder's side.
     """
@@ -99,7 +107,7 @@ def packed():
         for side, counts in (("", lengths), ("encoder_", source_lengths)):
             if not counts:
                 continue
-            for key in (f"{side}inputs", f"{side}types"):
+            for key in (f"{side}inputs", f"{side}token_type_ids"):
                 if key in batch:
                     rows = [batch[key][r, :n] for r, n in enumerate(counts)]
                     out[key] = np.concatenate(rows)
@@ -111,13 +119,14 @@ def packed():
 
 
 def twice(q, k, v, mask, **options):
-    """An attention that is in no table."""
+    """An algorithm for tests."""
     return 2 * ALGORITHMS["dot"](q, k, v, mask, **options)
 
 
-@pytest.fixture(scope="session")
-def another():
+@pytest.fixture
+def another(monkeypatch):
     """(trunk, field) -> a value of the field that is allowed and not the trunk's."""
+    monkeypatch.setitem(ALGORITHMS, "twice", twice)
     values = {
         "num_layers": (3,),
         "d_model": (24,),
@@ -126,10 +135,11 @@ def another():
         "head_dim": (6,),
         "d_ff": (16,),
         "max_len": (20,),
-        "attention": (twice,),
-        "attention_options": (("dilation", 2),),
-        "attention_scale": (0.7,),
+        "block": ("parallel",),
+        "attention": ("twice",),
+        "attention_options": (("scale", 0.7),),
         "windows": ((2,),),
+        "patterns": (("strided:2",),),
         "positions": ("learned", "none"),
         "norm": ("rms", "layer"),
         "norm_position": ("pre", "post"),
@@ -137,8 +147,7 @@ def another():
         "ffn": ("swiglu", "gelu"),
         "bias": ("none", "qkv"),
         "init": ("normal", "xavier"),
-        "rope_base": (500.0,),
-        "rope_scaling": (("linear", 2.0),),
+        "rope": (RopeConfig(500.0),),
         "dropout": (0.2,),
         "attention_dropout": (0.2,),
         "dtype": ("bfloat16",),
@@ -177,6 +186,30 @@ def layer_names():
     return names
 
 
+class Memory:
+    """A source of given examples: the same in every split, or by split in a dict."""
+
+    def __init__(self, examples, classes, loads, name):
+        self._examples, self._classes = examples, classes
+        self._loads, self._name = loads, name
+
+    def examples(self, split):
+        self._loads.append((self._name, split))
+        return self._of(split)
+
+    def splits(self):
+        return tuple(self._examples) if isinstance(self._examples, dict) else ()
+
+    def fingerprint(self, split):
+        return f"{self._name}-{split}-{zlib.crc32(repr(self._of(split)).encode())}"
+
+    def classes(self, feature):
+        return self._classes.get(f"{self._name}:{feature}", ())
+
+    def _of(self, split):
+        return self._examples[split] if self.splits() else self._examples
+
+
 @pytest.fixture
 def sources(monkeypatch, tmp_path):
     """(name=examples, ..., classes={'name:feature': names}) -> list of (name, split)
@@ -187,25 +220,33 @@ def sources(monkeypatch, tmp_path):
     """
 
     def provide(classes=(), **corpora) -> list[tuple[str, str]]:
-        loads, classes = [], dict(classes)
+        loads, known = [], dict(classes)
 
-        def load(name, split, *, data_dir="", manual_dir=""):
-            loads.append((name, split))
-            return find(name, split)
+        class Provided:
+            def __init__(self, name, data_dir="", manual_dir=""):
+                self.name = name
 
-        def find(name, split):
-            found = corpora[name]
-            return found[split] if isinstance(found, dict) else found
+            def _of(self, split):
+                found = corpora[self.name]
+                return found[split] if isinstance(found, dict) else found
 
-        def fingerprint(name, split, *, data_dir="", manual_dir=""):
-            return f"{name}-{split}-{zlib.crc32(repr(find(name, split)).encode())}"
+            def examples(self, split):
+                loads.append((self.name, split))
+                return self._of(split)
 
-        def label_names(name, feature, *, data_dir="", manual_dir=""):
-            return classes.get(f"{name}:{feature}", ())
+            def splits(self):
+                found = corpora[self.name]
+                names = ("train", "validation", "test")
+                return tuple(found) if isinstance(found, dict) else names
 
-        monkeypatch.setattr(source_table, "label_names", label_names, raising=False)
-        monkeypatch.setattr(source_table, "load", load)
-        monkeypatch.setattr(source_table, "fingerprint", fingerprint)
+            def fingerprint(self, split):
+                content = zlib.crc32(repr(self._of(split)).encode())
+                return f"{self.name}-{split}-{content}"
+
+            def classes(self, feature):
+                return known.get(f"{self.name}:{feature}", ())
+
+        monkeypatch.setattr(source_table, "source", Provided)
         return loads
 
     monkeypatch.setenv("TRIFORM_CACHE", str(tmp_path / "cache"))

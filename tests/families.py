@@ -7,12 +7,15 @@ import numpy as np
 
 from triform import models
 from triform.models import (
+    AutoencoderConfig,
+    DistillationConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     LanguageModelConfig,
+    LoRAConfig,
     VisionConfig,
 )
-from triform.models.config import TransformerConfig
+from triform.models.config import RopeConfig, TransformerConfig
 
 VOCAB, LENGTH = 11, 6
 SIZES = {"num_layers": 2, "d_model": 8, "num_heads": 2, "d_ff": 12, "max_len": 16}
@@ -22,7 +25,7 @@ LLAMA = {
 }
 T5 = {
     **{"positions": "relative", "norm": "rms", "norm_position": "pre", "bias": "none"},
-    **{"attention_scale": 1.0, "init": "t5"},
+    **{"attention_options": ("scale", 1.0), "init": "t5"},
 }
 LEARNED = {"positions": "learned", "ffn": "gelu"}
 PERFORMER = {
@@ -45,12 +48,14 @@ DECODERS = {
     "llama": lm(
         False,
         **{**LLAMA, "num_heads": 4, "num_kv_heads": 2, "d_model": 16},
-        rope_scaling=("llama3", 4.0, 1.0, 4.0, 8),
+        rope=RopeConfig(scaling="llama3", factor=4.0, length=8),
     ),
     "mistral": lm(False, **LLAMA, windows=(3,)),
-    "qwen2": lm(**{**LLAMA, "bias": "qkv"}, rope_scaling=("linear", 2.0)),
+    "qwen2": lm(
+        **{**LLAMA, "bias": "qkv"}, rope=RopeConfig(scaling="linear", factor=2.0)
+    ),
     "yarn, scanned": lm(
-        **LLAMA, scan_layers=True, rope_scaling=("yarn", 4.0, 32.0, 1.0, 8, 0.0)
+        **LLAMA, scan_layers=True, rope=RopeConfig(10_000.0, "yarn", 4.0, 8)
     ),
     "relative, windows": lm(**T5, windows=(2, 0)),
     "performer": lm(**LLAMA, **PERFORMER),
@@ -60,6 +65,15 @@ DECODERS = {
         num_kv_heads=1,
     ),
     "local": lm(**LLAMA, attention="local", windows=(3,)),
+    "patterns, parallel": lm(
+        **{**LLAMA, "num_layers": 4, "block": "parallel"},
+        patterns=("strided:2", "none"),
+        windows=(0, 0, 0, 3),
+    ),
+    "scanned patterns": lm(
+        **{**LLAMA, "num_layers": 4, "scan_layers": True},
+        patterns=("fixed:2", "strided:3"),
+    ),
     "scanned windows, grouped": lm(
         **{**LLAMA, "num_layers": 4, "windows": (2, 0), "scan_layers": True},
         num_kv_heads=1,
@@ -76,6 +90,9 @@ T5S = {
         embedding_scale="none",
     ),
     "marian": EncoderDecoderConfig(trunk(ffn="silu"), VOCAB, head_bias=True),
+    "parallel pairs": EncoderDecoderConfig(
+        trunk(block="parallel", ffn="swiglu", windows=(2,)), VOCAB
+    ),
     "performer pairs": EncoderDecoderConfig(
         trunk(**PERFORMER, norm_position="pre"), VOCAB
     ),
@@ -113,27 +130,45 @@ VISIONS = {
         num_labels=3,
     ),
 }
-FAMILIES = {**DECODERS, **T5S, **ENCODERS, **VISIONS}
+ADAPTED = {
+    "lora": LoRAConfig(DECODERS["gpt2"], rank=2, dropout=0.1),
+    "lora, scanned": LoRAConfig(
+        DECODERS["scanned windows, grouped"],
+        rank=3,
+        targets=("kernel$",),
+        ranks=(("feed_forward", 1),),
+    ),
+    "lora of pairs": LoRAConfig(T5S["t5 v1.1"], targets=("attention/.*kernel$",)),
+    "lora of an encoder": LoRAConfig(ENCODERS["bert"], targets=("kernel$",)),
+}
+OTHERS = {
+    "distillation": DistillationConfig(ENCODERS["bert"], ENCODERS["tagger"]),
+    "autoencoder": AutoencoderConfig(image_size=8, channels=1, width=4),
+}
+FAMILIES = {**DECODERS, **T5S, **ENCODERS, **VISIONS, **ADAPTED, **OTHERS}
 
 
 def batch_of(config, rows=3, seed=0):
     """A batch that the config's model can read, every row full."""
     rng = np.random.default_rng(seed)
-    shape = (rows, LENGTH)
-    batch = {"inputs": rng.integers(3, VOCAB, shape).astype(np.int32)}
-    if "image" in config.reads:
-        size = config.image_size
-        image = rng.standard_normal((rows, size, size, config.channels))
-        return {"image": image.astype(np.float32)}
-    if "encoder_inputs" in config.reads:
-        batch["encoder_inputs"] = rng.integers(3, VOCAB, shape).astype(np.int32)
-        batch["encoder_segments"] = np.ones(shape, np.int32)
-    if getattr(config, "num_types", 0) > 1:
-        batch["token_type_ids"] = rng.integers(0, 2, shape).astype(np.int32)
+    sizes, batch = {"B": rows, "L": LENGTH, "S": LENGTH, **config.axes()}, {}
+    for name, (axes, dtype) in config.reads().items():
+        shape = [sizes[a] for a in axes]
+        if dtype == "float32":
+            batch[name] = rng.standard_normal(shape).astype(dtype)
+        elif name.endswith("segments"):
+            batch[name] = np.ones(shape, dtype)
+        else:
+            batch[name] = rng.integers(3, VOCAB, shape).astype(dtype)
+    if config.sizes().get("num_types", 0) > 1:
+        types = rng.integers(0, 2, (rows, LENGTH))
+        batch["token_type_ids"] = types.astype(np.int32)
     return batch
 
 
 def with_trunk(config, **fields):
+    if config.wraps():
+        return dataclasses.replace(config, model=with_trunk(config.model, **fields))
     return dataclasses.replace(
         config, trunk=dataclasses.replace(config.trunk, **fields)
     )
@@ -143,6 +178,6 @@ def applied(config):
     return jax.jit(models.build(config).apply)
 
 
-def real_places(*lengths):
+def real_positions(*lengths):
     """int32 [B, LENGTH]: 1 where a row of so many tokens is."""
     return (np.arange(LENGTH) < np.array(lengths)[:, None]).astype(np.int32)

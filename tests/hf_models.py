@@ -15,7 +15,12 @@ from flax.traverse_util import unflatten_dict
 from triform import models
 from triform.interop.transfer import Import
 from triform.interop.weights import Weights
-from triform.models import EncoderConfig, EncoderDecoderConfig, VisionConfig
+from triform.models import (
+    EncoderConfig,
+    EncoderDecoderConfig,
+    LoRAConfig,
+    VisionConfig,
+)
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -256,24 +261,25 @@ def ours(config, params, batch) -> dict[str, np.ndarray]:
 
 
 def both(model, config, params) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Logits of both for the same padded batch, only those of real places."""
-    if isinstance(config, VisionConfig):
-        shape = (3, config.image_size, config.image_size, config.channels)
+    """Logits of both for the same padded batch, only those of real positions."""
+    inner = config.model if isinstance(config, LoRAConfig) else config
+    if isinstance(inner, VisionConfig):
+        shape = (3, inner.image_size, inner.image_size, inner.channels)
         image = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         theirs = run(model, pixel_values=image.transpose(0, 3, 1, 2)).logits
         return [(theirs.numpy(), ours(config, params, {"image": image})["label"])]
     tokens, real = rows(model)
     given = {"input_ids": tokens.astype(np.int64), "attention_mask": real}
-    if isinstance(config, EncoderDecoderConfig):
+    if isinstance(inner, EncoderDecoderConfig):
         targets = draw((3, 9), seed=1)
         theirs = run(model, **given, decoder_input_ids=targets.astype(np.int64)).logits
         batch = {"encoder_inputs": tokens, "encoder_segments": real, "inputs": targets}
         return [(theirs.numpy(), ours(config, params, batch)["targets"])]
     batch = {"inputs": tokens, "segments": real}
-    if isinstance(config, EncoderConfig):
-        kinds = np.random.default_rng(1).integers(0, config.num_types, tokens.shape)
+    if isinstance(inner, EncoderConfig):
+        kinds = np.random.default_rng(1).integers(0, inner.num_types, tokens.shape)
         given["token_type_ids"], batch["token_type_ids"] = kinds, kinds.astype(np.int32)
-        if config.trunk.attention == "local":  # its classifier does so unasked
+        if inner.trunk.attention == "local":  # its classifier does so unasked
             first = np.zeros_like(tokens)
             first[:, 0] = 1
             given["global_attention_mask"] = batch["global_attention_mask"] = first

@@ -7,7 +7,7 @@ from families import LLAMA, lm, with_trunk
 from laws import assert_prompts_are_continued, init
 
 from triform import models
-from triform.models.transformer import Cache
+from triform.models.cache import Cache
 
 LENGTH, PROMPT = 32, 24
 SHAPE = {**LLAMA, "max_len": LENGTH, "attention_options": ("block", 8)}
@@ -31,13 +31,13 @@ def long_batch(rows=3):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_equals_the_full_pass(name):
     """Prompts padded on either side and within; then one token and three at a time."""
-    places = np.full((3, PROMPT), -1)
-    places[0, :20] = np.arange(20)
-    places[1, PROMPT - 3 :] = np.arange(3)
-    places[2, ::2] = np.arange(PROMPT // 2)
+    order = np.full((3, PROMPT), -1)
+    order[0, :20] = np.arange(20)
+    order[1, PROMPT - 3 :] = np.arange(3)
+    order[2, ::2] = np.arange(PROMPT // 2)
     close = {"rtol": 2e-5, "atol": 1e-5}
     batch = long_batch()
-    assert_prompts_are_continued(CONFIGS[name], batch, places, (1, 3, 3), close)
+    assert_prompts_are_continued(CONFIGS[name], batch, order, (1, 3, 3), close)
 
 
 @pytest.mark.parametrize("name", ["local", "local, scanned", "local, dilated"])

@@ -1,54 +1,57 @@
 """Configs: every file is sound, survives JSON, and every mistake has its message."""
 
-import ast
 import copy
 import dataclasses
 import importlib
-import inspect
 import json
 import pathlib
 import re
-import traceback
 
 import jax
 import pytest
 
-from triform.configs import schema
-from triform.configs.schema import ExperimentConfig, differences, from_json, to_json
-from triform.data.datasets import (
+from triform.configs.schema import (
     CausalLMConfig,
+    ClassificationConfig,
     Corpus,
+    EncoderConfig,
+    EvaluationSplit,
+    ExperimentConfig,
     ImagesConfig,
+    InitRule,
+    LanguageModelConfig,
+    LoRAConfig,
     MaskedLMConfig,
     MixtureConfig,
+    OptimConfig,
+    RegressionConfig,
+    RopeConfig,
     Seq2SeqConfig,
     SequenceClassificationConfig,
     SpanCorruptionConfig,
+    TransformerConfig,
+    VisionConfig,
+    differences,
+    from_json,
+    smoke,
+    to_json,
+    update,
 )
+from triform.data.datasets import DATASETS
 from triform.experiment import Experiment
-from triform.models import EncoderConfig, LanguageModelConfig, VisionConfig
-from triform.tasks import ClassificationConfig
+from triform.models import MODELS
+from triform.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILES = sorted(
-    path.stem
-    for path in (ROOT / "configs").glob("*.py")
-    if path.stem not in ("__init__", "base")
-)
+PARTS = ("__init__", "saving", "schema", "variants")
+FILES = sorted({p.stem for p in (ROOT / "configs").glob("*.py")} - {*PARTS})
 
 
 def module(name):
     return importlib.import_module(f"triform.configs.{name}")
 
 
-def documented(name) -> list[str]:
-    """The variants that the docstring of get_config lists."""
-    text = module(name).get_config.__doc__
-    assert text.startswith("Variants: ")
-    return re.findall(r"'(\w*)'", text)
-
-
-VARIANTS = [(name, variant) for name in FILES for variant in documented(name)]
+VARIANTS = [(name, variant) for name in FILES for variant in module(name).VARIANTS]
 
 
 def leaves(config, prefix=""):
@@ -61,47 +64,41 @@ def leaves(config, prefix=""):
             yield key, config, field
 
 
-def put(config, key, value):
-    *path, last = key.split(".")
-    for name in path:
-        config = getattr(config, name)
-    assert hasattr(config, last), key
-    setattr(config, last, value)
-
-
 # --- The files ---
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_documented_variant_is_sound(name, variant):
-    module(name).get_config(variant).validate()
-
-
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_variant_survives_json(name, variant):
+def test_every_variant_is_sound_and_survives_json(name, variant):
     config = module(name).get_config(variant)
-    again = from_json(to_json(config))
-    assert again == config
-    assert differences(config, again) == {}
-    assert to_json(again) == to_json(config)
+    config.resolved().validate()
+    for saved in (config, config.resolved()):
+        again = from_json(to_json(saved))
+        assert again == saved
+        assert differences(saved, again) == {}
+        assert to_json(again) == to_json(saved)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_variants_differ_and_calls_share_nothing(name):
-    texts = {v: to_json(module(name).get_config(v)) for v in documented(name)}
+    texts = {v: to_json(module(name).get_config(v)) for v in module(name).VARIANTS}
     assert len(set(texts.values())) == len(texts) >= 2
-    config = module(name).get_config(documented(name)[0])
-    config.model.trunk.num_layers = 99
-    config.optim.learning_rate = 99.0
-    assert to_json(module(name).get_config(documented(name)[0])) in texts.values()
+    for variant in texts:
+        config = module(name).get_config(variant)
+        for _, owner, field in leaves(config):
+            setattr(owner, field.name, None)
+    assert texts == {v: to_json(module(name).get_config(v)) for v in texts}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_wrong_variant_is_told_the_right_ones(name):
-    with pytest.raises(ValueError, match="variant 'nosuch': expected") as error:
+def test_a_wrong_variant_is_answered_with_the_choices(name):
+    with pytest.raises(ValueError, match="'nosuch'") as error:
         module(name).get_config("nosuch")
-    listed = re.findall(r"'(\w*)'", str(error.value).split("expected")[1])
-    assert listed == documented(name)
+    listed = re.findall(r"'(\w*)'", str(error.value))
+    assert listed == ["nosuch", *module(name).VARIANTS]
+    documented = re.findall(r"'(\w*)'", module(name).get_config.__doc__)
+    assert documented == [*module(name).VARIANTS]
+    default = module(name).get_config.__defaults__[0]
+    assert default in module(name).VARIANTS
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -118,30 +115,103 @@ def test_every_value_can_be_set_from_the_command_line(name, variant):
         setattr(owner, field.name, value)  # raises if it is frozen
 
 
-# Law 9, of what is dry-run only.
-COUNTS = {
-    ("gpt2", "small"): 124_439_808,
-    ("gpt2", "medium"): 354_823_168,
-    ("gpt2", "large"): 774_030_080,
-    ("gpt2", "xl"): 1_557_611_200,
-    ("llama", "1b"): 1_235_814_400,
-    ("llama", "8b"): 8_030_261_248,
-    ("t5", "small"): 60_506_624,
-    ("t5", "base"): 222_903_552,
-    ("t5", "large"): 737_668_096,
-    ("t5", "v1_1_small"): 76_961_152,
-    ("vit", "b16"): 86_567_656,
-    ("vit", "l16"): 304_326_632,
-    ("vit", "h14"): 632_045_800,
-}
+@pytest.mark.parametrize("name", FILES)
+def test_the_smoke_variant_is_tiny(name):
+    config = module(name).get_config("smoke").resolved()
+    params = jax.eval_shape(Experiment(config).init_variables)["params"]
+    assert sum(x.size for x in jax.tree.leaves(params)) < 100_000
+    assert config.steps <= 10
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_variant_builds_abstractly(name, variant):
-    experiment = Experiment(module(name).get_config(variant))
-    params = jax.eval_shape(experiment.init_params)
-    count = sum(x.size for x in jax.tree.leaves(params))
-    assert count == COUNTS.get((name, variant), count)
+def test_smoke_takes_every_config(name, variant):
+    config = module(name).get_config(variant)
+    smoke(config)
+    config.resolved().validate()
+    for trunk in config.model.trunks().values():
+        assert trunk.num_layers <= 2
+    data = config.data
+    assert data.train_split == data.eval_split == data.test_split
+
+
+def test_smoke_keeps_a_cycle_of_layers_and_reaches_wrapped_models():
+    trunk = TransformerConfig(
+        num_layers=12, windows=(8, 0, 0), patterns=("none", "strided:4")
+    )
+    config = ExperimentConfig(
+        model=LoRAConfig(LanguageModelConfig(trunk)), data=CausalLMConfig()
+    )
+    config.evaluation.metrics = ()
+    config.checkpoint.metric = "eval/loss"
+    smoke(config)
+    assert config.model.model.trunk.num_layers == 6
+    assert config.model.model.vocab_size == 1000
+    config.resolved().validate()
+
+
+def test_changes_are_made_by_key_and_an_unknown_key_is_named():
+    config, value = ExperimentConfig(), [1]
+    update(config, {"model.trunk.d_ff": 8, "data": {"max_len": 9, "buckets": value}})
+    assert (config.model.trunk.d_ff, config.data.max_len) == (8, 9)
+    value.append(2)
+    assert config.data.buckets == [1]
+    for change in ({"data.maxlen": 9}, {"data": {"maxlen": 9}}):
+        with pytest.raises(ValueError, match="Seq2SeqConfig has no 'maxlen'"):
+            update(config, change)
+
+
+# --- What follows from the data ---
+
+
+def images(**fields):
+    model = VisionConfig(TransformerConfig(max_len=0), 0, 7, 0, num_labels=10)
+    data = ImagesConfig(size=28, channels=1, **fields)
+    config = ExperimentConfig(model, ClassificationConfig(), data)
+    config.evaluation.metrics = ()
+    return config
+
+
+def test_one_key_sets_the_longest_row_of_data_and_model():
+    config = ExperimentConfig()
+    config.model.trunk.max_len, config.data.max_len = 0, 96
+    config.data.buckets = (16, 32)
+    found = config.resolved()
+    assert found.model.trunk.max_len == 96
+    found.validate()
+    assert found.resolved() == found
+    assert config.model.trunk.max_len == 0  # it is a copy
+    config.model.trunk.max_len = 500
+    assert config.resolved() == config  # what is given stays
+
+
+def test_offsets_and_sides_of_different_lengths_are_counted():
+    data = MaskedLMConfig(max_len=512)
+    trunk = TransformerConfig(max_len=0)
+    model = EncoderConfig(trunk, position_offset=2)
+    found = ExperimentConfig(LoRAConfig(model), data=data).resolved()
+    assert found.model.model.trunk.max_len == 514
+    config = ExperimentConfig(data=SpanCorruptionConfig(max_len=128))
+    config.model.trunk.max_len = 0
+    assert config.resolved().model.trunk.max_len == 128
+
+
+def test_images_give_sizes_and_patches():
+    found = images(mixup=0.2).resolved()
+    assert (found.model.image_size, found.model.channels) == (28, 1)
+    assert found.model.trunk.max_len == 17
+    found.validate()
+
+
+def test_the_number_of_classes_may_come_from_the_data():
+    config = images()
+    assert not config.needs_classes()
+    config.model.num_labels = -1
+    assert config.needs_classes()
+    with pytest.raises(ValueError, match=r"model.num_labels=-1.*give the number"):
+        config.resolved().validate()
+    found = config.resolved({"num_labels": 150, "num_tags": 3})
+    assert found.model.num_labels == 150
+    found.validate()
 
 
 # --- JSON ---
@@ -161,9 +231,14 @@ def test_differences_name_key_and_both_values():
 
 def test_every_value_is_in_the_json():
     """Changing any one of them is a difference, and survives the round trip."""
+    items = {
+        "evaluation.metrics": "bleu",
+        "evaluations": EvaluationSplit("other", "test", scores=("bleu",)),
+        "init": InitRule("runs/a:best", (("encoder/", "decoder/"), ("x", "y"))),
+    }
     for key, owner, field in leaves(ExperimentConfig()):
         value = getattr(owner, field.name)
-        item = "bleu" if "metrics" in key else 7
+        item = items.get(key, 7)
         other = {
             bool: lambda x: not x,
             int: lambda x: x + 1,
@@ -172,40 +247,73 @@ def test_every_value_is_in_the_json():
             tuple: lambda x, item=item: (*x, item),
         }[type(value)](value)
         config = ExperimentConfig()
-        put(config, key, other)
+        update(config, {key: other})
         assert set(differences(ExperimentConfig(), config)) == {key}
         assert from_json(to_json(config)) == config
 
 
+@pytest.mark.parametrize("kind", [*MODELS, *TASKS, *DATASETS])
+def test_every_type_survives_json(kind):
+    name = next(
+        name
+        for name, table in (("model", MODELS), ("task", TASKS), ("data", DATASETS))
+        if kind in table
+    )
+    config = ExperimentConfig(**{name: kind()})
+    assert json.loads(to_json(config))[name]["type"] == kind.__name__
+    assert from_json(to_json(config)) == config
+
+
+def test_models_in_models_survive_json():
+    model = LoRAConfig(EncoderConfig(num_tags=3), ranks=(("query", 2), ("value", 4)))
+    config = ExperimentConfig(model=LoRAConfig(model))
+    tree = json.loads(to_json(config))["model"]
+    types = tree["type"], tree["model"]["type"], tree["model"]["model"]["type"]
+    assert types == ("LoRAConfig", "LoRAConfig", "EncoderConfig")
+    assert "type" not in tree["model"]["model"]["trunk"]
+    assert from_json(to_json(config)) == config
+
+
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("path", "parts"),
     [
-        (["nosuch"], "config: unknown key 'nosuch'; it was written by another version"),
-        (["data", "nosuch"], "data: unknown key 'nosuch'"),
-        (["data", "tokenizer", "nosuch"], "data.tokenizer: unknown key"),
-        (["model", "trunk", "nosuch"], "model.trunk: unknown key 'nosuch'"),
-        (["model", "type"], "model.type='other': expected one of EncoderDecoderConfig"),
-        (["task", "type"], "task.type='other': expected one of TokenPredictionConfig"),
+        (["nosuch"], ["config: ", "'nosuch'"]),
+        (["data", "nosuch"], ["data: ", "'nosuch'"]),
+        (["data", "tokenizer", "nosuch"], ["data.tokenizer: ", "'nosuch'"]),
+        (["model", "trunk", "nosuch"], ["model.trunk: ", "'nosuch'"]),
+        (["model", "type"], ["model.type='other'", *(t.__name__ for t in MODELS)]),
+        (["task", "type"], ["task.type='other'", *(t.__name__ for t in TASKS)]),
+        (["data", "type"], ["data.type='other'", *(t.__name__ for t in DATASETS)]),
     ],
 )
-def test_foreign_json_is_refused(path, message):
+def test_foreign_json_is_refused(path, parts):
     tree = json.loads(to_json(ExperimentConfig()))
-    part = tree
+    owner = tree
     for name in path[:-1]:
-        part = part[name]
-    part[path[-1]] = "other"
-    with pytest.raises(ValueError, match=re.escape(message)):
+        owner = owner[name]
+    owner[path[-1]] = "other"
+    with pytest.raises(ValueError, match=".") as error:
         from_json(json.dumps(tree))
+    for part in parts:
+        assert part in str(error.value)
+    words = set(re.findall(r"\w+", str(error.value)))
+    assert not words & {t.__name__ for t in (*MODELS, *TASKS, *DATASETS)} - {*parts}
 
 
 # --- Mistakes ---
 
-# The family that a mistake is made in; put before the other changes.
+# The family in which a mistake is made; set before the other changes.
 ENCODER = {"model": EncoderConfig()}
-VISION = {"model": VisionConfig()}
+DECODER = {"model": LanguageModelConfig()}
+VISION = {
+    "model": VisionConfig(),
+    "data": ImagesConfig(),
+    "task": ClassificationConfig(),
+    "evaluation.metrics": (),
+}
 BOTH_WAYS = (Corpus("cldr", "en", "de"), Corpus("cldr", "de", "en"))
 MIXTURE = {"data": MixtureConfig(corpora=BOTH_WAYS)}
-IMAGES, LABELLED, MASKED, SPANS, WINDOWS = (
+IMAGES, LABELLED, MASKED, SPANS, STREAM = (
     {"data": kind()}
     for kind in (
         ImagesConfig,
@@ -215,277 +323,254 @@ IMAGES, LABELLED, MASKED, SPANS, WINDOWS = (
         CausalLMConfig,
     )
 )
-# (changes, what the message must hold besides the first key and its value)
+CLASSES = {
+    "model": EncoderConfig(masked_head=False, num_labels=3),
+    "task": ClassificationConfig(),
+    **LABELLED,
+    "evaluation.metrics": (),
+}
+# (changes, then parts of the message: what else it depends on, what to change)
 MISTAKES = (
-    *(
-        ({f"model.trunk.{name}": 0}, "must be at least 1")
-        for name in ("num_layers", "d_model", "num_heads", "d_ff", "max_len")
-    ),
-    (
-        {"model.trunk.num_heads": 7},
-        "must divide d_model=512; change one of them or set",
-    ),
-    ({"model.trunk.num_kv_heads": 3}, "must be 0 or divide num_heads=8"),
-    ({"model.trunk.num_kv_heads": -1}, "must be 0 or divide num_heads=8"),
-    ({"model.trunk.num_kv_heads": 16}, "must be 0 or divide num_heads=8"),
-    ({"model.trunk.head_dim": -4}, "must be 0 (derived) or positive"),
+    # The trunk
+    ({"model.trunk.num_heads": 7}, "d_model=512", "head_dim"),
+    ({"model.trunk.num_kv_heads": 3}, "num_heads=8"),
+    ({"model.trunk.num_kv_heads": 16}, "num_heads=8"),
     ({"model.trunk.windows": (4, -1)}, "0 for unlimited"),
     ({"model.trunk.windows": (0.5,)}, "0 for unlimited"),
     (
         {"model.trunk.windows": (1, 2, 3, 4), "model.trunk.scan_layers": True},
-        "must divide num_layers=6 when scan_layers is on; change one of them or set",
+        "num_layers=6",
+        "scan_layers=False",
     ),
-    ({"model.trunk.positions": "rotory"}, "expected one of sinusoidal, learned, rot"),
-    ({"model.trunk.bias": "some"}, "expected one of all, qkv, none"),
-    ({"model.trunk.init": "xaviar"}, "expected one of xavier, normal, depth, t5"),
-    (
-        {"model.trunk.head_dim": 3, "model.trunk.positions": "rotary"},
-        "must be even with positions='rotary'",
-    ),
-    ({"model.trunk.rope_base": 1.0}, "must be above 1"),
-    (
-        {"model.trunk.attention": "local"},
-        "it looks at windows, and model.trunk.windows=()",
-    ),
-    ({"model.trunk.attention_options": ("block",)}, "names and values in turn"),
-    ({"model.trunk.attention_options": (8, 8)}, "names and values in turn"),
-    (
-        {"model.trunk.attention_options": ("block", 8)},
-        "attention='dot' has no option 'block'; it has none",
-    ),
+    ({"model.trunk.patterns": ("strided",)}, "strided:8"),
+    ({"model.trunk.positions": "rotory"}, "sinusoidal, learned, rotary"),
+    ({"model.trunk.bias": "some"}, "all, qkv, none"),
+    ({"model.trunk.block": "sparse"}, "standard"),
+    ({"model.trunk.init": "xaviar"}, "xavier, normal, depth, t5"),
+    ({"model.trunk.head_dim": 3, "model.trunk.positions": "rotary"}, "even"),
+    ({"model.trunk.rope.base": 1.0}, "above 1"),
+    ({"model.trunk.rope.scaling": "ntk"}, "linear, llama3, yarn"),
+    ({"model.trunk.rope.factor": 2.0}, "scaling='none'", "1.0"),
+    ({"model.trunk.attention": "local"}, "windows=()", "'flash'"),
+    ({"model.trunk.attention_options": ("block",)}, "('block', 128)"),
+    ({"model.trunk.attention_options": (8, 8)}, "('block', 128)"),
+    ({"model.trunk.attention_options": ("block", 8)}, "'dot'", "'block'", "scale"),
     (
         {
             "model.trunk.attention": "flash",
             "model.trunk.attention_options": ("blocks", 8),
         },
-        "attention='flash' has no option 'blocks'; it has path, block",
+        "'flash'",
+        "path, block",
     ),
-    ({"model.trunk.rope_scaling": ("linear",)}, "linear and 1, llama3 and 4"),
-    ({"model.trunk.rope_scaling": ("ntk", 2.0)}, "expected () or a name and its"),
-    ({"model.trunk.norm": "batch"}, "expected one of layer, rms"),
-    ({"model.trunk.norm_position": "mid"}, "expected one of pre, post"),
-    ({"model.trunk.dtype": "float16"}, "expected one of float32, bfloat16"),
-    ({"model.trunk.attention": "flsh"}, "expected one of dot"),
-    ({"model.trunk.ffn": "relo"}, "expected one of relu, silu, gelu"),
+    ({"model.trunk.attention_options": ("scale", 0.0)}, "positive", "('scale', 1.0)"),
+    ({"model.trunk.norm": "batch"}, "layer, rms"),
+    ({"model.trunk.norm_position": "mid"}, "pre, post"),
+    ({"model.trunk.dtype": "float16"}, "float32, bfloat16"),
+    ({"model.trunk.attention": "flsh"}, "dot, flash, local"),
+    ({"model.trunk.ffn": "relo"}, "relu, silu, gelu"),
+    ({"model.trunk.ffn": len}, "relu, silu, gelu"),
     (
         {"model.trunk.d_model": 9, "model.trunk.num_heads": 3},
-        "must be even with positions='sinusoidal'",
+        "even",
+        "positions='sinusoidal'",
     ),
-    ({"model.trunk.norm_eps": 0.0}, "must be positive"),
-    ({"model.trunk.dropout": 1.0}, "must lie in [0, 1)"),
-    ({"model.trunk.attention_dropout": -0.1}, "must lie in [0, 1)"),
-    ({"model.vocab_size": 3}, "must be at least 4"),
-    ({"model.embedding_scale": "sqrt"}, "expected one of input, head, none"),
-    *(
-        ({f"model.{name}": -1, **ENCODER}, "must be at least 0")
-        for name in ("num_types", "position_offset", "num_tags", "num_labels")
-    ),
-    ({"model.pool": "cls", **ENCODER}, "expected one of token, mean"),
-    ({"model.num_tags": 3, **ENCODER}, "set masked_head=False or num_tags=0"),
+    ({"model.trunk.norm_eps": 0.0}, "positive"),
+    ({"model.trunk.dropout": 1.0}, "[0, 1)"),
+    # Models
+    ({"model.vocab_size": 3}, "at least 4"),
+    ({"model.embedding_scale": "sqrt"}, "input, head, none"),
+    ({"model.pool": "cls", **ENCODER, **MASKED}, "token, mean"),
     (
-        {"model.num_labels": 0, "model.masked_head": False, **ENCODER},
-        "nothing is predicted; set it, num_tags or masked_head",
+        {"model.num_tags": 3, **ENCODER, **MASKED},
+        "masked_head=False",
+        "num_tags=0",
     ),
-    *(
-        ({f"model.{name}": 0, **VISION}, "must be at least 1")
-        for name in ("image_size", "patch_size", "channels", "num_labels")
-    ),
-    ({"model.pool": "max", **VISION}, "expected one of token, mean"),
-    ({"model.patch_size": 15, **VISION}, "must divide image_size=224"),
-    ({"model.trunk.max_len": 196, **VISION}, "and the class token; set it to 197"),
     (
-        {"data": MaskedLMConfig()},
-        "but model=EncoderDecoderConfig needs 'encoder_inputs'",
+        {"model.num_labels": 0, "model.masked_head": False, **ENCODER, **MASKED},
+        "num_tags",
+        "masked_head",
     ),
+    ({"model.num_labels": -1, **CLASSES}, "give the number"),
+    ({"model.num_labels": -2, **CLASSES}, "at least 0"),
+    ({"model.pool": "max", **VISION}, "token, mean"),
+    ({"model.patch_size": 15, **VISION}, "image_size=224"),
+    # Do the parts fit?
+    (MASKED, "data=MaskedLMConfig", "EncoderDecoderConfig", "'encoder_inputs'"),
     (
         {"data": Seq2SeqConfig(), "task": ClassificationConfig()},
-        "but task=ClassificationConfig needs 'label'",
+        "task=ClassificationConfig",
+        "'label'",
     ),
     (
-        {
-            "task": ClassificationConfig(),
-            "model": LanguageModelConfig(),
-            "data": MaskedLMConfig(),
-        },
-        "it predicts 'label', for which model=LanguageModelConfig has no head",
+        {"task": ClassificationConfig(), **DECODER, **MASKED},
+        "'label'",
+        "model=LanguageModelConfig",
+        "targets",
     ),
     (
-        {
-            "evaluation.metrics": ("bleu",),
-            "data": CausalLMConfig(),
-            "model": LanguageModelConfig(),
-        },
-        "data=CausalLMConfig has no references; set ()",
+        {**CLASSES, "data.target": "number", "task": RegressionConfig()},
+        "data=SequenceClassificationConfig",
+        "model.num_labels=3",
+        "model.num_labels=1",
     ),
-    ({"task.label_smoothing": 1.0}, "must lie in [0, 1); 0 switches it off"),
-    ({"task.z_loss": -1e-4}, "must not be negative; 0 switches it off"),
-    ({"data.max_len": 1}, "must be at least 2"),
-    ({"data.max_len": 1024}, "must not exceed 512, the longest row of the model"),
-    ({"data.batch_size": 0}, "must be at least 1"),
-    ({"data.prefetch": 0}, "must be at least 1"),
-    ({"data.buckets": (30, 20)}, "must ascend from at least 2 to below max_len=64"),
-    ({"data.buckets": (20, 20)}, "must ascend from at least 2 to below max_len=64"),
-    ({"data.buckets": ("a",)}, "must be a tuple of row lengths"),
-    ({"optim.learning_rate": float("inf")}, "must be positive and finite"),
-    ({"data.buckets": (20, 64)}, "must ascend from at least 2 to below max_len=64"),
-    ({"data.buckets": (1, 20)}, "must ascend from at least 2 to below max_len=64"),
-    ({"data.tokenizer.kind": "bpee"}, "expected one of bpe, wordpiece"),
+    ({"data.max_len": 1024}, "512", "model.trunk.max_len", "model.trunk.max_len=0"),
+    ({"data.max_source_len": 1024}, "512", "model.trunk.max_len"),
+    ({"decode.max_len": 513}, "512", "model.trunk.max_len"),
     (
-        {"data.tokenizer.lowercase": True},
-        "must be compared so; set evaluation.lowercase=True",
+        {"model.position_offset": 2, "data.max_len": 512, **ENCODER, **MASKED},
+        "510",
+        "model.trunk.max_len",
     ),
-    ({"data.tokenizer.corpora": ("cldr",)}, "must be a tuple of 'source:feature'"),
-    ({"data.source": "cldr", **MIXTURE}, "must be empty; a mixture's are in data.corp"),
-    ({"data.corpora": (), **MIXTURE}, "must name at least one corpus"),
-    ({"data.weights": (1.0,), **MIXTURE}, "must be empty or 2 positive numbers"),
-    ({"data.limit": -1, **MIXTURE}, "must be at least 0; 0: no limit"),
+    ({"data.size": 32, **VISION}, "model.image_size=224", "model.image_size=0"),
+    ({"data.channels": 1, **VISION}, "model.channels=3", "model.channels=0"),
     (
-        {"data.limit": 9, "data.weights": (1.0, 2.0), **MIXTURE},
-        "bounds sizes, which data.weights replace",
+        {"data.max_len": 1024, **STREAM, "model": LoRAConfig()},
+        "512",
+        "model.model.trunk.max_len=0",
     ),
-    ({"data.temperature": 0.0, **MIXTURE}, "must be positive"),
-    ({"data.global_tokens": "question", **MASKED}, "expected one of none, first"),
-    (
-        {"data.global_tokens": "question", **LABELLED},
-        "a question is the first of two texts; name the other in data.second",
-    ),
+    ({"mesh.sequence": 3}, "64", "data.max_len", "data.buckets"),
     (
         {"data.global_tokens": "first", **MASKED, **ENCODER},
-        "without windows all places see all; set model.trunk.windows or 'none'",
+        "model.trunk.windows",
+        "'none'",
     ),
-    ({"data.buckets": (8,), **WINDOWS}, "must be (): all rows are full"),
-    ({"data.documents": "packed", **WINDOWS}, "expected one of joined, separate"),
-    ({"data.eval_stride": 65, **WINDOWS}, "must lie between 1 and max_len=64, or be"),
-    ({"data.max_len": 4, **MASKED}, "rows must have at least 5 places"),
-    ({"data.mask_rate": 1.0, **MASKED}, "must lie between 0 and 1"),
-    ({"data.short_rate": -0.1, **MASKED}, "must lie in [0, 1]"),
-    ({"data.buckets": (8,), **SPANS}, "must be (): all rows are full"),
-    ({"data.max_len": 3, **SPANS}, "must be at least 4"),
-    ({"data.noise_rate": 0.0, **SPANS}, "must lie between 0 and 1"),
-    ({"data.span_length": 0.5, **SPANS}, "must be at least 1"),
-    ({"data.size": 0, **IMAGES}, "must be at least 1"),
-    ({"data.channels": 2, **IMAGES}, "must be 1 or 3"),
-    ({"data.mean": (0.5, 0.5), **IMAGES}, "must be one number or 3, one a channel"),
-    ({"data.std": (), **IMAGES}, "must be one number or 3, one a channel"),
-    ({"data.std": (0.0,), **IMAGES}, "must be positive"),
-    ({"data.crop": "center", **IMAGES}, "expected one of none, pad, resized"),
-    ({"data.pad": -1, **IMAGES}, "must be at least 0"),
-    ({"data.rand_augment": -1, **IMAGES}, "must be at least 0; 0 is off"),
-    ({"data.rand_magnitude": 10.5, **IMAGES}, "must lie in [0, 10]"),
-    ({"data.mixup": -0.1, **IMAGES}, "must be at least 0; 0 is off"),
-    ({"checkpoint.metric": "eval/blue"}, "expected eval/ and one of loss, accuracy"),
-    ({"model.trunk.ffn": len}, "add the function to its table and give its name"),
-    ({"mesh.data": -1}, "mesh.data=-1: must be at least 0"),
-    ({"mesh.tensor": 0}, "mesh.tensor=0: must be at least 1"),
-    ({"optim.name": "adamm"}, "expected one of adam, adamw"),
-    ({"optim.schedule": "cos"}, "expected one of rsqrt, cosine"),
-    ({"optim.learning_rate": 0.0}, "must be positive"),
-    ({"optim.warmup_steps": -1}, "must not be negative"),
-    ({"optim.warmup_steps": 0}, "must be positive with schedule='rsqrt'"),
-    ({"optim.floor": 1.5}, "must lie in [0, 1]"),
-    ({"optim.b1": 1.0}, "must lie in [0, 1)"),
-    ({"optim.b2": -0.1}, "must lie in [0, 1)"),
-    ({"optim.ema_decay": 1.0}, "must lie in [0, 1)"),
-    ({"optim.eps": 0.0}, "must be positive"),
-    ({"optim.name": "adamw", "optim.weight_decay": -0.1}, "must not be negative"),
-    ({"optim.weight_decay": 0.1}, "adam has none; set optim.name=adamw"),
-    ({"optim.clip_norm": -1.0}, "must not be negative; 0 is off"),
-    ({"optim.accumulate": 0}, "must be at least 1"),
-    ({"decode.method": "bean"}, "expected one of greedy, beam, sample"),
-    ({"decode.beam_size": 0}, "must be at least 1"),
-    ({"decode.length_penalty": -0.6}, "must not be negative"),
-    ({"decode.temperature": 0.0}, "must be positive"),
-    ({"decode.top_k": -1}, "must not be negative; 0 is off"),
-    ({"decode.top_p": 0.0}, "must lie in (0, 1]; 1 is off"),
-    ({"decode.top_p": 1.1}, "must lie in (0, 1]; 1 is off"),
-    ({"decode.max_len": -1}, "must not be negative; 0: data.max_len"),
-    ({"decode.max_len": 513}, "must not exceed 512, the longest row of the model"),
-    ({"evaluation.metrics": ("bleu", "blue")}, "'blue' is unknown, expected some of"),
-    ({"evaluation.every": 0}, "must be at least 1"),
-    ({"evaluation.every": 1500}, "must be a multiple of checkpoint.every=1000"),
-    ({"evaluation.samples": -1}, "must be at least 0"),
-    ({"evaluation.examples": -1}, "must be at least 0"),
-    ({"evaluation.average": -1}, "must be at least 0"),
-    ({"evaluation.average": 6}, "must not exceed checkpoint.keep_newest=5"),
-    ({"checkpoint.every": 0}, "must be at least 1"),
-    ({"checkpoint.keep_newest": 0}, "must be at least 1"),
-    ({"checkpoint.keep_best": -1}, "must be at least 0"),
-    ({"checkpoint.mode": "least"}, "expected one of min, max"),
+    # Tasks
+    ({"task.label_smoothing": 1.0}, "[0, 1)", "0 switches it off"),
+    ({"task.z_loss": -1e-4}, "0 switches it off"),
+    # Data
+    ({"data.max_len": 1}, "at least 2"),
+    *(
+        ({"data.buckets": given}, "max_len=64", "ascend")
+        for given in ((30, 20), (20, 20), (20, 64), (1, 20))
+    ),
+    ({"data.buckets": ("a",)}, "row lengths"),
+    ({"data.tokenizer.kind": "bpee"}, "bpe, wordpiece"),
+    ({"data.tokenizer.corpora": ("cldr",)}, "multi30k_translate:en"),
+    ({"data.source": "cldr", **MIXTURE}, "data.corpora"),
+    ({"data.corpora": (), **MIXTURE}, "at least one"),
+    ({"data.weights": (1.0,), **MIXTURE}, "2 positive numbers"),
+    ({"data.limit": 9, "data.weights": (1.0, 2.0), **MIXTURE}, "data.weights"),
+    ({"data.temperature": 0.0, **MIXTURE}, "positive"),
+    ({"data.global_tokens": "question", **MASKED}, "none, first"),
+    ({"data.global_tokens": "question", **LABELLED}, "data.second"),
+    ({"data.buckets": (8,), **STREAM}, "()"),
+    ({"data.documents": "packed", **STREAM}, "joined, separate"),
+    ({"data.eval_stride": 65, **STREAM}, "max_len=64"),
+    ({"data.max_len": 4, **MASKED}, "at least 5"),
+    ({"data.mask_rate": 1.0, **MASKED}, "between 0 and 1"),
+    ({"data.short_rate": 1.1, **MASKED}, "[0, 1]"),
+    ({"data.buckets": (8,), **SPANS}, "()"),
+    ({"data.max_len": 3, **SPANS}, "at least 4"),
+    ({"data.noise_rate": 0.0, **SPANS}, "between 0 and 1"),
+    ({"data.span_length": 0.5, **SPANS}, "at least 1"),
+    ({"data.channels": 2, **IMAGES}, "1 or 3"),
+    ({"data.mean": (0.5, 0.5), **IMAGES}, "one number or 3"),
+    ({"data.std": (), **IMAGES}, "one number or 3"),
+    ({"data.std": (0.0,), **IMAGES}, "positive"),
+    ({"data.crop": "center", **IMAGES}, "none, pad, resized"),
+    ({"data.rand_magnitude": 10.5, **IMAGES}, "[0, 10]"),
+    # Optimiser and decoding
+    ({"optim.name": "adamm"}, "adam, adamw"),
+    ({"optim.schedule": "cos"}, "rsqrt, cosine"),
+    ({"optim.train": ("(",)}, "pattern"),
+    ({"optim.learning_rate": float("inf")}, "finite"),
+    ({"optim.warmup_steps": 0}, "schedule='rsqrt'"),
+    ({"optim.floor": 1.5}, "[0, 1]"),
+    ({"optim.b1": 1.0}, "[0, 1)"),
+    ({"optim.ema_decay": 1.0}, "[0, 1)"),
+    ({"optim.name": "adamw", "optim.weight_decay": -0.1}, "negative"),
+    ({"optim.weight_decay": 0.1}, "optim.name=adamw"),
+    ({"decode.method": "bean"}, "greedy, beam, sample"),
+    ({"decode.top_p": 1.1}, "(0, 1]", "1 is off"),
+    # Evaluation and checkpoints
+    ({"evaluation.metrics": ("bleu", "blue")}, "'blue'", "bleu, bleu_moses, chrf"),
     (
-        {"mesh.sequence": 3},
-        "must divide every row length; 64 (data.buckets, data.max_len)",
+        {**DECODER, **STREAM, "evaluation.metrics": ("bleu",)},
+        "data=CausalLMConfig",
+        "set ()",
     ),
-    ({"mesh.sequence": 0}, "must be at least 1"),
-    ({"placement": "pmapp"}, "expected one of mesh, pmap"),
-    ({"steps": 0}, "must be at least 1"),
-    ({"log_every": 0}, "must be at least 1"),
-    ({"seed": -1}, "must lie in [0, 2**32)"),
-    ({"seed": 2**32}, "must lie in [0, 2**32)"),
+    ({"evaluation.every": 1500}, "checkpoint.every=1000"),
+    ({"evaluation.average": 6}, "checkpoint.keep_newest=5"),
+    ({"checkpoint.metric": "eval/blue"}, "eval/loss", "eval/accuracy", "eval/bleu"),
+    ({"checkpoint.mode": "least"}, "min, max"),
+    ({"evaluations": (EvaluationSplit("a b", "test"),)}, "'a b'", "word"),
+    ({"evaluations": (EvaluationSplit("test", "test"),)}, "'test'", "taken"),
+    ({"evaluations": (EvaluationSplit("eval", "test"),)}, "'eval'", "choose another"),
+    ({"evaluations": (EvaluationSplit("a", ""),)}, "split=''"),
+    ({"evaluations": (EvaluationSplit("a", "b", examples=-1),)}, "examples=-1"),
+    ({"evaluations": (EvaluationSplit("a", "b", "", ("blue",)),)}, "'blue'", "bleu"),
+    # The experiment
+    ({"placement": "pmapp"}, "mesh, pmap"),
+    ({"seed": 2**32}, "[0, 2**32)"),
+    ({"init_from": "a", "init": (InitRule("b"),)}, "only one"),
+    ({"init": (InitRule(""),)}, "source=''", "workdir"),
+    ({"init": (InitRule("a", (("(", ""),)),)}, "'('", "correct it"),
 )
 
 
-def mistaken(changes):
-    """The error of a config with those changes."""
+def error_of(changes):
+    """The message of a config with those changes, one line."""
     config = ExperimentConfig()
-    for key, value in sorted(changes.items(), key=lambda item: item[0].count(".")):
-        put(config, key, copy.deepcopy(value))
+    update(config, dict(sorted(changes.items(), key=lambda item: item[0].count("."))))
     with pytest.raises(ValueError, match=".") as error:
-        config.validate()
-    return error.value
+        config.resolved().validate()
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-@pytest.mark.parametrize(("changes", "rule"), MISTAKES)
-def test_a_mistake_is_told_in_one_line(changes, rule):
-    message = str(mistaken(changes))
-    assert rule in message
-    assert "\n" not in message
-    shown = {
-        key: type(x).__name__ if dataclasses.is_dataclass(x) else repr(x)
+@pytest.mark.parametrize("row", MISTAKES, ids=lambda row: str(next(iter(row[0]))))
+def test_a_mistake_is_answered_with_value_and_fix(row):
+    changes, *parts = row
+    message = error_of(changes)
+    for part in parts:
+        assert part in message
+    named = [
+        key
         for key, x in changes.items()
-    }
-    named = [key for key, x in shown.items() if message.startswith(f"{key}={x}")]
-    assert named or message.startswith("optim.weight_decay=-0.1"), message
+        if f"{key}={type(x).__name__ if dataclasses.is_dataclass(x) else repr(x)}"
+        in message
+    ]
+    assert named or message.startswith(("evaluations: ", "init: ")), message
 
 
 def test_defaults_are_sound():
     ExperimentConfig().validate()
 
 
-def checks() -> set[tuple[str, int, int]]:
-    """(file, first line, last line) of every check in a `validate` of the tree."""
-    classes = {ExperimentConfig, *schema.MODELS, *schema.TASKS, *schema.DATASETS}
-    for cls in list(classes):
-        config = cls()
-        for _, owner, _ in leaves(config):
-            classes.add(type(owner))
-    found = set()
-    for cls in classes:
-        if not hasattr(cls, "validate"):
-            continue
-        file = inspect.getsourcefile(cls)
-        for node in ast.walk(ast.parse(pathlib.Path(file).read_text())):
-            if not (isinstance(node, ast.FunctionDef) and node.name == "validate"):
-                continue
-            helpers = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-            inside = {n for helper in helpers for n in ast.walk(helper)}
-            for n in ast.walk(node):
-                call = getattr(n, "value", None) if isinstance(n, ast.Expr) else None
-                required = isinstance(call, ast.Call) and "require" in (
-                    getattr(call.func, f, "") for f in ("id", "attr")
-                )
-                if n not in inside and (isinstance(n, ast.Raise) or required):
-                    found.add((file, n.lineno, n.end_lineno))
-    return found
+def configs_of_all_types():
+    """One for every model, task and kind of data, complete."""
+    for name, table in (("model", MODELS), ("task", TASKS), ("data", DATASETS)):
+        for kind in table:
+            config = ExperimentConfig(**{name: kind()})
+            update(config, MIXTURE if kind is MixtureConfig else {})
+            config.model.derive({"H": 224, "W": 224, "C": 3}, {})
+            yield config
 
 
-def test_every_check_has_a_mistake_above():
-    expected, met = checks(), set()
-    assert len(expected) > 40
-    for changes, _ in MISTAKES:
-        for frame in traceback.extract_tb(mistaken(changes).__traceback__):
-            met |= {
-                (file, first, last)
-                for file, first, last in expected
-                if frame.filename == file and first <= frame.lineno <= last
-            }
-    assert met == expected
+def numbers():
+    """(dotted key, config that has it) of every number of every type."""
+    seen = {(OptimConfig, "weight_decay")}  # whose rule depends on the optimiser
+    for config in configs_of_all_types():
+        for key, owner, field in leaves(config):
+            where = type(owner), field.name
+            if type(getattr(owner, field.name)) in (int, float) and where not in seen:
+                seen.add(where)
+                yield pytest.param(key, config, id=f"{type(owner).__name__}-{key}")
+
+
+@pytest.mark.parametrize(("key", "config"), [*numbers()])
+def test_a_number_far_below_zero_is_refused_by_name(key, config):
+    config = copy.deepcopy(config)
+    update(config, {key: -(10**9)})
+    part, _, rest = key.partition(".")
+    checked = getattr(config, part) if rest else ExperimentConfig(**{key: -(10**9)})
+    with pytest.raises(ValueError, match=re.escape(key.rpartition(".")[2])) as error:
+        checked.validate()
+    assert str(-(10**9)) in str(error.value)
+
+
+def test_rope_is_checked_inside_every_trunk():
+    trunk = TransformerConfig(rope=RopeConfig(base=0.5))
+    with pytest.raises(ValueError, match=r"rope\.base=0\.5"):
+        ExperimentConfig(model=EncoderConfig(trunk), **MASKED).validate()

@@ -59,7 +59,7 @@ def corpus(prepared, shared_data):
 
     def load(name: str, split: str):
         shared_data(name)
-        return sources.load(name, split, data_dir=prepared)
+        return sources.source(name, data_dir=prepared).examples(split)
 
     return load
 
@@ -177,7 +177,7 @@ def test_clinc150_is_in_file_order(corpus, shared_data, prepared):
     parts = json.loads("\n".join(lines))
     for split, part in clinc150.PARTS.items():
         found = list(corpus("clinc150", split))
-        names = sources.label_names("clinc150", "intent", data_dir=prepared)
+        names = sources.source("clinc150", data_dir=prepared).classes("intent")
         assert [[e["text"], names[e["intent"]]] for e in found] == parts[part]
         # As many of each intent: 100, 20 and 30.
         assert set(Counter(e["intent"] for e in found).values()) == {len(found) // 150}
@@ -188,7 +188,7 @@ def test_clinc150_is_in_file_order(corpus, shared_data, prepared):
 def test_mr_sentiment_loses_nothing_and_splits_no_text(corpus, shared_data, prepared):
     sizes = FACTS["mr_sentiment"][1]
     splits = {split: list(corpus("mr_sentiment", split)) for split in sizes}
-    names = sources.label_names("mr_sentiment", "label", data_dir=prepared)
+    names = sources.source("mr_sentiment", data_dir=prepared).classes("label")
     assert names == ("negative", "positive")
     home = {e["text"]: split for split, part in splits.items() for e in part}
     for label, file in enumerate(mr_sentiment.MrSentiment.files):
@@ -225,9 +225,9 @@ def test_flip_ss3_has_a_state_for_every_residue(corpus, shared_data):
 
 def test_label_names_of_what_has_none(corpus, prepared):
     corpus("tinyshakespeare", "train")
-    assert sources.label_names("tinyshakespeare", "text", data_dir=prepared) == ()
-    assert sources.label_names("tinyshakespeare", "other", data_dir=prepared) == ()
-    assert sources.label_names("cldr", "en") == ()
+    assert sources.source("tinyshakespeare", data_dir=prepared).classes("text") == ()
+    assert sources.source("tinyshakespeare", data_dir=prepared).classes("other") == ()
+    assert sources.source("cldr").classes("en") == ()
 
 
 # Other files ------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def _give(folder: pathlib.Path, name: str, **changed: bytes) -> str:
 @pytest.mark.parametrize("name", SMALL)
 def test_other_files_are_prepared_apart(tmp_path, alone, name):
     manual = _give(tmp_path / "files", name)
-    found = sources.load(name, "train", data_dir=alone, manual_dir=manual)
+    found = sources.source(name, data_dir=alone, manual_dir=manual).examples("train")
     assert len(found)
     (folder,) = pathlib.Path(alone).glob("manual-*")
     assert (folder / name).is_dir()
@@ -314,13 +314,14 @@ def test_other_files_are_prepared_apart(tmp_path, alone, name):
 
 def test_wikitext2_cuts_at_titles_only(tmp_path, alone):
     options = {"data_dir": alone, "manual_dir": _give(tmp_path / "files", "wikitext2")}
-    texts = [e["text"] for e in sources.load("wikitext2", "train", **options)]
+    source = sources.source("wikitext2", **options)
+    texts = [e["text"] for e in source.examples("train")]
     assert texts == [
         "none\n \n = A = \n \n = = B = = \n \n",
         " = W , L = \n \n",
         " = C = \n \nd\n",
     ]
-    texts = [e["text"] for e in sources.load("wikitext2", "validation", **options)]
+    texts = [e["text"] for e in source.examples("validation")]
     assert texts == [" \n = A = \n \n e \n \n", " = B = \n \n f \n"]
 
 
@@ -407,7 +408,7 @@ def test_damaged_files_are_told_in_one_line(
 ):
     manual = _give(tmp_path / "files", name, **{file: content})
     with pytest.raises(DataError, match=f"^{name}: .*{message}") as caught:
-        sources.load(name, "train", data_dir=alone, manual_dir=manual)
+        sources.source(name, data_dir=alone, manual_dir=manual).examples("train")
     assert "\n" not in str(caught.value)
     assert "; replace it (origin: " in str(caught.value)
 
@@ -416,7 +417,7 @@ def test_a_split_without_examples_is_named(tmp_path, alone):
     file = {"books.jsonl.xz": lzma.compress(_book("train").encode())}
     manual = _give(tmp_path / "files", "classic_books", **file)
     with pytest.raises(DataError, match="no example of 'validation'; repl"):
-        sources.load("classic_books", "train", data_dir=alone, manual_dir=manual)
+        sources.source("classic_books", alone, manual).examples("train")
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -424,7 +425,7 @@ def test_missing_files_are_named(tmp_path, alone, name):
     manual = tmp_path / "files"
     manual.mkdir()
     with pytest.raises(DataError, match=f"^{name}: .*files lacks ") as caught:
-        sources.load(name, "train", data_dir=alone, manual_dir=str(manual))
+        sources.source(name, data_dir=alone, manual_dir=str(manual)).examples("train")
     assert all(file in str(caught.value) for file in SMALL[name])
     assert "set data.manual_dir" in str(caught.value)
 
@@ -432,7 +433,7 @@ def test_missing_files_are_named(tmp_path, alone, name):
 @pytest.mark.parametrize("name", ["wikitext2", "classic_books", "flip_ss3"])
 def test_what_cannot_be_downloaded_is_told_with_the_fix(alone, name):
     with pytest.raises(DataError, match="nothing can be down") as caught:
-        sources.load(name, "train", data_dir=alone)
+        sources.source(name, data_dir=alone).examples("train")
     reason = str(caught.value)
     assert "\n" not in reason
     assert all(file in reason for file in SMALL[name])
@@ -454,7 +455,7 @@ def _originals() -> dict[str, bytes]:
 
 
 def _images(name: str, split: str, **options: str) -> list:
-    found = sources.load(name, split, **options)
+    found = sources.source(name, **options).examples(split)
     return [(e["image"].tolist(), e["label"]) for e in found]
 
 
@@ -471,32 +472,33 @@ def test_mnist_downloads_the_originals(tmp_path, alone, serve):
 def test_originals_may_be_given_by_hand(tmp_path, alone, serve):
     files = _originals()
     serve(mnist.Mnist, files)
-    sources.load("mnist", "train", data_dir=alone)
+    sources.source("mnist", data_dir=alone).examples("train")
     folder = tmp_path / "files"
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    arguments = ("mnist", "train")
-    downloaded = sources.fingerprint(*arguments, data_dir=alone)
-    given = sources.fingerprint(*arguments, data_dir=alone, manual_dir=str(folder))
+    downloaded = sources.source("mnist", alone).fingerprint("train")
+    given = sources.source("mnist", alone, str(folder)).fingerprint("train")
     # They are those published, hence the same data.
     assert given == downloaded
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(b"torn")
     with pytest.raises(DataError, match="t10k-images.*gzip-compressed IDX"):
-        sources.load("mnist", "train", data_dir=alone, manual_dir=str(folder))
+        sources.source("mnist", data_dir=alone, manual_dir=str(folder)).examples(
+            "train"
+        )
 
 
 def test_a_download_that_differs_is_refused(tmp_path, alone, serve):
     serve(clinc150.Clinc150, {"data_full.json": _clinc()})
     (tmp_path / "remote" / "data_full.json").write_bytes(_clinc("balance"))
     with pytest.raises(DataError, match=r"data_full\.json.*wrong checksum"):
-        sources.load("clinc150", "train", data_dir=alone)
+        sources.source("clinc150", data_dir=alone).examples("train")
 
 
 def test_clinc150_downloads_the_plain_file(alone, serve):
     serve(clinc150.Clinc150, {"data_full.json": _clinc("balance")})
-    (example,) = sources.load("clinc150", "test", data_dir=alone)
-    names = sources.label_names("clinc150", "intent", data_dir=alone)
+    (example,) = sources.source("clinc150", data_dir=alone).examples("test")
+    names = sources.source("clinc150", data_dir=alone).classes("intent")
     assert (example["text"], names[example["intent"]]) == ("a", "balance")
 
 
@@ -519,7 +521,7 @@ def _snippets(monkeypatch) -> bytes:
 
 def test_mr_sentiment_downloads_the_archive(alone, serve, monkeypatch):
     serve(mr_sentiment.MrSentiment, {mr_sentiment.ZIP: _snippets(monkeypatch)})
-    found = sources.load("mr_sentiment", "all", data_dir=alone)
+    found = sources.source("mr_sentiment", data_dir=alone).examples("all")
     texts = [*map(str, range(60)), "good"]
     assert sorted(e["text"] for e in found) == sorted(texts)
 
@@ -538,11 +540,11 @@ def test_mr_sentiment_refuses_another_archive(
 ):
     serve(mr_sentiment.MrSentiment, {mr_sentiment.ZIP: content})
     with pytest.raises(DataError, match=f"^mr_sentiment: .*{message}"):
-        sources.load("mr_sentiment", "train", data_dir=alone)
+        sources.source("mr_sentiment", data_dir=alone).examples("train")
     # It is not kept: the next attempt gets what is there by then.
     archive = _snippets(monkeypatch)
     (tmp_path / "remote" / mr_sentiment.ZIP).write_bytes(archive)
-    assert len(sources.load("mr_sentiment", "all", data_dir=alone)) == 61
+    assert len(sources.source("mr_sentiment", data_dir=alone).examples("all")) == 61
 
 
 def test_the_texts_of_the_archive_are_those_of_the_local_copy(shared_data):

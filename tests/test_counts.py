@@ -1,9 +1,12 @@
 """Numbers of parameters: those of the published models, exactly."""
 
+import importlib
 import math
 
+import jax
 import pytest
 
+from triform.experiment import Experiment
 from triform.interop.families import family_of, model_config
 from triform.interop.mapping import parameters
 
@@ -113,3 +116,34 @@ def test_sizes_are_the_published_ones(name):
     if hf["model_type"] in ("bert", "roberta", "longformer"):
         shapes = {k: x for k, x in shapes.items() if k.split("/")[0] not in HEADS}
     assert sum(math.prod(x.shape) for x in shapes.values()) == count
+
+
+# (config file, variant): parameters, as its header has them.
+COUNTS = {
+    ("gpt2", "small"): 124_439_808,
+    ("gpt2", "medium"): 354_823_168,
+    ("gpt2", "large"): 774_030_080,
+    ("gpt2", "xl"): 1_557_611_200,
+    ("llama", "1b"): 1_235_814_400,
+    ("llama", "8b"): 8_030_261_248,
+    ("t5", "small"): 60_506_624,
+    ("t5", "base"): 222_903_552,
+    ("t5", "large"): 737_668_096,
+    ("t5", "v1_1_small"): 76_961_152,
+    ("transformer_wmt14", "base"): 63_082_496,
+    ("transformer_wmt14", "big"): 214_245_376,
+    ("vit", "b16"): 86_567_656,
+    ("vit", "l16"): 304_326_632,
+    ("vit", "h14"): 632_045_800,
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), COUNTS)
+def test_configs_have_the_counts_of_their_headers(name, variant):
+    module = importlib.import_module(f"triform.configs.{name}")
+    config = module.get_config(variant).resolved()
+    config.model.trunk.scan_layers = True  # the same parameters, faster to trace
+    params = jax.eval_shape(Experiment(config).init_variables)["params"]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    assert count == COUNTS[name, variant]
+    assert f"{count:,}" in " ".join(module.__doc__.split())

@@ -4,12 +4,15 @@ import dataclasses
 import itertools
 import math
 import re
+import tempfile
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from triform.data import batch as descriptions
 from triform.data import datasets
+from triform.data.codecs import files
 from triform.data.codecs import text as tokenizer
 from triform.data.codecs.text import EOS, PAD, ByteTokenizer, TokenizerConfig
 from triform.data.datasets import (
@@ -25,15 +28,15 @@ from triform.data.datasets import (
     TokenClassificationConfig,
 )
 from triform.data.datasets.masked_lm import sentences
-from triform.input_pipeline import Batches, TrainBatches
+from triform.data.datasets.span_corruption import parted
+from triform.input_pipeline import Batches, Split, TrainBatches
 from triform.runtime.errors import DataError
 
 TOK = ByteTokenizer(
     specials=("[CLS]", "[SEP]", "[MASK]", *SpanCorruptionConfig.SPECIALS[:20])
 )
 CLS, SEP, MASK = TOK.cls, TOK.sep, TOK.mask
-LIMITS = dict.fromkeys(("encoder_inputs", "inputs", "targets"), TOK.vocab_size)
-LIMITS |= {"label": 3, "token_type_ids": 2}
+SIZES = {"vocab_size": TOK.vocab_size, "num_types": 2, "num_labels": 3, "num_tags": 99}
 FIRST = Epoch(seed=0, number=0, train=True)
 
 
@@ -43,19 +46,26 @@ def ids(text):
     return [special.get(c) if c in special else TOK.first + ord(c) for c in text]
 
 
-def opened(config, split="train", tok=TOK, limits=LIMITS):
+def coded(config, tok=TOK, **sizes):
+    """(codecs of a new run, sizes of its model)."""
     config.validate()
-    return datasets.open(config, split, tok, limits)
+    sizes = SIZES | sizes
+    with tempfile.TemporaryDirectory() as folder:
+        tok.save(folder)
+        return files.build(config, sizes, tokenizer_from=folder), sizes
 
 
-def rows(dataset, turn=EVALUATION):
-    """Every item in a batch of its own row, in order."""
+def opened(config, split="train", tok=TOK, **sizes):
+    return datasets.dataset(config, split, *coded(config, tok, **sizes))
+
+
+def rows(dataset, epoch=EVALUATION):
+    """Every item in a row of one batch of the longest shape, in order."""
     batches = Batches(dataset)
-    length = dataset.config.lengths()[-1]
-    items = np.arange(len(dataset.sizes))
+    items = np.arange(len(dataset))
     one = dataclasses.replace(dataset.config, batch_size=len(items))
     dataset.config = batches.config = one
-    return batches.collate(length, items, turn)
+    return batches.collate(len(one.shapes()) - 1, items, epoch)
 
 
 def equal(a, b):
@@ -129,9 +139,7 @@ def corpora(sources):
 
 
 def kind(name):
-    config = KINDS[name]
-    limits = LIMITS | ({"targets": 300} if "tagged" in name else {})
-    return opened(dataclasses.replace(config), limits=limits)
+    return opened(dataclasses.replace(KINDS[name]))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -154,7 +162,7 @@ def test_a_batch_is_a_function_of_seed_and_step(corpora, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_epoch_has_as_many_rows(corpora, name):
     train = TrainBatches(Batches(kind(name)), seed=0)
-    counts = [sorted((n, len(x)) for n, x in train.plan(e)) for e in range(4)]
+    counts = [sorted((i, len(x)) for i, x in train.plan(e)) for e in range(4)]
     assert counts[0] == counts[1] == counts[2] == counts[3]
     if name not in ("mixture", "joined"):
         for epoch in range(2):
@@ -173,33 +181,32 @@ def test_evaluation_visits_every_item_once_and_is_fixed(corpora, name):
         seen += items.tolist()
         for key, x in batch.items():
             assert not x[len(items) :].any(), key
-    assert sorted(seen) == list(range(len(batches.dataset.sizes)))
+    assert sorted(seen) == list(range(len(batches.dataset)))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_written_is_what_is_promised(corpora, name):
     dataset = kind(name)
-    batches = Batches(dataset)
-    for _, batch in batches.evaluation():
-        length = batch.get("encoder_inputs", batch["inputs"]).shape[1]
-        promised = datasets.empty(
-            dataset.config, dataset.config.rows(length), length, dataset.limits
-        )
+    batches, config = Batches(dataset), dataset.config
+    for index, items in batches.buckets(truncate=True).items():
+        shape = config.shapes()[index]
+        batch = batches.collate(index, items[: config.rows(shape)], EVALUATION)
+        shape = {"B": config.rows(shape), **descriptions.resolved(shape, SIZES)}
+        promised = descriptions.zeros(config.spec(), shape)
         assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
             k: (x.shape, x.dtype) for k, x in promised.items()
         }
-        real = dataset.real(batch)
+        real = batches.real(batch)
+        assert real == descriptions.count(batch, config.spec())
         assert 0 < real <= sum(x.size for k, x in batch.items() if "inputs" in k)
-    assert dataset.preview(batch, TOK).count("\n") >= 1
+    assert dataset.preview(batch).count("\n") >= 1
     assert dataset.describe(0).split(" train, ")[0] in dataset.title()
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_equal_items_have_equal_digests(corpora, name):
     assert kind(name).digest == kind(name).digest
-    digests = {
-        opened(c, limits=LIMITS | {"targets": 300}).digest for c in KINDS.values()
-    }
+    digests = {opened(config).digest for config in KINDS.values()}
     # joined and separate, the two ways of masking, and all marks read the same text
     assert len(digests) == len([name for name in KINDS if "," not in name]) - 2
 
@@ -359,10 +366,10 @@ def test_every_target_counts_once_with_its_context(sources, length, stride):
         start = item * (stride or length)
         n = min(length, len(stream) - 1 - start)
         np.testing.assert_array_equal(row[:n], stream[start : start + n])
-        places = np.flatnonzero(weights)
-        counted[start + 1 + places] += 1
+        positions = np.flatnonzero(weights)
+        counted[start + 1 + positions] += 1
         if item:
-            assert places.min() == length - (stride or length)
+            assert positions.min() == length - (stride or length)
     assert counted[0] == 0 and (counted[1:] == 1).all()
 
 
@@ -384,7 +391,7 @@ def test_an_epoch_of_windows_shows_all_but_a_part_of_one(sources, length):
             count += real.sum()
             starts.add(tuple(batch["inputs"][0].tolist()))
         assert len(stream) - length < count <= len(stream)
-    assert len(starts) >= 3  # another cut every epoch
+    assert len(starts) >= 3  # another beginning every epoch
 
 
 def test_separate_documents_of_a_window_do_not_see_each_other(sources):
@@ -471,7 +478,7 @@ def test_a_masked_row_is_written_as_documented(sources):
 
 def test_masking_statistics(sources):
     train = masked(sources, documents(12, words=120))
-    places = chosen = 0
+    positions = chosen = 0
     kinds = Counter()
     for step in range(3 * train.per_epoch):
         batch = train[step]
@@ -483,14 +490,14 @@ def test_masking_statistics(sources):
         kinds += Counter({"mask": masked_out.sum(), "kept": kept.sum()})
         kinds["other"] += (~masked_out & ~kept).sum()
         real = (batch["segments"] > 0).sum(1)
-        places += (real - 3)[real > 0].sum()
+        positions += (real - 3)[real > 0].sum()
         chosen += len(r)
         for row, count in enumerate((batch["weights"] > 0).sum(1).tolist()):
             if count:
                 assert count == max(1, round(0.15 * (real[row] - 3)))
                 own = batch["masked_positions"][row, :count]
                 assert (np.diff(own) > 0).all()
-    assert chosen / places == pytest.approx(0.15, abs=0.01)
+    assert chosen / positions == pytest.approx(0.15, abs=0.01)
     for name, share in (("mask", 0.8), ("kept", 0.1), ("other", 0.1)):
         bound = 4 * math.sqrt(chosen * share * (1 - share))
         slack = chosen / 256  # a random id may be the old one
@@ -530,15 +537,15 @@ def test_rows_do_not_give_the_label_away_by_their_length(sources):
 def test_masking_changes_from_epoch_to_epoch_and_runs_do_not(sources):
     train = masked(sources, next_sentence=False)
     dataset = train.batches.dataset
-    assert "label" not in dataset.empty(dataset.config, 1, 64, {})
+    assert "label" not in dataset.spec
     first, second = (
         rows(dataset, Epoch(seed=0, number=e, train=True)) for e in range(2)
     )
     np.testing.assert_array_equal(unmasked(first), unmasked(second))
     changed = (first["inputs"] != second["inputs"]).any(1)
     assert changed.mean() > 0.9
-    # Every token of the split is in one of the runs, unless a run was cut.
-    total = (first["segments"] > 0).sum() - 2 * len(dataset.sizes)
+    # Every token of the split is in one of the runs, unless a run was shortened.
+    total = (first["segments"] > 0).sum() - 2 * len(dataset)
     assert total >= 0.85 * len(dataset.tokens.ids)
 
 
@@ -599,7 +606,7 @@ def test_spans_put_back_give_the_text(sources, fields):
     batch = rows(dataset, FIRST)
     sentinels = dataset.sentinels.tolist()
     text = []
-    for row in range(len(dataset.sizes)):
+    for row in range(len(dataset)):
         real = batch["encoder_segments"][row] > 0
         source = batch["encoder_inputs"][row][real].tolist()
         target = batch["targets"][row][batch["weights"][row] > 0].tolist()
@@ -635,9 +642,7 @@ def test_spans_change_from_epoch_to_epoch(sources):
 
 
 def test_spans_are_equally_likely_parts():
-    parts = Counter(
-        tuple(datasets.spans.parted(5, 3, FIRST.rng(i)).tolist()) for i in range(1200)
-    )
+    parts = Counter(tuple(parted(5, 3, FIRST.rng(i)).tolist()) for i in range(1200))
     assert set(parts) == {
         p for p in itertools.product((1, 2, 3), repeat=3) if sum(p) == 5
     }
@@ -650,7 +655,7 @@ def test_too_few_sentinels_are_named(sources):
         opened(SpanCorruptionConfig(source="m", max_len=512))
 
 
-# --- SequenceClassification and tagged ---
+# --- SequenceClassification ---
 
 
 def test_labelled_rows_are_written_as_documented(sources):
@@ -659,7 +664,7 @@ def test_labelled_rows_are_written_as_documented(sources):
         source="m", first="a", second="b", label="l", max_len=8
     )
     dataset = opened(config)
-    assert dataset.labels == ("no", "yes")
+    assert dataset.codecs["label"].names == ("no", "yes")
     equal(
         rows(dataset),
         {
@@ -672,9 +677,9 @@ def test_labelled_rows_are_written_as_documented(sources):
     )
     one = dataclasses.replace(config, second="")
     assert rows(opened(one))["inputs"][0].tolist() == ids("CpqS____")
-    # Cut in evaluation: the longer side first.
-    cut = dataclasses.replace(config, max_len=6)
-    assert rows(opened(cut))["inputs"][0].tolist() == ids("CpqSrS")[:3] + ids("SrS")
+    # In evaluation the longer side is shortened first.
+    short = dataclasses.replace(config, max_len=6)
+    assert rows(opened(short))["inputs"][0].tolist() == ids("CpqSrS")
     plain = ByteTokenizer()
     p, q, r, s, t = (plain.first + ord(x) for x in "pqrst")
     batch = rows(opened(config, tok=plain))
@@ -711,17 +716,15 @@ def test_classes_come_from_the_source_or_the_training_split(sources):
     other = [{"text": "x", "label": "b"}]
     sources(m={"train": train, "test": other}, n=[{"text": "x", "label": 1}])
     test = opened(SequenceClassificationConfig(source="m"), "test")
-    assert test.labels == ("a", "b") and rows(test)["label"].tolist() == [1]
-    assert opened(SequenceClassificationConfig(source="n")).labels == ("0", "1")
-    sources(n=[{"text": "x", "label": 1}], classes={"n:label": ("no", "yes", "maybe")})
-    assert opened(SequenceClassificationConfig(source="n")).labels == (
-        "no",
-        "yes",
-        "maybe",
-    )
-    sources(m={"train": train, "test": [{"text": "x", "label": "c"}]})
-    with pytest.raises(DataError, match="'c' is none of the 2 classes of 'm'"):
-        opened(SequenceClassificationConfig(source="m"), "test")
+    assert test.codecs["label"].names == ("a", "b")
+    assert rows(test)["label"].tolist() == [1]
+    numbered = opened(SequenceClassificationConfig(source="n"))
+    assert numbered.codecs["label"].names == ("0", "1")
+    named = {"n:label": ("no", "yes", "maybe")}
+    sources(n=[{"text": "x", "label": 1}], classes=named)
+    dataset = opened(SequenceClassificationConfig(source="n"))
+    assert dataset.codecs["label"].names == named["n:label"]
+    assert dataset.preview(rows(dataset)).endswith("yes")
 
 
 def test_more_classes_than_the_model_knows_are_refused(sources):
@@ -733,14 +736,52 @@ def test_more_classes_than_the_model_knows_are_refused(sources):
 
 def test_numbers_are_regression(sources):
     sources(m=[{"text": "x", "label": 2.5}, {"text": "y", "label": 1}])
-    dataset = opened(SequenceClassificationConfig(source="m"), limits={"label": 1})
-    batch = rows(dataset)
+    config = SequenceClassificationConfig(source="m", target="number")
+    codecs, sizes = coded(config)
+    assert codecs.keys() == {"text"}
+    batch = rows(datasets.dataset(config, "train", codecs, sizes))
     assert batch["label"].dtype == np.float32
     assert batch["label"].tolist() == [2.5, 1.0]
-    with pytest.raises(
-        DataError, match=r"label='label': holds numbers, which need mod"
-    ):
+    with pytest.raises(DataError, match=r'example 0: .* 2.5.*data.target="number"'):
         opened(SequenceClassificationConfig(source="m"))
+    sources(m=[{"text": "x", "label": "2.5"}])  # as CSV has them
+    assert rows(opened(config))["label"].tolist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        *(((0, 1), bad) for bad in (-1, 2, 0.5, math.nan, math.inf)),
+        *(((True, False), bad) for bad in (-1, 2, math.nan)),
+        *((np.uint8([0, 1]), bad) for bad in (-1, 2, math.nan)),
+        *((("a", "b"), bad) for bad in (-1, "c", math.nan)),
+    ],
+    ids=str,
+)
+def test_a_label_that_is_no_class_is_refused_when_the_split_is_opened(
+    sources, good, bad
+):
+    train = [{"text": "x", "label": x} for x in good]
+    sources(m={"train": train, "test": [*train, {"text": "x", "label": bad}]})
+    config = SequenceClassificationConfig(source="m")
+    codecs, sizes = coded(config)
+    with pytest.raises(DataError) as caught:
+        Split.open(config, codecs, "test", sizes)
+    for part in ("m test, example 2", "none of the 2 classes", "correct or remove"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "nan"])
+def test_a_number_that_is_not_finite_is_refused_when_the_split_is_opened(sources, bad):
+    good = {"text": "x", "label": 1.5}
+    sources(m={"train": [good], "test": [good, good, {"text": "x", "label": bad}]})
+    config = SequenceClassificationConfig(source="m", target="number")
+    codecs, sizes = coded(config)
+    with pytest.raises(DataError, match="m test, example 2: .*(nan|inf), not finite"):
+        Split.open(config, codecs, "test", sizes)
+    sources(m={"train": [good], "test": [{"text": "x", "label": "good"}]})
+    with pytest.raises(DataError, match='m test: .*holds texts.*data.target="class"'):
+        Split.open(config, codecs, "test", sizes)
 
 
 def test_tagged_rows_are_written_as_documented(sources):
@@ -754,13 +795,41 @@ def test_tagged_rows_are_written_as_documented(sources):
         "weights": np.array([[0, 1, 0, 1, 0, 0, 1, 0, 0]]),
     }
     dataset = opened(config)
-    assert dataset.labels == ("X", "Y", "Z")
+    assert dataset.codecs["tags"].names == ("X", "Y", "Z")
     equal(rows(dataset), expected)
     expected["weights"][0, 3] = 0
     equal(rows(opened(dataclasses.replace(config, mask="mask"))), expected)
-    cut = rows(opened(dataclasses.replace(config, max_len=6)))
-    assert cut["inputs"].tolist() == [ids("CabcdS")]
-    assert cut["weights"].tolist() == [[0, 1, 0, 1, 0, 0]]
+    short = rows(opened(dataclasses.replace(config, max_len=6)))
+    assert short["inputs"].tolist() == [ids("CabcdS")]
+    assert short["weights"].tolist() == [[0, 1, 0, 1, 0, 0]]
+
+
+def test_tags_may_be_numbers(sources):
+    good = {"tokens": ["ab", "c"], "tags": [0.5, -2.0]}
+    sources(m=[good], bad=[good, {"tokens": ["a", "b"], "tags": [1.0, math.nan]}])
+    config = TokenClassificationConfig(source="m", target="number", max_len=6)
+    assert config.classes() == {}
+    dataset = opened(config)
+    batch = rows(dataset)
+    assert batch["targets"].dtype == np.float32
+    assert batch["targets"].tolist() == [[0, 0.5, 0, -2.0, 0, 0]]
+    assert dataset.preview(batch).endswith("0.5 -2.0")
+    with pytest.raises(DataError, match="bad train, example 1: .* nan, not finite"):
+        opened(dataclasses.replace(config, source="bad"))
+
+
+def test_items_are_found_in_their_source(sources):
+    corpus = [{"x": "ab", "y": "c", "label": 0}, {"x": "d", "y": "ef", "label": 1}]
+    sources(a=corpus, b=corpus[1:], docs=documents(4))
+    for name, text in (("pairs", "d"), ("mixture", "d"), ("labelled", "d\tef")):
+        dataset = kind(name)
+        assert dataset.example(1) == corpus[1]
+        assert dataset.input_text(1) == text
+    assert kind("mixture").input_text(2) == "to: d"
+    # A row of these is not an example.
+    for name in ("joined", "masked", "spans"):
+        dataset = kind(name)
+        assert (dataset.example(0), dataset.input_text(0)) == ({}, "")
 
 
 def test_tags_of_characters(sources):
@@ -783,7 +852,95 @@ def test_tags_that_do_not_match_their_words_are_named(sources):
         opened(TokenClassificationConfig(source="m"))
     sources(n=[good])
     with pytest.raises(DataError, match="model.num_tags=1: 'n' has 2 classes"):
-        opened(TokenClassificationConfig(source="n"), limits={"targets": 1})
+        opened(TokenClassificationConfig(source="n"), num_tags=1)
+
+
+# --- Texts that are not from a split ---
+
+
+def test_a_request_is_what_a_split_would_hold(sources):
+    """Inputs as of an example with the same texts; targets zero, weights too."""
+    texts = ["ab", "c", "defghi"]
+    sources(
+        m=[{"x": text, "y": "t", "label": i} for i, text in enumerate(texts)],
+        n=[{"x": text, "y": text + "z", "label": 0} for text in texts],
+    )
+    cases = (
+        (Seq2SeqConfig(source="m", inputs="x", targets="y", max_len=9), texts),
+        (SequenceClassificationConfig(source="m", first="x", max_len=9), texts),
+        (
+            SequenceClassificationConfig(
+                source="n",
+                first="x",
+                second="y",
+                max_len=19,
+                global_tokens="question",
+            ),
+            [f"{text}\t{text}z" for text in texts],
+        ),
+    )
+    for config, lines in cases:
+        (codecs, _), expected = coded(config), rows(opened(config))
+        batch = datasets.request_batch(config, lines, 4, codecs)
+        assert batch.keys() == expected.keys() == config.spec().keys()
+        assert {len(x) for x in batch.values()} == {4}
+        read = [
+            k
+            for k, field in config.spec().items()
+            if field.axes in ("BS", "BL") and k not in ("inputs", "targets", "weights")
+        ]
+        if "encoder_inputs" not in batch:
+            read.append("inputs")
+        for name in read:
+            np.testing.assert_array_equal(batch[name][:3], expected[name], name)
+            assert not batch[name][3].any()
+        for name in batch.keys() & {"targets", "weights", "label", "label_weights"}:
+            assert not batch[name].any()
+
+
+def test_a_second_text_may_hold_tabs_and_may_not_be_missing():
+    config = SequenceClassificationConfig(first="x", second="y", max_len=16)
+    batch = datasets.request_batch(config, ["a\tb\tc", "\t"], 2, {"text": TOK})
+    assert batch["inputs"][0, :7].tolist() == [*ids("CaSb\tcS")]
+    assert batch["inputs"][1, :4].tolist() == ids("CSS_")
+    with pytest.raises(DataError, match="input line 12 .'no tab'.*tab between them"):
+        datasets.request_batch(config, ["a\tb", "no tab"], 2, {"text": TOK}, first=10)
+
+
+def test_a_request_takes_the_shortest_row_that_holds_all():
+    fields = {"max_len": 12, "buckets": (4, 8), "max_source_len": 6}
+    config = Seq2SeqConfig(**fields)
+    assert config.shapes() == ({"S": 2, "L": 4}, {"S": 4, "L": 8}, {"S": 6, "L": 12})
+    for lines, source, target in (
+        (["a"], 2, 4),
+        (["a", "abc"], 4, 8),
+        (["abcde"], 6, 12),
+    ):
+        batch = datasets.request_batch(config, lines, 3, {"text": TOK})
+        assert batch["encoder_inputs"].shape == (3, source)
+        assert batch["inputs"].shape == (3, target)
+        assert (batch["inputs"][:, 0] == TOK.start).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (Seq2SeqConfig(max_len=6, buckets=(4,)), "data.max_len=6"),
+        (Seq2SeqConfig(max_len=60, max_source_len=6), "data.max_source_len=6"),
+        (SequenceClassificationConfig(max_len=6), "data.max_len=6"),
+    ],
+)
+def test_a_request_that_is_too_long_names_its_line(config, limit):
+    with pytest.raises(DataError) as caught:
+        datasets.request_batch(config, ["a", "x" * 7, "b"], 4, {"text": TOK}, first=40)
+    for part in ("input line 42 ('xxxxxxx')", "tokens", limit, "shorten or split it"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["joined", "masked", "spans", "tagged"])
+def test_what_does_not_read_lines_says_so(name):
+    with pytest.raises(DataError, match="lines of text.*evaluate.py"):
+        datasets.request_batch(KINDS[name], ["a"], 1, {"text": TOK})
 
 
 # --- Configurations ---
@@ -792,13 +949,23 @@ def test_tags_that_do_not_match_their_words_are_named(sources):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (Seq2SeqConfig(max_source_len=1), "data.max_source_len=1: must be 0"),
+        (Seq2SeqConfig(max_source_len=-1), "data.max_source_len=-1: must be 0"),
+        (
+            SequenceClassificationConfig(target="x"),
+            "data.target='x': expected one of class, number",
+        ),
+        (
+            TokenClassificationConfig(target="x"),
+            "data.target='x': expected one of class, number",
+        ),
         (MixtureConfig(source="a"), "data.source='a': must be empty; a mixture's are"),
         (MixtureConfig(), "data.corpora=(): must name at least one corpus"),
         (CausalLMConfig(buckets=(8,)), "data.buckets=(8,): must be (): all rows"),
         (SpanCorruptionConfig(buckets=(8,)), "data.buckets=(8,): must be (): all rows"),
         (CausalLMConfig(documents="x"), "data.documents='x': expected one of joined"),
         (CausalLMConfig(eval_stride=65), "data.eval_stride=65: must lie between 1 and"),
-        (MaskedLMConfig(max_len=4), "data.max_len=4: rows must have at least 5 places"),
+        (MaskedLMConfig(max_len=4), "data.max_len=4: rows must have at least 5 pos"),
         (MaskedLMConfig(mask_rate=0.0), "data.mask_rate=0.0: must lie between 0 and 1"),
         (MaskedLMConfig(short_rate=1.5), "data.short_rate=1.5: must lie in [0, 1]"),
         (SpanCorruptionConfig(max_len=3), "data.max_len=3: must be at least 4"),

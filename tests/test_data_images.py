@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from triform.data import datasets
+from triform.data.codecs import files
 from triform.data.datasets import EVALUATION, Epoch, ImagesConfig, augment
-from triform.input_pipeline import Batches, TrainBatches, report
+from triform.input_pipeline import Batches, Split, TrainBatches, report
 from triform.runtime.errors import DataError
 
-LIMITS = {"label": 4}
+SIZES = {"num_labels": 4}
 TRAIN = Epoch(seed=0, number=0, train=True)
 CHANGES = {
     "none": {},
@@ -36,16 +37,14 @@ def config(**fields):
     return ImagesConfig(**{"source": "m", "size": 8, "channels": 1, **fields})
 
 
-def opened(config, limits=LIMITS):
+def opened(config, split="train", sizes=SIZES):
     config.validate()
-    return datasets.open(config, "train", None, limits)
+    return datasets.dataset(config, split, files.build(config, sizes), sizes)
 
 
-def row(dataset, item=0, turn=EVALUATION):
-    one = dataclasses.replace(dataset.config, batch_size=1)
-    batch = dataset.empty(one, 1, 0, dataset.limits)
-    dataset.write(batch, 0, item, turn)
-    return batch
+def row(dataset, item=0, epoch=EVALUATION):
+    dataset.config = dataclasses.replace(dataset.config, batch_size=1)
+    return Batches(dataset).collate(0, np.array([item]), epoch)
 
 
 def test_rows_are_written_as_documented(sources):
@@ -63,9 +62,9 @@ def test_rows_are_written_as_documented(sources):
         assert batch["label"].dtype == np.int32
         assert batch["label_weights"].tolist() == [1] * 3 + [0] * 29
         assert not batch["image"][3:].any()
-        assert dataset.real(batch) == 3
+        assert Batches(dataset).real(batch) == 3
     assert len(loads) == 2
-    assert "label 0" in dataset.preview(batch, None)
+    assert "label 0" in dataset.preview(batch)
 
 
 def test_a_channel_has_its_own_mean(sources):
@@ -190,13 +189,35 @@ def test_images_of_any_size_and_colour_become_squares(sources, crop):
 
 @pytest.mark.parametrize("mixup", [0.0, 0.5])
 def test_a_label_that_the_model_does_not_know_is_named(sources, mixup):
+    made, sizes = config(mixup=mixup), {"num_labels": 3}
+    message = r"m train, example 3: .*is 3, none of the 3 .*raise model.num_labels"
     sources(m=pictures(4))
-    dataset = opened(config(mixup=mixup), {"label": 3})
-    with pytest.raises(
-        DataError, match=r"m train, example 3: .*raise model.num_labels"
-    ):
-        for _ in Batches(dataset).evaluation():
+    with pytest.raises(DataError, match=message):
+        Split.open(made, files.build(made, sizes), "train", sizes)
+    # Of images of several sizes, when it is read.
+    sources(m=[*pictures(3), *pictures(4, (9, 9, 1))[3:]])
+    with pytest.raises(DataError, match=message):
+        for _ in Batches(opened(made, sizes=sizes)).evaluation():
             pass
+
+
+def test_a_label_below_0_is_named_when_the_split_is_opened(sources):
+    bad = {"image": np.zeros((8, 8, 1), np.uint8), "label": -1}
+    sources(m={"train": pictures(4), "test": [*pictures(4), bad]})
+    codecs = files.build(config(), SIZES)
+    with pytest.raises(DataError, match="m test, example 4: .*is -1, none of the 4"):
+        Split.open(config(), codecs, "test", SIZES)
+
+
+def test_classes_are_those_of_the_source_or_as_many_as_the_model_has(sources):
+    sources(m=pictures(4))
+    assert files.build(config(), SIZES)["label"].names == ("0", "1", "2", "3")
+    with pytest.raises(DataError, match="does not say how many.*set model.num_labels"):
+        files.build(config(), {})
+    sources(m=pictures(4), classes={"m:label": ("a", "b", "c", "d")})
+    assert files.build(config(), SIZES)["label"].names == ("a", "b", "c", "d")
+    with pytest.raises(DataError, match="model.num_labels=3: 'm' has 4 classes"):
+        files.build(config(), {"num_labels": 3})
 
 
 @pytest.mark.parametrize(

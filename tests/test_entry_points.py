@@ -94,23 +94,23 @@ def test_a_run_starts_from_another(run, workdir, tmp_path):
         f"--config.init_from={workdir}:latest",
         "--config.model.tie_head=False",
     )
-    assert f"init_from: {workdir}, step 4" in done.stdout
+    assert f"init_from: {workdir}, step 6" in done.stdout
     assert "newly initialised: 1 arrays" in done.stdout
     assert "head/kernel (16, 259)" in done.stdout
     lines = [
         json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().split("\n") if x
     ]
-    assert lines[-1]["step"] == 4
+    assert lines[-1]["step"] == 6
     # Started again it resumes, rather than starting from the other once more.
     again = run(
         "train.py",
         f"--workdir={tmp_path}",
         *TEXT,
-        "--config.steps=6",
+        "--config.steps=8",
         f"--config.init_from={workdir}:latest",
         "--config.model.tie_head=False",
     )
-    assert "resuming after step 4" in again.stdout
+    assert "resuming after step 6" in again.stdout
     assert "init_from:" not in again.stdout
     missing = (f"--workdir={tmp_path / 'x'}", *TEXT, "--config.init_from=nowhere")
     assert "no such folder" in run("train.py", *missing, code=1).stderr

@@ -364,7 +364,7 @@ SEGMENTS = np.ones((2, 64), np.int32)
         ("gpu", {"aligned": False, "length": 8192}, "xla", "array of more than 16,777"),
         ("tpu", {"length": 256}, "pallas", ""),
         ("tpu", {}, "xla", "64 queries and 64 keys, not equal multiples of 128"),
-        ("tpu", {"aligned": False}, "xla", "positions are not the places"),
+        ("tpu", {"aligned": False}, "xla", "positions are not the array indices"),
         ("tpu", {"window": 9}, "xla", "windows"),
         ("tpu", {"dropout": 0.1, "length": 256}, "xla", "dropout"),
     ],

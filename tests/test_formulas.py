@@ -1,5 +1,6 @@
 """The papers' formulas and names: positions, patches, initialisers, parameters."""
 
+import dataclasses
 import math
 import re
 
@@ -14,7 +15,8 @@ from triform import models
 from triform.models import (
     EncoderDecoderConfig,
 )
-from triform.models.encoder import mean
+from triform.models.config import ROPE_SCALINGS, RopeConfig
+from triform.models.heads import mean
 from triform.models.mask import Mask
 from triform.models.positions import (
     RELATIVE_BUCKETS,
@@ -26,8 +28,8 @@ from triform.models.positions import (
 )
 from triform.models.transformer import Stack
 from triform.models.vision import resized_positions
-from triform.runtime import optim
-from triform.runtime.partition import AXES, spec_for
+from triform.runtime.parameters import ROWS, axes_of
+from triform.runtime.partition import AXES
 
 # --- Formulas ---
 
@@ -47,7 +49,7 @@ def test_rotation_turns_pairs_by_the_angle_of_their_position():
     got = rotate(jnp.asarray(x), rotation(config, jnp.asarray(where)))
     for p, position in enumerate(where[0]):
         for i in range(3):  # Su et al. 2021, eq. 15: theta_i = base ** (-2 i / E)
-            angle = position * config.rope_base ** (-2 * i / 6)
+            angle = position * config.rope.base ** (-2 * i / 6)
             turned = (x[0, p, :, i] + 1j * x[0, p, :, i + 3]) * np.exp(1j * angle)
             np.testing.assert_allclose(got[0, p, :, i], turned.real, atol=1e-5)
             np.testing.assert_allclose(got[0, p, :, i + 3], turned.imag, atol=1e-5)
@@ -66,19 +68,34 @@ def test_rotated_products_depend_on_the_distance_only():
         assert product(i, j) == pytest.approx(product(i + 11, j + 11), abs=1e-4)
 
 
-@pytest.mark.parametrize("scaling", [(), ("linear", 4.0)])
-def test_linear_scaling_divides_positions(scaling):
+def test_linear_scaling_divides_positions():
     plain = rotary_frequencies(trunk(positions="rotary"))[0]
-    found = rotary_frequencies(trunk(positions="rotary", rope_scaling=scaling))[0]
-    np.testing.assert_allclose(found * (scaling[1] if scaling else 1), plain)
+    rope = RopeConfig(scaling="linear", factor=4.0)
+    found = rotary_frequencies(trunk(positions="rotary", rope=rope))[0]
+    np.testing.assert_allclose(found * 4, plain)
+
+
+READ = [(kind, name) for kind, names in ROPE_SCALINGS.items() for name in names]
+
+
+@pytest.mark.parametrize(("kind", "name"), READ)
+def test_every_number_of_a_scaling_changes_the_frequencies(kind, name):
+    numbers = {"factor": 3.0, "length": 512 if "length" in ROPE_SCALINGS[kind] else 0}
+    rope = RopeConfig(scaling=kind, **numbers)
+    other = dataclasses.replace(rope, **{name: 1.5 * getattr(rope, name) or 0.7})
+    rope.validate("rope")
+    other.validate("rope")
+    sizes = {"positions": "rotary", "head_dim": 64}
+    (x, a), (y, b) = (rotary_frequencies(trunk(**sizes, rope=r)) for r in (rope, other))
+    assert a != b or not np.array_equal(x, y)
 
 
 def test_llama3_scaling_is_the_published_one():
     factor, low, high, length = 8.0, 1.0, 4.0, 8192
-    fields = {"positions": "rotary", "head_dim": 64, "rope_base": 500_000.0}
-    plain = rotary_frequencies(trunk(**fields))[0]
-    scaling = ("llama3", factor, low, high, length)
-    found, size = rotary_frequencies(trunk(**fields, rope_scaling=scaling))
+    fields = {"positions": "rotary", "head_dim": 64}
+    plain = rotary_frequencies(trunk(**fields, rope=RopeConfig(500_000.0)))[0]
+    rope = RopeConfig(500_000.0, "llama3", factor, length, low=low, high=high)
+    found, size = rotary_frequencies(trunk(**fields, rope=rope))
     assert size == 1.0
     met = set()
     for rate, got in zip(plain, found, strict=True):
@@ -100,8 +117,9 @@ def test_yarn_divides_what_turns_slowly_and_keeps_what_turns_fast(attention):
     factor, fast, slow, length = 16.0, 32.0, 1.0, 4096
     fields = {"positions": "rotary", "head_dim": 128}
     plain = rotary_frequencies(trunk(**fields))[0]
-    scaling = ("yarn", factor, fast, slow, length, attention)
-    found, size = rotary_frequencies(trunk(**fields, rope_scaling=scaling))
+    numbers = {"fast": fast, "slow": slow, "attention": attention}
+    rope = RopeConfig(scaling="yarn", factor=factor, length=length, **numbers)
+    found, size = rotary_frequencies(trunk(**fields, rope=rope))
     # Peng et al. 2023, eq. 22, unless it is given.
     assert size == (attention or pytest.approx(0.1 * math.log(factor) + 1))
     kept = (factor * found / plain - 1) / (factor - 1)
@@ -210,7 +228,8 @@ def test_images_become_patches_and_the_pool_is_classified(name):
 
     out, state = run(params)
     seen = {k: x["__call__"][0] for k, x in state["intermediates"].items()}
-    rows, grid, patch = len(batch["image"]), config.grid(), config.patch_size
+    rows, patch = len(batch["image"]), config.patch_size
+    grid = config.image_size // patch
     image = batch["image"].reshape(rows, grid, patch, grid, patch, config.channels)
     flat_patches = image.transpose(0, 1, 3, 2, 4, 5).reshape(rows, grid**2, -1)
     # Dosovitskiy et al. 2021, eq. 1.
@@ -235,7 +254,7 @@ def test_positions_of_another_resolution():
     np.testing.assert_allclose(resized_positions(table, 17), table, atol=1e-6)
     np.testing.assert_array_equal(resized_positions(table, 37)[0], table[0])
     assert resized_positions(table, 36).shape == (36, 3)  # without the class token
-    with pytest.raises(ValueError, match="18 places are no square grid"):
+    with pytest.raises(ValueError, match="18 positions are no square grid"):
         resized_positions(table, 18)
     # A ramp along one side stays one, but for the held edges.
     ramp = np.broadcast_to(np.arange(4.0)[:, None, None], (4, 4, 1)).reshape(16, 1)
@@ -347,31 +366,23 @@ def test_parameter_names_are_stable(layer_names, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_decay_muon_and_placement_know_every_parameter(name):
-    tree = shapes(name)
-    decays = flat(optim.decay_mask(tree))
-    matrices = optim.muon_dimensions(tree)
-    matrices = {
-        optim.path_name(path): x
-        for path, x in jax.tree_util.tree_leaves_with_path(
-            matrices, is_leaf=lambda x: x is None or hasattr(x, "reduction_axis")
-        )
-    }
-    mesh = dict(zip(AXES, (1, 2, 2, 1), strict=True))
-    # Inputs of a kernel: all other axes are outputs.
-    inputs = {"out": 2, "patches": 3}
+def test_the_table_of_axes_knows_every_parameter(name):
+    rows = (*FAMILIES[name].PARAMETERS, *ROWS)
+    inputs = {"out": 2, "patches": 3}  # input axes of a kernel, else one
     hidden = r"(query|key|value|out|up|gate|down|pooler|dense|patches)/kernel$"
-    for path, x in flat(tree).items():
+    mesh = dict(zip(AXES, (1, 2, 2, 1), strict=True))
+    for path, x in flat(shapes(name)).items():
+        axes = axes_of(path, x.shape, rows)
         small = path.split("/")[-1] in ("bias", "scale", "masked_bias", "head_bias")
-        assert decays[path] == (not small), path
-        spec = spec_for(path, x.shape, mesh)
+        assert axes.decays == (not small), path
+        spec = axes.spec(x.shape, mesh)
         assert len(spec) == x.ndim
         assert not (small and "fsdp" in spec)
-        matrix = matrices[path]
-        assert (matrix is not None) == bool(re.search(hidden, path)), path
-        if matrix is not None:
+        matrix = axes.matrix()
+        if "lora_" not in path and FAMILIES[name].trunks():
+            assert (matrix is not None) == bool(re.search(hidden, path)), path
+        if re.search(hidden, path):
             scanned = "/layers/" in f"/{path}"
-            axes = tuple(range(scanned, x.ndim))
+            each = tuple(range(scanned, x.ndim))
             split = inputs.get(path.split("/")[-2], 1)
-            assert matrix.reduction_axis == axes[:split], path
-            assert matrix.output_axis == axes[split:], path
+            assert matrix == (each[:split], each[split:]), path

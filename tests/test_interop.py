@@ -45,6 +45,7 @@ from triform.models.positions import (
     rotary_frequencies,
     sinusoidal_table,
 )
+from triform.models.stacking import stacked_layers
 from triform.runtime.errors import UserError
 
 
@@ -121,7 +122,7 @@ def test_in_and_out_again_gives_the_same_bytes(name, scan, dtype, tmp_path):
 def test_scanned_parameters_are_the_looped_ones(tmp_path):
     folder = save(build("qwen2-windows"), tmp_path)
     config, looped = load(folder)
-    stacked = models.transformer.stacked_layers(looped, len(config.trunk.windows), np)
+    stacked = stacked_layers(looped, len(config.trunk.windows), np)
     _, scanned = load(folder, scan_layers=True)
     jax.tree.map(np.testing.assert_array_equal, scanned, stacked)
 
@@ -234,7 +235,7 @@ def test_rotary_frequencies_are_those_of_transformers(given, old):
         rest = {k: v for k, v in given.items() if k not in ("rope_type", "rope_theta")}
         hf = sizes | {"rope_theta": given["rope_theta"], "rope_scaling": kind | rest}
     found = rope(hf)
-    trunk = TransformerConfig(d_model=256, num_heads=4, positions="rotary", **found)
+    trunk = TransformerConfig(d_model=256, num_heads=4, positions="rotary", rope=found)
     trunk.validate()
     ours, scale = rotary_frequencies(trunk)
     np.testing.assert_allclose(ours, rates.numpy(), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Long inputs: ListOps and its grammar, whole film reviews, and how rows are cut."""
+"""Long inputs: ListOps and its grammar, film reviews, and how texts are shortened."""
 
 import hashlib
 import io
@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from triform.configs import listops as listops_config
-from triform.data import datasets, sources, store
+from triform.data import datasets, sources
+from triform.data.codecs import files
+from triform.data.codecs.classes import Classes
 from triform.data.codecs.text import EOS, ByteTokenizer
 from triform.data.datasets import SequenceClassificationConfig
 from triform.data.sources import listops, movie_reviews
@@ -40,7 +42,7 @@ FIRST_100 = {
 
 @pytest.fixture(scope="module")
 def expressions() -> list[dict]:
-    return list(sources.load("listops", "validation"))
+    return list(sources.source("listops").examples("validation"))
 
 
 def rewritten(text: str) -> tuple[int, int]:
@@ -58,7 +60,10 @@ def rewritten(text: str) -> tuple[int, int]:
 
 
 def test_listops_has_the_published_sizes_and_bounds(expressions):
-    sizes = {split: len(sources.load("listops", split)) for split in listops.SPLITS}
+    sizes = {
+        split: len(sources.source("listops").examples(split))
+        for split in listops.SPLITS
+    }
     assert sizes == {"train": 96_000, "validation": 2_000, "test": 2_000}
     lengths = [len(e["text"]) for e in expressions]
     assert 500 < min(lengths) < 510 and 1950 < max(lengths) < 2000
@@ -123,13 +128,13 @@ def test_listops_symbols_and_classes_are_balanced(expressions):
 
 @pytest.mark.parametrize("split", FIRST_100)
 def test_listops_is_the_same_everywhere(split):
-    found = sources.load("listops", split)
+    found = sources.source("listops").examples(split)
     content = repr([found[i] for i in range(100)])
     assert hashlib.sha256(content.encode()).hexdigest() == FIRST_100[split]
 
 
 def test_listops_by_index_is_what_iteration_gives(expressions):
-    found = sources.load("listops", "validation")
+    found = sources.source("listops").examples("validation")
     for i in (1999, 0, 1000, 999, -1, -2000):
         assert found[i] == expressions[i]
     found[0]["text"] = "spoilt"
@@ -141,11 +146,13 @@ def test_listops_by_index_is_what_iteration_gives(expressions):
 def test_listops_has_one_id_a_symbol(expressions, tmp_path):
     config = listops_config.get_config().data
     config.train_split, config.cache_dir = "validation", str(tmp_path)
-    tok = store.build_tokenizer(config, 20)
+    sizes = {"vocab_size": 20, "num_types": 2, "num_labels": 10}
+    codecs = files.build(config, sizes)
+    tok = codecs["text"]
     assert tok.vocab_size == 20
-    dataset = datasets.open(config, "validation", tok, {"label": 10})
-    assert dataset.labels == tuple("0123456789")
-    assert dataset.sizes.max() <= config.max_len
+    dataset = datasets.dataset(config, "validation", codecs, sizes)
+    assert codecs["label"].names == tuple("0123456789")
+    assert dataset.sizes["L"].max() <= config.max_len
     batch = TrainBatches(Batches(dataset), seed=0)[0]
     sizes = batch["segments"].sum(-1)
     texts = {e["text"]: e["label"] for e in expressions}
@@ -178,8 +185,8 @@ def archive(reviews: list[dict]) -> bytes:
 
 def test_movie_reviews_are_in_folds(tmp_path, shared_data):
     reviews = local_reviews(shared_data("movie_reviews"))
-    whole = "train+validation+test"
-    found = sources.load("movie_reviews", whole, data_dir=str(tmp_path))
+    reviewed = sources.source("movie_reviews", str(tmp_path))
+    found = reviewed.examples("train+validation+test")
     for fold in range(10):
         expected = [
             {"text": x["text"], "label": int(x["label"] == "pos")}
@@ -188,12 +195,11 @@ def test_movie_reviews_are_in_folds(tmp_path, shared_data):
         ]
         assert [found[i] for i in range(200 * fold, 200 * fold + 200)] == expected
         assert [x["label"] for x in expected] == [0] * 100 + [1] * 100
-    names = sources.label_names("movie_reviews", "label", data_dir=str(tmp_path))
-    assert names == ("negative", "positive")
+    assert reviewed.classes("label") == ("negative", "positive")
 
 
 def given(folder: pathlib.Path, content: bytes) -> dict[str, str]:
-    """Where `load` finds the archive, and no local copy."""
+    """Folders of a source with that archive, and no local copy."""
     (folder / movie_reviews.ZIP).write_bytes(content)
     return {"data_dir": str(folder / "prepared"), "manual_dir": str(folder)}
 
@@ -201,7 +207,7 @@ def given(folder: pathlib.Path, content: bytes) -> dict[str, str]:
 def test_the_archive_has_the_reviews_of_the_local_copy(tmp_path, shared_data):
     reviews = local_reviews(shared_data("movie_reviews"))
     options = given(tmp_path, archive(reviews[::-1]))
-    found = sources.load("movie_reviews", "validation", **options)
+    found = sources.source("movie_reviews", **options).examples("validation")
     expected = [x["text"] for x in reviews if x["fold"] == 9]
     assert [x["text"] for x in found] == expected
 
@@ -220,13 +226,13 @@ def test_the_archive_has_the_reviews_of_the_local_copy(tmp_path, shared_data):
 def test_another_archive_is_refused(tmp_path, content, message):
     options = given(tmp_path, content)
     with pytest.raises(DataError, match=f"movie_reviews.zip {message}"):
-        sources.load("movie_reviews", "train", **options)
+        sources.source("movie_reviews", **options).examples("train")
 
 
-# Rows that are cut ------------------------------------------------------------------
+# Texts that are longer than a row ---------------------------------------------------
 
 
-def test_longer_texts_are_trained_on_if_they_are_to_be_cut(sources):
+def test_longer_texts_are_trained_on_if_they_are_to_be_shortened(sources):
     texts = ["a", "abcd", "abcdefghi"]
     sources(m=[{"text": text, "label": i} for i, text in enumerate(texts)])
     tok = ByteTokenizer()
@@ -238,18 +244,20 @@ def test_longer_texts_are_trained_on_if_they_are_to_be_cut(sources):
         for name, value in fields.items():
             setattr(config, name, value)
         config.validate()
-        dataset = datasets.open(config, "train", tok, {"label": 3})
+        sizes = {"vocab_size": tok.vocab_size, "num_types": 2, "num_labels": 3}
+        codecs = {"text": tok, "label": Classes("012")}
+        dataset = datasets.dataset(config, "train", codecs, sizes)
         return TrainBatches(Batches(dataset), seed=0)
 
-    left, cut = train(), train(cut=True)
-    assert (left.left_out, cut.left_out) == (1, 0)
-    assert "1 longer than data.max_len=6 or empty, left out" in report(left)
-    assert "left out" not in report(cut)
-    assert "1 longer than data.max_len=6, cut" in report(cut)
-    assert cut.fill() == pytest.approx((2 + 5 + 6) / (6 + 6 + 6))
+    left, short = train(), train(truncate=True)
+    assert (left.left_out, short.left_out) == (1, 0)
+    assert "1 longer than L=6 or empty, left out" in report(left)
+    assert "left out" not in report(short)
+    assert "1 longer than L=6, shortened" in report(short)
+    assert short.fill() == pytest.approx((2 + 5 + 6) / (6 + 6 + 6))
     rows = {}
-    for step in range(cut.per_epoch):
-        batch = cut[step]
+    for step in range(short.per_epoch):
+        batch = short[step]
         real = batch["label_weights"] > 0
         labels = batch["label"][real].tolist()
         rows |= dict(zip(labels, batch["inputs"][real].tolist(), strict=True))
@@ -259,5 +267,5 @@ def test_longer_texts_are_trained_on_if_they_are_to_be_cut(sources):
         1: [*ids[:4], EOS, 0],
         2: [*ids, EOS],
     }
-    # Evaluation cuts in any case, and says so.
-    assert left.batches.cut() == cut.batches.cut() == 1
+    # Evaluation shortens in any case, and says so.
+    assert left.batches.truncated() == short.batches.truncated() == 1

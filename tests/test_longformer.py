@@ -11,19 +11,20 @@ import torch
 from hf_models import CASES, CLOSE, build, draw, error, load, ours, run, save
 
 from triform.configs.schema import ExperimentConfig, to_json
-from triform.experiment import Experiment, checkpoint_dir, open_workdir
+from triform.experiment import Experiment
 from triform.interop import families
 from triform.interop.__main__ import main
-from triform.interop.experiments import experiment_config
 from triform.interop.mapping import parameters
+from triform.interop.suggest import experiment_config
 from triform.models import EncoderConfig
 from triform.models.config import TransformerConfig
 from triform.runtime.checkpoint import Checkpointer
-from triform.runtime.optim import muon_dimensions
-from triform.runtime.partition import spec_for
+from triform.runtime.parameters import ROWS, axes_of
+from triform.tasks import Context
+from triform.workdir import checkpoint_dir, load_variables, open_config
 
 NAMES = [name for name in CASES if name.startswith("longformer")]
-# Lengths of the rows of a batch. The widest windows hold 9, 7 and 13 places.
+# Lengths of the rows of a batch. The widest windows hold 9, 7 and 13 positions.
 BATCHES = ((64, 37, 5), (41,), (9, 16))
 
 
@@ -36,10 +37,10 @@ def case(request, tmp_path_factory):
 
 
 def scattered(real: np.ndarray) -> np.ndarray:
-    """Other places in every row, the first and the last one among them somewhere."""
+    """Other positions in every row, the first and the last one among them somewhere."""
     marked = np.random.default_rng(7).random(real.shape) < 0.15
     marked[0, [0, -1]] = marked[-1, 4] = True
-    return marked.astype(np.int32)  # some at places of padding: they stay padding
+    return marked.astype(np.int32)  # some at positions of padding: they stay padding
 
 
 MARKED = {
@@ -50,7 +51,7 @@ MARKED = {
 
 
 def both(model, config, params, lengths, globals_, **changed) -> list[np.ndarray]:
-    """(theirs, ours) at real places; `changed` keys differ in our batch."""
+    """(theirs, ours) at real positions; `changed` keys differ in our batch."""
     real = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int32)
     tokens = np.where(real, draw(real.shape, seed=len(lengths)), 1).astype(np.int32)
     theirs = run(
@@ -80,9 +81,11 @@ def test_logits_are_those_of_the_original(case, lengths, globals_):
         assert error(*both(model, config, params, lengths, globals_)) < CLOSE
 
 
-def test_without_marks_no_place_is_global(case):
+def test_without_marks_no_position_is_global(case):
     model, loaded = case
-    pair = both(model, *loaded[False], (41, 17), MARKED["none"], globals=None)
+    pair = both(
+        model, *loaded[False], (41, 17), MARKED["none"], global_attention_mask=None
+    )
     assert error(*pair) < CLOSE
 
 
@@ -90,7 +93,7 @@ def test_the_comparison_tells_windows_and_global_tokens_apart(case):
     model, loaded = case
     config, params = loaded[False]
     lengths, first = (41, 17), MARKED["first"]
-    bare = both(model, config, params, lengths, first, globals=None)
+    bare = both(model, config, params, lengths, first, global_attention_mask=None)
     assert error(*bare) > 20 * CLOSE
     wider = tuple(w + 1 for w in config.trunk.windows)
     trunk = dataclasses.replace(config.trunk, windows=wider)
@@ -122,14 +125,14 @@ def test_an_imported_workdir_is_whole(tmp_path):
     """Its batches mark the first token, so the experiment has all its parameters."""
     source, workdir = save(build("longformer"), tmp_path / "hf"), tmp_path / "run"
     assert main(["import", source, str(workdir)]) == 0
-    config = open_workdir(str(workdir))
+    config = open_config(str(workdir))
     trunk = config.model.trunk
     assert (trunk.attention, trunk.windows) == ("local", (3, 5))
     assert config.model.position_offset == 2
     assert (config.data.max_len, config.data.global_tokens) == (64, "first")
     experiment = Experiment(config)
     with Checkpointer(checkpoint_dir(str(workdir)), config.checkpoint) as saved:
-        params, _ = experiment.load_params(saved, "best")
+        params = load_variables(experiment, saved, "best")[0]["params"]
     attention = params["encoder"]["layer_3"]["self_attention"]
     assert "value_global" in attention
     hf = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -138,19 +141,17 @@ def test_an_imported_workdir_is_whole(tmp_path):
     assert exported["pad_token_id"] == 1
 
 
-def test_global_projections_are_placed_and_optimised_as_the_others():
-    config = longformer()
-    shapes = parameters(config, ("global_attention_mask",))
-    mesh = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 1}
-    specs = {path: spec_for(path, x.shape, mesh) for path, x in shapes.items()}
-    matrices = muon_dimensions(shapes)
+def test_global_projections_have_the_axes_of_the_others():
+    """And so their sharding and their matrices for Muon."""
+    reads = families.FAMILIES["longformer"].reads
+    shapes = {path: x.shape for path, x in parameters(longformer(), reads).items()}
     others = [path for path in shapes if "_global/" in path]
     assert len(others) == 6
     for path in others:
         local = path.replace("_global", "")
         assert shapes[path] == shapes[local]
-        assert specs[path] == specs[local] and any(specs[path])
-        assert matrices[path] == matrices[local]
+        axes = axes_of(path, shapes[path], ROWS)
+        assert axes == axes_of(local, shapes[local], ROWS)
 
 
 def test_global_projections_learn():
@@ -161,8 +162,14 @@ def test_global_projections_learn():
         "global_attention_mask": np.eye(1, 20, dtype=np.int32),
     }
     batch |= {"label": np.ones(1, np.int32), "label_weights": np.ones(1, np.float32)}
-    params = jax.jit(task.init)(jax.random.key(0), batch)
-    loss = jax.jit(lambda p: task.loss(p, batch, None, False)[0].total)
+    params = jax.jit(task.init)(jax.random.key(0), batch)["params"]
+    ctx = Context(0, {})
+
+    @jax.jit
+    def loss(params):
+        outputs, _ = task.outputs({"params": params}, batch, ctx)
+        return sum(task.terms(outputs, batch, ctx).values())
+
     grads = jax.grad(loss)(params)
     attention = grads["encoder"]["layer_0"]["self_attention"]
     for name in ("query_global", "key_global", "value_global"):
@@ -186,7 +193,7 @@ WHY_NOT = [
     ({"attention": "flash"}, "attention='flash': expected 'local'"),
     ({"num_kv_heads": 1}, "num_kv_heads=1"),
     ({"head_dim": 6}, "head_dim=6"),
-    ({"attention_scale": 1.0}, "attention_scale=1.0"),
+    ({"attention_options": ("scale", 1.0)}, "('scale', 1.0)"),
     ({"positions": "sinusoidal"}, "positions='sinusoidal': expected 'learned'"),
     ({"norm_position": "pre"}, "norm_position='pre': expected 'post'"),
     ({"windows": (2,)}, "windows=(2,): expected windows w from 3 on"),
@@ -221,7 +228,7 @@ def test_what_was_trained_without_global_tokens_lacks_projections(tmp_path, caps
 
 
 def test_settings_that_cannot_run_there_are_those_refused_here():
-    """One place on either side, and a window that does not divide the widest."""
+    """One position on either side, and a window that does not divide the widest."""
     tokens = torch.full((1, 20), 5)
     for windows in ([2, 2], [6, 10]):
         model = build("longformer-label", attention_window=windows)

@@ -23,14 +23,9 @@ from laws import (
 from triform import models
 from triform.models import EncoderDecoderConfig
 from triform.models.config import TransformerConfig
+from triform.models.feed_forward import FFNS, FeedForward
 from triform.models.positions import sinusoidal_table
-from triform.models.transformer import (
-    FFNS,
-    FeedForward,
-    cycle,
-    looped_layers,
-    stacked_layers,
-)
+from triform.models.stacking import looped_layers, stacked_layers
 
 
 def applied(config):
@@ -66,9 +61,7 @@ def programs(tiny_config, pair_batch):
 )
 def test_every_trunk_field_changes_the_program(programs, tiny_config, another, name):
     # Some are read with certain others only.
-    same = {"positions": "rotary"} if name.startswith("rope") else {}
-    if name == "attention_options":
-        same = {"attention": "local", "windows": (3,)}
+    same = {"positions": "rotary"} if name == "rope" else {}
     value = another(tiny_config(**same).trunk, name)
     assert programs(**same, **{name: value}) != programs(**same)
 
@@ -119,11 +112,11 @@ SLOTS = np.array(
 def test_cached_decoding_equals_the_full_pass(tiny_config, pair_batch, name):
     config = tiny_config(**DECODED[name])
     batch = pair_batch([5, 2, 4, 1], [5] * 4, 5)
-    first, place = assert_decoding_equals_the_full_pass(
+    first, position = assert_decoding_equals_the_full_pass(
         config, batch, batch, SLOTS, CLOSE
     )
     np.testing.assert_array_equal(first, batch["inputs"][:, 0])
-    np.testing.assert_array_equal(place, 0)
+    np.testing.assert_array_equal(position, 0)
 
 
 # --- Law 4: packed = separate, scan = loop, remat = not, past and padding ---
@@ -152,7 +145,7 @@ def test_scan_equals_loop(tiny_config, pair_batch, num_layers, windows):
     batch = pair_batch([4, 2], [3, 4], 4)
     params = init(config, batch)
     shapes = jax.eval_shape(models.build(scan_config).init, jax.random.key(0), batch)
-    restacked = stacked_layers(params, cycle(config.trunk), np)
+    restacked = stacked_layers(params, config.trunk.cycle(), np)
     assert jax.tree.map(jnp.shape, restacked) == jax.tree.map(
         lambda x: x.shape, shapes["params"]
     )
@@ -219,7 +212,7 @@ def test_a_future_token_cannot_change_the_past(tiny_config, pair_batch, name):
     length = 6
     batch = pair_batch([4] * (length + 1), [length] * (length + 1), length)
     batch = {k: np.repeat(x[:1], length + 1, 0) for k, x in batch.items()}
-    for t in range(length):  # row t differs from the last row from place t on
+    for t in range(length):  # row t differs from the last row from position t on
         batch["inputs"][t, t:] = (batch["inputs"][t, t:] + 1) % 11
     apply = applied(config)
     logits = apply({"params": init(config, batch)}, batch)

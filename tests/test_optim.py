@@ -12,8 +12,9 @@ import pytest
 from triform import models, tasks
 from triform.runtime import optim
 from triform.runtime.optim import OPTIMIZERS, SCHEDULES, OptimConfig
+from triform.runtime.parameters import ROWS
 from triform.runtime.paths import path_name
-from triform.tasks import TokenPredictionConfig
+from triform.tasks import Context, TokenPredictionConfig
 
 DECAYING = [name for name in OPTIMIZERS if name != "adam"]
 
@@ -118,7 +119,7 @@ def both_shapes(tiny_config):
 
 
 def test_decay_is_by_path_looped_and_scanned(both_shapes):
-    loop, scan = (flat(optim.decay_mask(x)) for x in both_shapes)
+    loop, scan = (flat(optim.decay_mask(ROWS)(x)) for x in both_shapes)
     assert {looped_name(k): v for k, v in scan.items()} == loop
     for name, decays in loop.items():
         assert decays == name.endswith(("kernel", "embedding")), name
@@ -129,7 +130,8 @@ def test_decay_is_by_path_looped_and_scanned(both_shapes):
 def test_muon_orthogonalises_kernels_as_matrices_from_inputs_to_outputs(both_shapes):
     for tree, lead in zip(both_shapes, (0, 1), strict=True):
         found = flat(
-            optim.muon_dimensions(tree), lambda x: x is None or hasattr(x, "_fields")
+            optim.muon_dimensions(ROWS)(tree),
+            lambda x: x is None or hasattr(x, "_fields"),
         )
         for name, x in flat(tree).items():
             dims, layer = found[name], "layer_0" in name
@@ -186,7 +188,7 @@ def test_weight_decay_shrinks_all_but_biases_and_scales(both_shapes, name, scan)
 def test_every_optimiser_lowers_a_quadratic(name):
     rng = np.random.default_rng(0)
     params = {
-        "layer": {"kernel": rng.standard_normal((6, 5)), "bias": np.ones(5)},
+        "dense": {"kernel": rng.standard_normal((6, 5)), "bias": np.ones(5)},
         "embedding": rng.standard_normal((7, 6)),
     }
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
@@ -218,12 +220,14 @@ def test_a_model_learns_with_its_optimiser(tiny_config, pair_batch):
     chain = optim.build(config, steps=60)
 
     def loss(params):
-        mean, _ = task.loss(params, batch, None, False)
-        return mean.total / mean.weight
+        ctx = Context(0, {})
+        outputs, _ = task.outputs({"params": params}, batch, ctx)
+        total = task.terms(outputs, batch, ctx)["token"]
+        return total / task.weights(batch)["token"]
 
     @jax.jit
     def train(rng):
-        params = task.init(rng, batch)
+        params = task.init(rng, batch)["params"]
 
         def step(carry, _):
             params, state = carry
@@ -258,7 +262,7 @@ def test_the_moving_average_is_the_loop():
     fields = {"schedule": "constant", "warmup_steps": 0, "learning_rate": 0.1}
     config = OptimConfig("adamw", ema_decay=0.5, weight_decay=0.1, **fields)
     chain = optim.build(config, steps=100)
-    params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array(3.0)}
+    params = {"embedding": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
     state = chain.init(params)
     average = jax.tree.map(np.asarray, params)
     for t in range(12):
@@ -270,12 +274,12 @@ def test_the_moving_average_is_the_loop():
         used = optim.evaluation_params(params, state)
         for name in params:
             np.testing.assert_allclose(used[name], average[name], rtol=1e-5)
-    assert (np.abs(average["kernel"] - params["kernel"]) > 1e-3).all()
+    assert (np.abs(average["embedding"] - params["embedding"]) > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_without_an_average_evaluation_uses_the_parameters(name):
-    params = {"layer": {"kernel": jnp.ones((2, 2))}}
+    params = {"dense": {"kernel": jnp.ones((2, 2))}}
     state = optim.build(OptimConfig(name), steps=10).init(params)
     assert optim.evaluation_params(params, state) is params
 

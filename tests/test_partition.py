@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from laws import TOLERANCE, assert_same_update, flat, update
 
@@ -12,8 +13,10 @@ from triform.configs import bert_books, vit_mnist
 from triform.configs.schema import ExperimentConfig
 from triform.data.datasets import Seq2SeqConfig
 from triform.experiment import Experiment
-from triform.runtime import metrics, partition
+from triform.runtime import metrics
 from triform.runtime.optim import OptimConfig
+from triform.runtime.parameters import ROWS as ROWS_OF_AXES
+from triform.runtime.parameters import axes_of
 from triform.runtime.partition import (
     AXES,
     MeshConfig,
@@ -21,8 +24,8 @@ from triform.runtime.partition import (
     PmapPlacement,
     pad_rows,
     parameter_table,
-    spec_for,
 )
+from triform.tasks import Context
 
 LENGTH, ROWS = 8, 6  # rows of no mesh: all but the last pad them
 MESHES = (
@@ -112,12 +115,14 @@ def test_the_gradient_is_that_of_the_weighted_mean(
     make_experiment, start, batch, expected
 ):
     task = make_experiment(devices=1).task
+    ctx = Context(0, {"dropout": jax.random.key(0)}, True)
 
     @jax.jit
     @jax.value_and_grad
     def mean(params):
-        loss, _ = task.loss(params, batch, jax.random.key(0), True)
-        return loss.total / batch["weights"].sum()
+        outputs, _ = task.outputs({"params": params}, batch, ctx)
+        total = task.terms(outputs, batch, ctx)["token"]
+        return total / batch["weights"].sum()
 
     value, grads = mean(start.params)
     assert expected[1]["train/loss"] == pytest.approx(float(value), rel=1e-5)
@@ -136,7 +141,7 @@ def test_the_step_does_something(start, expected):
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2, 1), "pmap"])
 def test_every_placement_evaluates_alike(make_experiment, start, batch, mesh):
-    found = []
+    found, predicted = [], []
     for experiment in (
         make_experiment(devices=1),
         make_experiment(placement="pmap")
@@ -144,15 +149,18 @@ def test_every_placement_evaluates_alike(make_experiment, start, batch, mesh):
         else make_experiment(mesh=mesh),
     ):
         placement = experiment.placement
+        variables = {"params": start.params}
         if isinstance(placement, PmapPlacement):
-            params = placement.load(start.params)
+            variables = placement.load(variables)
         else:
-            shardings = placement.shardings({"params": start.params})["params"]
-            params = jax.device_put(start.params, shardings)
+            variables = jax.device_put(variables, placement.shardings(variables))
         step = placement.compile_eval(experiment.eval_step)
-        measured = metrics.to_host(step(params, experiment.put(batch)))
-        found.append(metrics.values(measured, "eval"))
+        measured, rows = step(variables, np.int32(0), experiment.put(batch))
+        found.append(experiment.values(metrics.to_host(measured), 0))
+        predicted.append({k: np.asarray(x)[:ROWS] for k, x in rows.items()})
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+    for name, x in predicted[0].items():
+        np.testing.assert_allclose(predicted[1][name], x, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2, 1), "pmap"])
@@ -172,6 +180,10 @@ def test_the_first_state_is_the_same_everywhere(make_experiment, start, mesh):
 
 
 # --- Where what is placed ---
+
+
+def spec_for(path, shape, mesh):
+    return axes_of(path, shape, ROWS_OF_AXES).spec(shape, mesh)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +226,19 @@ def test_the_first_state_is_the_same_everywhere(make_experiment, start, mesh):
 def test_specs_of_the_table(path, shape, spec):
     mesh = dict(zip(AXES, (1, 2, 4, 1), strict=True))
     assert spec_for(path, shape, mesh) == P(*spec)
-    # A scanned trunk has one more axis in front, which nobody splits.
-    scanned = spec_for(path.replace("layer_0", "layers/layer_0"), (6, *shape), mesh)
-    assert scanned == P(None, *spec)
-    # What does not divide stays whole.
+    if "layer_0" in path:
+        # A scanned trunk has one more axis in front, which is never split.
+        inside = path.replace("layer_0", "layers/layer_0")
+        assert spec_for(inside, (6, *shape), mesh) == P(None, *spec)
+    # Sizes that are not divisible are not split.
     odd = spec_for(path, tuple(n + 1 for n in shape), mesh)
     assert odd == P(*(None for _ in shape))
     alone = dict.fromkeys(AXES, 1)
     assert spec_for(path, shape, alone) == P(*(None for _ in shape))
+    # A parameter of another rank needs a row of its own.
+    with pytest.raises(ValueError, match="add a row") as error:
+        spec_for(path, (6, *shape), mesh)
+    assert path in str(error.value)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -250,8 +267,7 @@ def test_moments_lie_with_their_parameters(make_experiment, scan):
 
 
 def test_what_no_row_matches_is_an_error():
-    message = "parameter 'router/weights' matches no partition rule; add a row to"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match="'router/weights'.*PARAMETERS"):
         spec_for("router/weights", (4, 4), dict.fromkeys(AXES, 1))
 
 
@@ -295,20 +311,22 @@ def test_only_places_are_split_over_the_sequence():
     placement = MeshPlacement(MeshConfig(data=2, fsdp=2, sequence=2))
     tokens, chosen = np.zeros((4, 8), np.int32), np.zeros((4, 2), np.int32)
     rows, split = P(("data", "fsdp")), P(("data", "fsdp"), "sequence")
-    pair = {"encoder_inputs": tokens, "targets": tokens, "weights": tokens}
-    masked = {"inputs": tokens, "token_type_ids": tokens, "masked_positions": chosen}
-    masked |= {"targets": chosen, "weights": chosen, "label": chosen[:, 0]}
-    image = {"image": np.zeros((4, 8, 8, 2)), "label": np.zeros((4, 2))}
-    odd = {"inputs": tokens[:, :7]}
-    for batch, places in (
-        (pair, set(pair)),
-        (masked, {"inputs", "token_type_ids"}),
-        (image, set()),
-        (odd, set()),
+    frames = np.zeros((4, 8, 3), np.float32)
+    for axes, x, wanted in (
+        ("BL", tokens, split),
+        ("BS", tokens, split),
+        ("BTM", frames, split),
+        ("BLC", frames, split),
+        ("BP", chosen, rows),  # chosen positions
+        ("B", chosen[:, 0], rows),
+        ("BHWC", np.zeros((4, 8, 8, 2)), rows),
+        ("BL", tokens[:, :7], rows),  # not divisible
     ):
-        for name, x in placement.put(batch).items():
-            assert x.sharding.spec == (split if name in places else rows), name
-            np.testing.assert_array_equal(x, batch[name])
+        put = placement.put({"x": x}, {"x": axes})["x"]
+        assert put.sharding.is_equivalent_to(
+            NamedSharding(placement.mesh, wanted), x.ndim
+        ), axes
+        np.testing.assert_array_equal(put, x)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8])
@@ -345,10 +363,11 @@ def test_rules_are_all_needed(make_experiment):
             {"positions": "relative", "scan_layers": True},
         )
     ]
-    configs += [bert_books.get_config("smoke"), vit_mnist.get_config("smoke")]
+    files = (bert_books, vit_mnist)
+    configs += [file.get_config("smoke").resolved() for file in files]
     used = set()
     for config in configs:
-        params = jax.eval_shape(Experiment(config).init_params)
+        params = jax.eval_shape(Experiment(config).make_state).params
         for name in flat(params):
-            used.add(next(p for p, _ in partition.RULES if re.search(p, name)))
-    assert used == {pattern for pattern, _ in partition.RULES}
+            used.add(next(p for p, _ in ROWS_OF_AXES if re.search(p, name)))
+    assert used == {pattern for pattern, _ in ROWS_OF_AXES}

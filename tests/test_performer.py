@@ -14,7 +14,7 @@ from families import (
     applied,
     batch_of,
     lm,
-    real_places,
+    real_positions,
 )
 from hypothesis import given, settings
 from laws import init
@@ -22,13 +22,13 @@ from laws import init
 from triform.models import EncoderDecoderConfig
 from triform.models.algorithms.features import EPSILON, projection
 from triform.models.algorithms.performer import PerformerState, performer
+from triform.models.cache import Cache
 from triform.models.mask import Mask, Refused
-from triform.models.transformer import Cache
 
 BATCH, HEADS, GROUPS, WIDTH, FEATURES = 2, 4, 2, 4, 10
 SCALE = WIDTH**-0.5
 # Three chunks of 32, the last not full, and halves of halves within.
-PLACES, QUERIES, CHUNK = 69, 21, 32
+SLOTS, QUERIES, CHUNK = 69, 21, 32
 # Sums of some 400 terms in float32, whose exponents are below 10.
 CLOSE = 2e-5
 
@@ -109,13 +109,13 @@ def assert_is_reference(found, args, where, causal, close=CLOSE, **options):
 
 @st.composite
 def rows_in_order(draw):
-    """(positions, segments) [B, PLACES]: segments that do not fall, empty places."""
-    segments = np.zeros((BATCH, PLACES), np.int32)
-    positions = np.full((BATCH, PLACES), -1, np.int32)
+    """(positions, segments) [B, SLOTS]: segments that do not fall, empty slots."""
+    segments = np.zeros((BATCH, SLOTS), np.int32)
+    positions = np.full((BATCH, SLOTS), -1, np.int32)
     for b in range(BATCH):
-        cuts = draw(st.lists(st.integers(0, PLACES), max_size=4))
-        number = np.searchsorted(np.sort(cuts), np.arange(PLACES), side="right") + 1
-        empty = draw(st.lists(st.integers(0, PLACES - 1), max_size=12))
+        cuts = draw(st.lists(st.integers(0, SLOTS), max_size=4))
+        number = np.searchsorted(np.sort(cuts), np.arange(SLOTS), side="right") + 1
+        empty = draw(st.lists(st.integers(0, SLOTS - 1), max_size=12))
         number[empty] = 0
         segments[b] = number
         at = draw(st.integers(0, 3))
@@ -132,24 +132,24 @@ def rows_in_order(draw):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows_in_order(), st.integers(0, 99))
 def test_causal_attention_equals_float64(rows, seed):
-    args = arrays(PLACES, PLACES, seed=seed)
+    args = arrays(SLOTS, SLOTS, seed=seed)
     where = *(rows[0],) * 2, *(rows[1],) * 2
     found = compiled(causal=True)(*args, *where)
     assert_is_reference(found, args, where, True)
 
 
-def places(count):
+def slots(count):
     return st.lists(st.integers(0, 3), min_size=BATCH * count, max_size=BATCH * count)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(places(QUERIES), places(PLACES), st.booleans(), st.integers(0, 99))
+@given(slots(QUERIES), slots(SLOTS), st.booleans(), st.integers(0, 99))
 def test_bidirectional_attention_equals_float64(q, k, padded, seed):
     """Any segments in any order; `padded`: one segment in each row, and padding."""
     q, k = (np.array(x, np.int32).reshape(BATCH, -1) for x in (q, k))
     if padded:
         q, k = np.minimum(q, 1), np.where(k > 1, 1, 0)
-    args = arrays(QUERIES, PLACES, seed=seed)
+    args = arrays(QUERIES, SLOTS, seed=seed)
     # A query's or key's position may say that nothing is there, too.
     where = np.where(q == 3, -1, q), np.where(k == 3, -1, k), q, k
     found = compiled(chunk=16)(*args, *where)
@@ -165,8 +165,8 @@ CASES = (  # kernel, causal, chunk
 
 @pytest.mark.parametrize(("kernel", "causal", "chunk"), CASES)
 def test_one_sequence_equals_float64(kernel, causal, chunk):
-    args = arrays(PLACES, PLACES)
-    where = (np.arange(PLACES, dtype=np.int32)[None],) * 2
+    args = arrays(SLOTS, SLOTS)
+    where = (np.arange(SLOTS, dtype=np.int32)[None],) * 2
     run = compiled(causal=causal, aligned=True, kernel=kernel, chunk=chunk)
     # The gradient of a ReLU's logarithm is up to 1 / EPSILON.
     close = CLOSE if kernel == "softmax" else 10 * CLOSE
@@ -174,7 +174,7 @@ def test_one_sequence_equals_float64(kernel, causal, chunk):
     assert_is_reference(found, args, where, causal, close, kernel=kernel)
 
 
-def whole_rows(queries=PLACES, keys=PLACES):
+def whole_rows(queries=SLOTS, keys=SLOTS):
     """Positions and segments of rows that are one sequence each."""
     counts = queries, keys
     return [
@@ -183,10 +183,10 @@ def whole_rows(queries=PLACES, keys=PLACES):
     ]
 
 
-@pytest.mark.parametrize(("queries", "causal"), [(PLACES, True), (QUERIES, False)])
+@pytest.mark.parametrize(("queries", "causal"), [(SLOTS, True), (QUERIES, False)])
 def test_any_norm(queries, causal):
     """Norms of 50 (scores of 1,250): no overflow, and nothing is lost."""
-    args, where = arrays(queries, PLACES, norm=50), whole_rows(queries)
+    args, where = arrays(queries, SLOTS, norm=50), whole_rows(queries)
     run = compiled(causal=True) if causal else compiled(chunk=16)
     found = run(*args, *where)
     # Logarithms of some 1,000 are off by 2^-14 = 6e-5 each, and four are added.
@@ -194,7 +194,7 @@ def test_any_norm(queries, causal):
 
 
 def test_any_norm_in_bfloat16():
-    args, where = arrays(PLACES, PLACES, jnp.bfloat16, norm=50), whole_rows()
+    args, where = arrays(SLOTS, SLOTS, jnp.bfloat16, norm=50), whole_rows()
     mask = Mask(*where, causal=True)
     options = {"features": FEATURES, "chunk": 8, "scale": SCALE}
     out = jax.jit(lambda *x: performer(*x, mask, **options))(*args[:3])
@@ -205,7 +205,7 @@ def test_any_norm_in_bfloat16():
 
 def test_the_future_cannot_erase_the_past():
     """Not even where its features are e^400 times those of all before it."""
-    q, k, v, grad = arrays(PLACES, PLACES, norm=50)
+    q, k, v, grad = arrays(SLOTS, SLOTS, norm=50)
     run = compiled(causal=True)
     expected = run(q, k, v, grad, *whole_rows())[0]
     for t in (1, 7, 8, 15, 16, 30, 32, 60):
@@ -216,7 +216,7 @@ def test_the_future_cannot_erase_the_past():
 
 
 def test_rows_out_of_order_are_not_numbers():
-    run, args = compiled(causal=True), arrays(PLACES, PLACES)
+    run, args = compiled(causal=True), arrays(SLOTS, SLOTS)
     for fields, place, value in (
         ((0, 1), 3, 5),  # positions fall
         ((0, 1), 3, 2),  # positions stay
@@ -341,8 +341,8 @@ def test_dropout_without_an_rng_is_nothing():
 def test_memory_grows_with_the_length_alone(causal, backward):
     def needed(length):
         def run(q, k, v, segments):
-            places = jnp.arange(length)[None]
-            mask = Mask.self_attention(places, segments, causal=causal)
+            positions = jnp.arange(length)[None]
+            mask = Mask.self_attention(positions, segments, causal=causal)
             options = {"features": FEATURES, "chunk": 8}
             return performer(q, k, v, mask, scale=SCALE, **options).sum()
 
@@ -383,11 +383,11 @@ def test_packed_equals_separate(packed, name):
     """In a batch of rows of one sequence each and a row of all of them."""
     config, lengths, sources = FAMILIES[name], (3, 2, 5), ()
     batch = batch_of(config)
-    batch["segments"] = real_places(*lengths)
+    batch["segments"] = real_positions(*lengths)
     batch["positions"] = np.arange(LENGTH, dtype=np.int32)[None].repeat(3, 0)
     if isinstance(config, EncoderDecoderConfig):
         sources = (4, 6, 1)
-        batch["encoder_segments"] = real_places(*sources)
+        batch["encoder_segments"] = real_positions(*sources)
         batch["encoder_positions"] = batch["positions"]
     row = packed(batch, lengths, sources)
     both = {

@@ -12,9 +12,12 @@ from triform.data.datasets import (
     MaskedLMConfig,
     Seq2SeqConfig,
     SequenceClassificationConfig,
+    TokenClassificationConfig,
 )
 from triform.experiment import Experiment
 from triform.models import (
+    AutoencoderConfig,
+    DistillationConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     LanguageModelConfig,
@@ -25,10 +28,13 @@ from triform.runtime.optim import OptimConfig
 from triform.runtime.partition import MeshConfig, MeshPlacement
 from triform.scores.text import EvaluationConfig
 from triform.tasks import (
+    AutoencodingConfig,
     ClassificationConfig,
+    LabelDistillationConfig,
     PretrainingConfig,
     RegressionConfig,
     TokenPredictionConfig,
+    TokenRegressionConfig,
 )
 
 ROWS, LENGTH, VOCAB = 6, 8, 16
@@ -43,6 +49,12 @@ def trunk(**fields):
 LLAMA = {"positions": "rotary", "norm": "rms", "ffn": "swiglu", "bias": "none"}
 T5 = {"positions": "relative", "norm": "rms", "norm_position": "pre", "bias": "none"}
 LEARNED = {"positions": "learned", "ffn": "gelu"}
+
+
+def classifier(**fields):
+    return EncoderConfig(trunk(**LEARNED, **fields), VOCAB, masked_head=False)
+
+
 # name: (model, task, data)
 SYSTEMS = {
     "llama": (
@@ -63,7 +75,7 @@ SYSTEMS = {
     "regression": (
         EncoderConfig(trunk(**LEARNED), VOCAB, masked_head=False, num_labels=1),
         RegressionConfig(),
-        SequenceClassificationConfig(**TEXT),
+        SequenceClassificationConfig(**TEXT, target="number"),
     ),
     "vit, mixed labels": (
         VisionConfig(
@@ -72,7 +84,34 @@ SYSTEMS = {
         ClassificationConfig(label_smoothing=0.1),
         ImagesConfig(size=8, channels=1, batch_size=ROWS, mixup=0.2),
     ),
+    "token regression": (
+        EncoderConfig(
+            trunk(**LEARNED), VOCAB, masked_head=False, num_tags=1, num_labels=0
+        ),
+        TokenRegressionConfig(),
+        TokenClassificationConfig(**TEXT, target="number"),
+    ),
+    "autoencoder": (
+        AutoencoderConfig(8, 1, width=8, stages=1, latent=4),
+        AutoencodingConfig(latent_penalty=1e-3, warmup_steps=4),
+        ImagesConfig(size=8, channels=1, batch_size=ROWS, label=""),
+    ),
+    "distillation": (
+        # The teacher's dropout is off, or no two runs would agree.
+        DistillationConfig(
+            classifier(), classifier(num_layers=2, dropout=0.5, attention_dropout=0.5)
+        ),
+        LabelDistillationConfig(temperature=3.0),
+        SequenceClassificationConfig(**TEXT),
+    ),
+    "probe": (
+        classifier(),
+        ClassificationConfig(),
+        SequenceClassificationConfig(**TEXT),
+    ),
 }
+# name: what is trained, if not all
+TRAINED = {"distillation": ("student/.*",), "probe": (".*label_head/.*",)}
 SYSTEMS["vit, mixed labels"][0].num_labels = 3
 SETTINGS = (
     {"mesh": (2, 2, 2, 1), "accumulate": 2},
@@ -84,20 +123,21 @@ SETTINGS = (
 def experiment(name, devices=8, mesh=(0, 1, 1, 1), accumulate=1, placement="mesh"):
     model, task, data = SYSTEMS[name]
     optim = OptimConfig("adamw", 1e-2, warmup_steps=1, eps=1e-2, weight_decay=0.1)
-    optim.accumulate = accumulate
+    optim.accumulate, optim.train = accumulate, TRAINED.get(name, optim.train)
     evaluation = EvaluationConfig(metrics=())
     config = ExperimentConfig(model, task, data, optim, evaluation=evaluation)
     config.placement, config.mesh = placement, MeshConfig(*mesh)
     made = Experiment(config)
     if devices == 1:
-        made.placement = MeshPlacement(MeshConfig(), jax.devices()[:1])
+        rows = made.placement.parameters
+        made.placement = MeshPlacement(MeshConfig(), jax.devices()[:1], rows)
     return made
 
 
 def batch_of(made):
     """Rows of very unequal weight; the last one is padding."""
     rng = np.random.default_rng(0)
-    limits, batch = made.config.model.limits(), made.empty_batch(ROWS, LENGTH)
+    batch = made.empty_batch(made.config.data.shapes()[0], ROWS)
     for key, x in batch.items():
         if key.endswith("weights"):
             batch[key] = rng.choice([0.0, 0.25, 1.0], x.shape).astype(np.float32)
@@ -108,7 +148,8 @@ def batch_of(made):
         elif key == "masked_positions":
             batch[key] = rng.integers(0, LENGTH, x.shape)
         elif x.dtype == np.int32:
-            batch[key] = rng.integers(0, limits.get(key, VOCAB), x.shape)
+            limit = made.sizes.get(made.spec[key].below, made.spec[key].below or 2)
+            batch[key] = rng.integers(0, limit, x.shape)
         else:
             batch[key] = rng.random(x.shape)
         batch[key] = np.asarray(batch[key], x.dtype)

@@ -1,86 +1,85 @@
-"""The README's picture and its three examples, against the code."""
+"""The README's commands, paths, keys and examples, against the code."""
 
-import ast
 import dataclasses
+import functools
+import json
 import pathlib
 import re
+import sys
+import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from triform import input_pipeline, models, tasks
-from triform.configs import transformer_cldr
-from triform.data import datasets, sources, store
+from triform import models, tasks
+from triform.configs import schema, transformer_cldr
+from triform.data import sources
+from triform.data.codecs import files
+from triform.data.datasets import DATASETS
+from triform.data.sources import Embedded
 from triform.experiment import Experiment
-from triform.models import EncoderDecoder, EncoderDecoderConfig
-from triform.models.transformer import Stack
-from triform.runtime.metrics import Mean
-from triform.tasks import TokenPrediction, TokenPredictionConfig
+from triform.input_pipeline import Split, TrainBatches
+from triform.models import EncoderDecoder
+from triform.tasks import Context, TokenPredictionConfig
+from triform.tasks.prediction import TokenPrediction
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+RENAMED = json.loads((ROOT / "tests" / "renamed_keys.json").read_text())
 
 
-def source(module):
-    path = ROOT / module.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def imports(module):
-    """Names under triform that a module imports."""
+def keys(part, lead):
+    """Dotted names of all fields below a config."""
     found = set()
-    for node in ast.walk(ast.parse(source(module).read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "triform"
-        ):
-            base = node.module.removeprefix("triform").removeprefix(".")
-            found |= {base, *(f"{base}.{a.name}".strip(".") for a in node.names)}
+    for field in dataclasses.fields(part):
+        value, name = getattr(part, field.name), f"{lead}.{field.name}"
+        found |= keys(value, name) if dataclasses.is_dataclass(value) else {name}
     return found
-
-
-def test_every_arrow_of_the_picture_is_an_import():
-    arrows = re.findall(r"^    (\S+) --> (\S+)$", README, re.M)
-    assert len(arrows) > 20
-    for start, end in arrows:
-        package = [start]
-        if source(start).name == "__init__.py":
-            package = [f"{start}.{p.stem}" for p in source(start).parent.glob("*.py")]
-            package = [start, *(p for p in package if not p.endswith("__init__"))]
-        assert any(end in imports(p) for p in package), f"{start} --> {end}"
 
 
 def test_commands_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("train", "test"):
+    for target in ("train", "test", "test-long"):
         assert f"\nmake {target} " in README
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-def snippet(first_line):
+def test_paths_are_there():
+    named = re.findall(r"`((?:\w+/)+[\w.]*|\w+\.py)`", README)
+    named += re.findall(r"\]\(([^)]+)\)", README)
+    assert len(named) > 20
+    roots = (ROOT, ROOT / "configs")
+    # What a run writes: its workdir, and names in it.
+    written = {"tensorboard/", "checkpoints/", "samples/", "corrupt/", "frozen/"}
+    for name in set(named) - written:
+        if not name.startswith("runs/"):
+            assert any((root / name).exists() for root in roots), name
+
+
+def test_renamed_keys_are_in_the_table_and_in_the_config():
+    known = keys(schema.ExperimentConfig(), "config")
+    for kind in DATASETS:
+        known |= keys(kind(), "config.data")
+    for before, now in RENAMED.items():
+        assert before not in known
+        assert now in known
+        assert f"`--{before}=" in README
+        assert f"--{now}=" in README
+
+
+def example(first_line, name):
+    """The module of the Python block that starts so."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    return next(b for b in blocks if b.startswith(first_line))
-
-
-NAMES = {
-    "dataclasses": dataclasses,
-    "jax": jax,
-    "jnp": jnp,
-    "Mean": Mean,
-    "Stack": Stack,
-    "EncoderDecoder": EncoderDecoder,
-    "EncoderDecoderConfig": EncoderDecoderConfig,
-    "TokenPrediction": TokenPrediction,
-    "TokenPredictionConfig": TokenPredictionConfig,
-}
-
-
-def execute(first_line):
+    module = types.ModuleType(name)
     # A dataclass looks its module up by name.
-    space = dict(NAMES, __name__="triform.tasks")
-    exec(snippet(first_line), space)
-    return space
+    sys.modules[name] = module
+    try:
+        code = next(b for b in blocks if b.startswith(first_line))
+        exec(code, vars(module))
+    finally:
+        del sys.modules[name]
+    return module
 
 
 def smoke():
@@ -98,40 +97,46 @@ BATCH = {
 }
 
 
-def test_the_dataset_example(monkeypatch, tmp_path):
-    module = type("reverse", (), execute("# datasets/reverse.py"))
-    monkeypatch.setitem(sources.EMBEDDED, "reverse", module)
-    config = smoke().data
-    config.source, config.inputs, config.targets = "reverse", "text", "reversed"
-    config.cache_dir = str(tmp_path / "cache")
-    tok = store.build_tokenizer(config, 300)
-    opened = datasets.open(config, "train", tok, {"inputs": 300})
-    batch = input_pipeline.TrainBatches(input_pipeline.Batches(opened), 0)[0]
-    text = tok.decode(batch["encoder_inputs"][0])
-    assert tok.decode(batch["targets"][0]) == text[::-1]
+def test_the_source_example(monkeypatch, tmp_path):
+    module = example("# data/sources/reverse.py", "reverse")
+    row = functools.partial(Embedded, module)
+    monkeypatch.setitem(sources.SOURCES, "reverse", row)
+    data, sizes = smoke().data, {"vocab_size": 300}
+    data.source, data.inputs, data.targets = "reverse", "text", "reversed"
+    data.cache_dir = str(tmp_path / "cache")
+    codecs = files.build(data, sizes)
+    split = Split.open(data, codecs, "train", sizes)
+    batch = TrainBatches(split.batches, 0)[0]
+    text = codecs["text"].decode(batch["encoder_inputs"][0])
+    assert codecs["text"].decode(batch["targets"][0]) == text[::-1]
 
 
 def test_the_task_example(monkeypatch):
-    space = execute("# tasks.py")
-    monkeypatch.setitem(tasks.TASKS, space["FocalConfig"], space["Focal"])
+    module = example("# tasks/focal.py", "focal")
+    monkeypatch.setitem(tasks.TASKS, module.FocalConfig, module.Focal)
     config = smoke()
-    config.task = space["FocalConfig"](gamma=0.0)
-    experiment = Experiment(config)
-    params = experiment.make_state().params
-    focal, _ = experiment.task.loss(params, BATCH, None, False)
+    config.task = module.FocalConfig(gamma=0.0)
+    config.checkpoint.metric = "eval/loss"
+    experiment = Experiment(config.resolved())
+    variables = experiment.init_variables()
     plain = TokenPrediction(TokenPredictionConfig(), experiment.model)
-    plain, _ = plain.loss(params, BATCH, None, False)
+    ctx = Context(jnp.int32(0), {}, False)
+    totals, weights = [], []
+    for task in (experiment.task, plain):
+        outputs, _ = task.outputs(variables, BATCH, ctx)
+        totals.append(float(task.terms(outputs, BATCH, ctx)["token"]))
+        weights.append(float(task.weights(BATCH)["token"]))
     # gamma = 0 is the cross-entropy.
-    assert focal.value() == pytest.approx(plain.value(), rel=1e-6)
+    assert totals[0] == pytest.approx(totals[1], rel=1e-6)
+    assert weights[0] == weights[1] == 4
 
 
 def test_the_model_example(monkeypatch):
-    space = execute("# models/deep_encoder.py")
-    kind = space["DeepEncoderConfig"]
-    monkeypatch.setitem(models.MODELS, kind, space["DeepEncoder"])
+    kind = example("# models/deep_encoder.py", "deep_encoder").DeepEncoderConfig
+    monkeypatch.setitem(models.MODELS, kind, EncoderDecoder)
     config = smoke()
     config.model = kind(config.model.trunk, config.model.vocab_size, encoder_layers=3)
-    experiment = Experiment(config)
+    experiment = Experiment(config.resolved())
     params = experiment.make_state().params
     assert set(params["encoder"]) == {"layer_0", "layer_1", "layer_2"}
     assert set(params["decoder"]) == {"layer_0", "layer_1"}

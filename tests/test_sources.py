@@ -1,4 +1,4 @@
-"""Laws of the data sources: what `load` returns, and what it refuses."""
+"""Laws of the data sources: which examples they give, and what they refuse."""
 
 import concurrent.futures
 import functools
@@ -32,7 +32,9 @@ SENTENCES = {
 
 @pytest.fixture(scope="module")
 def phrases() -> dict[str, list[dict[str, str]]]:
-    return {split: list(sources.load("cldr", split)) for split in cldr.SPLITS}
+    return {
+        split: list(sources.source("cldr").examples(split)) for split in cldr.SPLITS
+    }
 
 
 def _content(phrases: dict) -> str:
@@ -52,7 +54,7 @@ def test_cldr_is_the_same_in_every_process(phrases):
         "import hashlib\n"
         "from triform.data import sources\n"
         "from triform.data.sources.cldr import SPLITS\n"
-        'p = {s: list(sources.load("cldr", s)) for s in SPLITS}\n'
+        'p = {s: list(sources.source("cldr").examples(s)) for s in SPLITS}\n'
         "print(hashlib.sha256(repr(sorted(p.items())).encode()).hexdigest())\n"
     )
     found = set()
@@ -138,16 +140,16 @@ def test_cldr_has_plain_spaces_only(phrases):
 
 
 def test_cldr_examples_cannot_be_spoilt_by_a_caller():
-    first = sources.load("cldr", "test")[0]
+    first = sources.source("cldr").examples("test")[0]
     first["en"] = "spoilt"
-    assert sources.load("cldr", "test")[0]["en"] != "spoilt"
+    assert sources.source("cldr").examples("test")[0]["en"] != "spoilt"
 
 
 def test_embedded_data_do_not_import_tfds():
     program = (
         "import sys\n"
         "from triform.data import sources\n"
-        'sources.fingerprint("cldr", "train")\n'
+        'sources.source("cldr").fingerprint("train")\n'
         'assert "tensorflow_datasets" not in sys.modules\n'
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -173,6 +175,9 @@ def _write(folder, tag: str = "", **lines: int) -> str:
     return str(folder)
 
 
+_multi30k = functools.partial(sources.source, "multi30k_translate")
+
+
 def _serve(folder: str) -> http.server.ThreadingHTTPServer:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -187,10 +192,10 @@ def _serve(folder: str) -> http.server.ThreadingHTTPServer:
 
 def test_multi30k_is_the_published_corpus_in_file_order(tmp_path, shared_data):
     folder = shared_data("multi30k_ende")
-    load = functools.partial(sources.load, "multi30k_translate", data_dir=str(tmp_path))
-    sizes = {split: len(load(split)) for split in multi30k.STEMS}
+    source = _multi30k(str(tmp_path))
+    sizes = {split: len(source.examples(split)) for split in source.splits()}
     assert sizes == {"train": 29_000, "validation": 1_014, "test": 1_000}
-    test = load("test")
+    test = source.examples("test")
     for language in multi30k.LANGUAGES:
         path = os.path.join(folder, f"test_2016_flickr.{language}.gz")
         with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
@@ -202,9 +207,7 @@ def test_multi30k_is_the_published_corpus_in_file_order(tmp_path, shared_data):
 def test_access_by_index_in_bulk_and_by_iteration_agree(tmp_path, alone, monkeypatch):
     monkeypatch.setattr(tfds_source, "BULK", 3)
     manual = _write(tmp_path / "files")
-    found = sources.load(
-        "multi30k_translate", "train", data_dir=alone, manual_dir=manual
-    )
+    found = _multi30k(alone, manual).examples("train")
     expected = [
         {x: f"{x} train {i} ä\u2028ö" for x in multi30k.LANGUAGES} for i in range(7)
     ]
@@ -216,27 +219,21 @@ def test_access_by_index_in_bulk_and_by_iteration_agree(tmp_path, alone, monkeyp
 
 
 def test_other_files_are_never_answered_with_earlier_data(tmp_path, alone):
-    arguments = ("multi30k_translate", "test")
     prints = set()
     for tag in ("first ", "second "):
         manual = _write(tmp_path / tag.strip(), tag)
-        options = {"data_dir": alone, "manual_dir": manual}
-        assert sources.load(*arguments, **options)[0]["en"].startswith(tag)
-        prints.add(sources.fingerprint(*arguments, **options))
-        assert sources.fingerprint(*arguments, **options) in prints
+        source = _multi30k(alone, manual)
+        assert source.examples("test")[0]["en"].startswith(tag)
+        prints.add(source.fingerprint("test"))
+        assert _multi30k(alone, manual).fingerprint("test") in prints
     assert len(prints) == 2
 
 
 def test_fingerprints_tell_splits_apart(tmp_path, alone):
     manual = _write(tmp_path / "files")
     splits = ("train", "train[:2]", "test")
-    prints = {
-        sources.fingerprint(
-            "multi30k_translate", split, data_dir=alone, manual_dir=manual
-        )
-        for split in splits
-    }
-    prints |= {sources.fingerprint("cldr", split) for split in cldr.SPLITS}
+    prints = {_multi30k(alone, manual).fingerprint(split) for split in splits}
+    prints |= {sources.source("cldr").fingerprint(split) for split in cldr.SPLITS}
     assert len(prints) == 6
     assert not any(set(text) & set("/[]: ") for text in prints)
 
@@ -257,11 +254,11 @@ def test_multi30k_downloads_and_verifies(tmp_path, alone, monkeypatch):
     folder = _write(tmp_path / "remote")
     server = _published(folder, monkeypatch)
     try:
-        found = sources.load("multi30k_translate", "validation", data_dir=alone)
+        found = _multi30k(alone).examples("validation")
         assert [e["de"] for e in found] == [f"de val {i} ä\u2028ö" for i in range(3)]
         # Prepared once: the files are not asked for again.
         server.shutdown()
-        assert len(sources.load("multi30k_translate", "test", data_dir=alone)) == 2
+        assert len(_multi30k(alone).examples("test")) == 2
     finally:
         server.server_close()
 
@@ -273,7 +270,7 @@ def test_multi30k_refuses_a_download_that_differs(tmp_path, alone, monkeypatch):
     (tmp_path / "remote" / "val.de.gz").write_bytes(changed)
     try:
         with pytest.raises(DataError, match=r"val\.de\.gz.*wrong checksum"):
-            sources.load("multi30k_translate", "train", data_dir=alone)
+            _multi30k(alone).examples("train")
     finally:
         server.shutdown()
         server.server_close()
@@ -284,7 +281,7 @@ def test_multi30k_line_counts_must_agree(tmp_path, alone):
     with pytest.raises(
         DataError, match=r"train\.en\.gz has 7 lines but train\.de\.gz has 6"
     ):
-        sources.load("multi30k_translate", "test", data_dir=alone, manual_dir=manual)
+        _multi30k(alone, manual).examples("test")
 
 
 @pytest.mark.parametrize(
@@ -303,35 +300,34 @@ def test_multi30k_damaged_files_are_named(tmp_path, alone, content, message):
     manual = _write(tmp_path / "files")
     (tmp_path / "files" / "val.en.gz").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        sources.load("multi30k_translate", "test", data_dir=alone, manual_dir=manual)
+        _multi30k(alone, manual).examples("test")
 
 
 def test_multi30k_missing_files_are_named(tmp_path, alone):
     manual = _write(tmp_path / "files")
     (tmp_path / "files" / "val.de.gz").unlink()
     with pytest.raises(DataError, match=r"files lacks val\.de\.gz"):
-        sources.load("multi30k_translate", "test", data_dir=alone, manual_dir=manual)
+        _multi30k(alone, manual).examples("test")
 
 
+@pytest.mark.parametrize(
+    "method", ["is_prepared", "download_and_prepare", "_split_generators"]
+)
 def test_the_loser_of_a_race_uses_what_the_winner_prepared(
-    tmp_path, alone, monkeypatch
+    tmp_path, alone, monkeypatch, method
 ):
     manual = _write(tmp_path / "files")
-    original = multi30k.Multi30kTranslate._split_generators
+    original = getattr(multi30k.Multi30kTranslate, method)
     races = []
 
-    def overtaken(self, dl_manager):
+    def overtaken(self, *args, **options):
         if not races:
             races.append(self)
-            sources.load(
-                "multi30k_translate", "test", data_dir=alone, manual_dir=manual
-            )
-        return original(self, dl_manager)
+            _multi30k(alone, manual).examples("test")
+        return original(self, *args, **options)
 
-    monkeypatch.setattr(multi30k.Multi30kTranslate, "_split_generators", overtaken)
-    found = sources.load(
-        "multi30k_translate", "train", data_dir=alone, manual_dir=manual
-    )
+    monkeypatch.setattr(multi30k.Multi30kTranslate, method, overtaken)
+    found = _multi30k(alone, manual).examples("train")
     assert races
     assert len(found) == 7
 
@@ -341,9 +337,8 @@ def test_processes_may_prepare_at_the_same_time(tmp_path, alone):
     program = (
         "import sys\n"
         "from triform.data import sources\n"
-        's = sources.load("multi30k_translate", "train",\n'
-        "                  data_dir=sys.argv[1], manual_dir=sys.argv[2])\n"
-        "print(len(list(s)))\n"
+        's = sources.source("multi30k_translate", sys.argv[1], sys.argv[2])\n'
+        'print(len(list(s.examples("train"))))\n'
     )
     command = [sys.executable, "-c", program, alone, manual]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -391,7 +386,7 @@ class Nested(tfds.core.GeneratorBasedBuilder):
 
 def test_text_is_str_at_every_depth(tmp_path):
     # The class registers itself with TFDS, so this goes the way of a public name.
-    found = sources.load("nested", "train", data_dir=str(tmp_path))
+    found = sources.source("nested", data_dir=str(tmp_path)).examples("train")
     for example in found:
         assert example["title"] == "ß"
         assert list(example["tags"]) == ["a", "b"]
@@ -414,16 +409,24 @@ def test_text_is_str_at_every_depth(tmp_path):
     ],
 )
 def test_wrong_names_are_answered_with_the_choices(tmp_path, name, split, message):
-    for function in (sources.load, sources.fingerprint):
+    for method in ("examples", "fingerprint"):
+        source = sources.source(name, data_dir=str(tmp_path))  # reads nothing yet
         with pytest.raises(DataError, match=message):
-            function(name, split, data_dir=str(tmp_path))
+            getattr(source, method)(split)
+
+
+def test_sources_name_their_splits_and_classes(tmp_path):
+    assert sources.source("listops").splits() == ("train", "validation", "test")
+    nested = sources.source("nested", data_dir=str(tmp_path))
+    assert nested.splits() == ("train",)
+    assert nested.classes("label") == ("no", "yes")
+    for feature in ("title", "turns", "nosuch"):
+        assert nested.classes(feature) == ()
 
 
 def test_a_manual_dir_must_exist(alone):
     with pytest.raises(DataError, match="manual_dir='/nowhere' is not a fold"):
-        sources.load(
-            "multi30k_translate", "test", data_dir=alone, manual_dir="/nowhere"
-        )
+        _multi30k(alone, "/nowhere").examples("test")
 
 
 @pytest.mark.parametrize(
@@ -445,7 +448,7 @@ def test_failures_of_builders_are_one_line(tmp_path, monkeypatch, error, message
 
     monkeypatch.setattr(Nested, "_split_generators", fails)
     with pytest.raises(DataError, match=message) as caught:
-        sources.load("nested", "train", data_dir=str(tmp_path))
+        sources.source("nested", data_dir=str(tmp_path)).examples("train")
     assert "\n" not in str(caught.value)
 
 

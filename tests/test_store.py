@@ -1,4 +1,4 @@
-"""Tokenised once: what is cached, under which key, and the tokenizer of a config."""
+"""Encoded once: what is cached, under which key, and the codecs of a run."""
 
 import dataclasses
 import os
@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 
 from triform.data import store
+from triform.data.codecs import files
+from triform.data.codecs.classes import Classes
 from triform.data.codecs.text import ByteTokenizer, TokenizerConfig
-from triform.data.datasets import Corpus, MixtureConfig, Seq2SeqConfig
-from triform.data.store import Feature, build_tokenizer, load_tokenizer, open_store
+from triform.data.datasets import (
+    Corpus,
+    MixtureConfig,
+    Seq2SeqConfig,
+    SequenceClassificationConfig,
+)
+from triform.data.store import Feature, open_store
+from triform.input_pipeline import Split
 from triform.runtime.errors import DataError
 
 BYTES = ByteTokenizer()
@@ -22,6 +30,10 @@ def pairs(count):
 
 def config(**fields):
     return Seq2SeqConfig(**{"source": "memory", **fields})
+
+
+def build_tokenizer(config, vocab_size):
+    return files.build(config, {"vocab_size": vocab_size})["text"]
 
 
 def opened(config, split="train", tok=BYTES):
@@ -57,7 +69,7 @@ def test_values_must_be_numbers_or_names(sources):
 
 def test_texts_of_an_example_lie_side_by_side(sources):
     sources(memory=[{"x": ["ab", ""], "y": [1.5, 2]}, {"x": [], "y": []}, {"x": ["c"]}])
-    features = [Feature("words", "memory", "x", cut=list, end=True)]
+    features = [Feature("words", "memory", "x", divide=list, end=True)]
     tokens = open_store(config(), "train", BYTES, features).tokens["words"]
     assert len(tokens) == 3
     assert tokens.first.tolist() == [0, 2, 2, 3]
@@ -100,7 +112,7 @@ def test_what_changes_tokens_changes_the_cache_entry(sources):
     flipped = opened(config(inputs="de", targets="en"))
     first = opened(config())
     feature = Feature("inputs", "memory", "en")
-    changes = ({}, {"prefix": "to: "}, {"cut": list}, {"end": True})
+    changes = ({}, {"prefix": "to: "}, {"divide": list}, {"end": True})
     entries = [
         first,
         flipped,
@@ -160,11 +172,16 @@ def test_where_the_cache_is(monkeypatch):
     home = os.path.join(os.path.expanduser("~"), ".cache", "triform")
     assert store.cache_root(Seq2SeqConfig()) == home
     monkeypatch.setenv("TRIFORM_CACHE", "from-environment")
-    assert store.cache_root(Seq2SeqConfig()) == "from-environment"
-    assert store.cache_root(Seq2SeqConfig(cache_dir="given")) == "given"
+    here = os.path.abspath("from-environment")
+    assert store.cache_root(Seq2SeqConfig()) == here
+    monkeypatch.setenv("TRIFORM_CACHE", "~/cache")
+    assert store.cache_root(Seq2SeqConfig()) == os.path.expanduser("~/cache")
+    assert store.cache_root(Seq2SeqConfig(cache_dir="given")) == os.path.abspath(
+        "given"
+    )
 
 
-# --- Tokenizer ---
+# --- The codecs of a run ---
 
 
 def test_a_given_or_saved_tokenizer_is_not_trained_again(sources, tmp_path):
@@ -174,7 +191,9 @@ def test_a_given_or_saved_tokenizer_is_not_trained_again(sources, tmp_path):
     path = first.save(str(tmp_path))
     given = config(tokenizer=TokenizerConfig(path=path))
     assert build_tokenizer(given, 300).digest() == first.digest()
-    assert load_tokenizer(str(tmp_path)).digest() == first.digest()
+    assert files.load(str(tmp_path), config())["text"].digest() == first.digest()
+    other = files.build(config(), {"vocab_size": 300}, tokenizer_from=str(tmp_path))
+    assert other["text"].digest() == first.digest()
     assert loads == [("memory", "train")]
 
 
@@ -191,11 +210,11 @@ def test_a_tokenizer_that_is_not_there_or_broken_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no such file; leave it empty to train"):
         build_tokenizer(given, 300)
     with pytest.raises(DataError, match="its tokenizer is gone"):
-        load_tokenizer(str(tmp_path))
+        files.load(str(tmp_path), config())
     for name in ("tokenizer.json", "tokenizer.model"):
         (tmp_path / name).write_text("{")
         with pytest.raises(DataError, match="not a tokenizer file"):
-            load_tokenizer(str(tmp_path))
+            files.load(str(tmp_path), config())
         (tmp_path / name).unlink()
 
 
@@ -205,3 +224,46 @@ def test_too_small_a_vocabulary_is_an_error(sources, kind):
     message = f"model.vocab_size=100: the tokenizer {kind} has 259 ids; raise it"
     with pytest.raises(DataError, match=message):
         build_tokenizer(config(tokenizer=TokenizerConfig(kind)), 100)
+
+
+def test_classes_round_trip():
+    classes = Classes(["no", "yes", "m\u00e4h"])
+    assert classes.size == 3
+    ids = classes.encode(["yes", "m\u00e4h", "no", "yes"])
+    assert (ids.dtype, ids.tolist()) == (np.int32, [1, 2, 0, 1])
+    assert classes.decode(ids) == ["yes", "m\u00e4h", "no", "yes"]
+    for numbers in (np.array([2, 0]), np.uint8([2, 0]), np.array([2.0, 0.0])):
+        assert classes.encode(numbers).tolist() == [2, 0]
+    assert classes.encode(["maybe", "Yes", ""]).tolist() == [-1] * 3
+    assert classes.encode([-1, 3, 0.5, np.nan, np.inf, 1e30]).tolist() == [-1] * 6
+    assert classes.digest() == Classes(("no", "yes", "m\u00e4h")).digest()
+    others = (["yes", "no", "m\u00e4h"], ["no", "yes"], ["no", "yesm\u00e4h"])
+    assert len({Classes(names).digest() for names in (classes.names, *others)}) == 4
+
+
+def test_names_of_classes_are_saved_with_a_run(sources, tmp_path):
+    train = [{"text": "x", "label": y} for y in ("b", "\u00e4", "b")]
+    loads = sources(memory={"train": train, "test": train[:1]})
+    made = SequenceClassificationConfig(source="memory")
+    codecs = files.build(made, {"vocab_size": 300, "num_labels": 2})
+    assert codecs["label"].names == ("b", "\u00e4")
+    assert files.class_counts(made, codecs) == {"num_labels": 2}
+    files.save(codecs, str(tmp_path))
+    loads.clear()
+    found = files.load(str(tmp_path), made)
+    assert found.keys() == codecs.keys()
+    assert {k: c.digest() for k, c in found.items()} == {
+        k: c.digest() for k, c in codecs.items()
+    }
+    assert not loads  # nothing of the source is read
+    sizes = {"vocab_size": 300, "num_labels": 2}
+    test = Split.open(made, found, "test", sizes)
+    assert next(test.batches.evaluation())[1]["label"].tolist()[0] == 0
+    assert loads == [("memory", "test")]
+    (tmp_path / "classes.json").unlink()
+    with pytest.raises(DataError, match=r"data.label=.*restore classes.json"):
+        Split.open(made, files.load(str(tmp_path), made), "test", sizes)
+    # Numbers are not classes: nothing is to be saved but the tokenizer.
+    number = dataclasses.replace(made, target="number")
+    assert files.class_counts(number, codecs) == {}
+    assert files.load(str(tmp_path), number).keys() == {"text"}

@@ -121,6 +121,8 @@ def test_lowercase(kind):
     upper, lower = tok.encode_batch(["The Quick FOX", "the quick fox"])
     np.testing.assert_array_equal(upper, lower)
     assert tok.decode(upper) == "the quick fox"
+    assert tok.lowercase
+    assert not train(kind).lowercase
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,16 +12,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 
+from triform import train as training
 from triform.configs import transformer_cldr
 from triform.data.sources.tfds_source import BUILDERS
-from triform.experiment import Experiment, checkpoint_dir, saved_config
+from triform.experiment import Experiment
 from triform.runtime.checkpoint import Checkpointer
+from triform.workdir import checkpoint_dir, saved_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "configs/transformer_cldr.py:smoke"
@@ -81,7 +82,8 @@ def saved_state(workdir, step):
     config = saved_config(str(workdir))
     config.mesh = type(config.mesh)()
     with Checkpointer(checkpoint_dir(str(workdir)), config.checkpoint) as checkpointer:
-        state, meta = checkpointer.restore(Experiment(config).abstract_state(), step)
+        abstract = Experiment(config).abstract_state().replace(frozen={})
+        state, meta = checkpointer.restore(abstract, step)
     state = state.replace(rng=jax.random.key_data(state.rng))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in leaves}, meta
@@ -270,7 +272,7 @@ def test_generate(uninterrupted, cache):
     )
     assert alone.stdout.split("\n")[:3] == [out[0], out[2], out[3]]
     wrong = run("generate.py", uninterrupted, cache, "--input=" + "3 " * 300, code=1)
-    assert "the model reads at most data.max_len=40" in wrong.stderr
+    assert "the model reads at most data.max_len=32" in wrong.stderr
 
 
 MISTAKES = [
@@ -282,7 +284,7 @@ MISTAKES = [
     ([f"--config={SMOKE}", "--config.data.source=nope_corpus"], "nope_corpus"),
     ([f"--config={SMOKE}", "--config.data.inputs=fr"], "no feature 'fr'"),
     ([f"--config={SMOKE}", "--config.model.vocab_size=40"], "model.vocab_size=40"),
-    (["--config=configs/transformer_cldr.py:tiny"], "expected '' or 'smoke'"),
+    (["--config=configs/transformer_cldr.py:tiny"], "expected one of '', 'smoke'"),
     ([f"--config={SMOKE}", "config.steps=3"], "unexpected argument 'config.steps=3'"),
     ([f"--config={SMOKE}", "--workdir="], "--workdir is empty"),
     ([f"--config={SMOKE}", "--workdir=README.md"], "is a file; name a folder"),
@@ -321,7 +323,12 @@ def test_non_finite_loss_stops_with_step_and_examples(tmp_path, cache):
     assert meta["data"]["step"] == 2
 
 
-CONFIGS = {p.stem for p in (ROOT / "configs").glob("*.py")} - {"base", "__init__"}
+CONFIGS = {p.stem for p in (ROOT / "configs").glob("*.py")} - {
+    "saving",
+    "schema",
+    "variants",
+    "__init__",
+}
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -332,15 +339,17 @@ def test_smoke(name, tmp_path, cache, shared_data, monkeypatch):
     for source in {part.source for part in read} & BUILDERS.keys():
         shared_data(BUILDERS[source].folder)
     monkeypatch.setenv("TFDS_DATA_DIR", str(cache / "tfds"))
-    config = f"--config=configs/{name}.py:smoke"
-    done = run("train.py", tmp_path, cache, config)
-    assert "finished: " in done.stdout
+    monkeypatch.setenv("TRIFORM_CACHE", str(cache))
+    config = importlib.import_module(f"triform.configs.{name}").get_config("smoke")
+    scores = training.run(config, str(tmp_path))
+    assert np.isfinite(scores["test/loss"])
     lines = metric_lines(tmp_path)
     assert {kind for _, kind in lines} == {"train", "eval", "test"}
+    # Started again it is finished, and gives the same.
+    assert training.run(config, str(tmp_path)) == scores
 
 
 def test_dry_run_needs_neither_corpus_nor_weights(tmp_path, cache):
-    start = time.perf_counter()
     done = run(
         "train.py",
         tmp_path / "none",
@@ -353,4 +362,3 @@ def test_dry_run_needs_neither_corpus_nor_weights(tmp_path, cache):
     )
     assert "214,245,376 parameters, 857.0 MB, 107" in done.stdout
     assert not (tmp_path / "none").exists()
-    assert time.perf_counter() - start < 120

@@ -10,19 +10,22 @@ import pytest
 from triform import workdir as workdirs
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
+from triform.data.codecs import files as codec_files
+from triform.data.codecs import text
 from triform.data.datasets import (
     CausalLMConfig,
     ImagesConfig,
     MaskedLMConfig,
     SequenceClassificationConfig,
 )
-from triform.experiment import Experiment, checkpoint_dir
+from triform.experiment import Experiment
 from triform.models import EncoderConfig, LanguageModelConfig, VisionConfig
 from triform.models.config import TransformerConfig
-from triform.models.transformer import looped_layers
+from triform.models.stacking import looped_layers
 from triform.runtime import optim
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
+from triform.runtime.paths import path_name
 from triform.scores.text import EvaluationConfig
 from triform.tasks import (
     ClassificationConfig,
@@ -30,6 +33,7 @@ from triform.tasks import (
     TokenPredictionConfig,
 )
 
+CODECS = {"text": text.ByteTokenizer()}
 SIZES = {"num_layers": 2, "d_model": 8, "num_heads": 2, "d_ff": 12, "dropout": 0.0}
 
 
@@ -76,8 +80,11 @@ def workdir(tmp_path):
             lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes
         )
         (tmp_path / "config.json").write_text(schema.to_json(config))
-        with Checkpointer(checkpoint_dir(str(tmp_path)), config.checkpoint) as out:
+        with Checkpointer(
+            workdirs.checkpoint_dir(str(tmp_path)), config.checkpoint
+        ) as out:
             out.save(7, {"params": params}, meta={})
+        codec_files.save(CODECS, str(tmp_path))
         return str(tmp_path), params
 
     return make
@@ -85,13 +92,14 @@ def workdir(tmp_path):
 
 def start(config, source):
     experiment = Experiment(config)
-    state, report = workdirs.start(experiment, source)
+    rules = (schema.InitRule(source),) if isinstance(source, str) else source
+    state, report = workdirs.start(experiment, rules)
     return experiment.placement.unload(state), report
 
 
 def flat(tree):
     found = jax.tree_util.tree_leaves_with_path(tree)
-    return {optim.path_name(path): np.asarray(x) for path, x in found}
+    return {path_name(path): np.asarray(x) for path, x in found}
 
 
 @pytest.mark.parametrize("placement", ["mesh", "pmap"])
@@ -125,7 +133,7 @@ def test_another_head_is_new_and_said_so(workdir):
     source, params = workdir(encoder())
     config = encoder(labels=5, masked=False)
     # Compiled as a run's are: the last bit depends on it.
-    fresh = flat(jax.jit(Experiment(config).init_params)())
+    fresh = flat(jax.jit(Experiment(config).init_variables)()["params"])
     state, report = start(config, f"{source}:7")
     found, params = flat(state.params), flat(params)
     assert report.new == {"label_head/kernel": (8, 5), "label_head/bias": (5,)}
@@ -146,7 +154,7 @@ def test_another_head_is_new_and_said_so(workdir):
 def test_positions_of_images_are_resized(workdir):
     source, params = workdir(vision(16))
     state, report = start(vision(24), source)
-    assert report.adapted == {"positions/table/embedding": ((17, 8), (37, 8))}
+    assert report.adapted.keys() == {"positions/table/embedding"}
     old, new = (flat(p)["positions/table/embedding"] for p in (params, state.params))
     np.testing.assert_array_equal(new[0], old[0])  # the class token's
     # Corners keep their values: bilinear, with the edges held.
@@ -160,7 +168,8 @@ def test_longer_rows_repeat_the_positions_that_were_learned(workdir):
     name, config = "positions/table/embedding", encoder()
     config.model.trunk.max_len, config.model.position_offset = 37, 2
     state, report = start(config, source)
-    assert report.adapted == {name: ((16, 8), (37, 8))}
+    assert report.adapted.keys() == {name}
+    assert "(16, 8) -> (37, 8)" in report.adapted[name]
     old, new = flat(params)[name], flat(state.params)[name]
     np.testing.assert_array_equal(new[:16], old)
     np.testing.assert_array_equal(new[16:30], old[2:])  # the first two are no places
@@ -188,7 +197,7 @@ def test_nothing_in_common_is_refused(workdir):
     source, _ = workdir(vision(16))
     config = language_model(positions="learned")
     config.model.trunk.d_model = 12
-    with pytest.raises(UserError, match="none of its .* arrays has a place"):
+    with pytest.raises(UserError, match="none of its .* arrays has a name and shape"):
         start(config, source)
 
 
@@ -210,3 +219,71 @@ def test_which_checkpoint_is_named_after_a_colon(text, parsed, monkeypatch):
 def test_a_missing_workdir_is_told():
     with pytest.raises(UserError, match=r"init_from='/no/such': no such folder"):
         start(copy.deepcopy(language_model()), "/no/such")
+
+
+def test_a_shorter_context_keeps_the_first_positions(workdir):
+    source, params = workdir(language_model(positions="learned"))
+    config = language_model(positions="learned")
+    config.model.trunk.max_len = 10
+    state, report = start(config, source)
+    name = "positions/table/embedding"
+    assert report.adapted.keys() == {name}
+    np.testing.assert_array_equal(flat(state.params)[name], flat(params)[name][:10])
+    assert not report.new
+
+
+@pytest.mark.parametrize("size", [9, 14])
+def test_another_vocabulary_keeps_the_shared_rows(workdir, size):
+    source, params = workdir(language_model())
+    config = language_model()
+    config.model.vocab_size = size
+    fresh = flat(jax.jit(Experiment(config).init_variables)()["params"])
+    state, report = start(config, source)
+    name = "embedding/embedding"
+    old, new = flat(params)[name], flat(state.params)[name]
+    both = min(11, size)
+    np.testing.assert_array_equal(new[:both], old[:both])
+    np.testing.assert_array_equal(new[both:], fresh[name][both:])
+    assert report.adapted.keys() == {name}
+    assert f"(11, 8) -> ({size}, 8)" in str(report)
+
+
+def test_rules_rename_choose_and_join_sources(workdir):
+    """The second layer of another run becomes the first; the rest stays fresh."""
+    source, params = workdir(language_model())
+    config = language_model()
+    config.model.trunk.num_layers = 1
+    rename = (("layer_0/", "left_out/"), ("layer_1/", "layer_0/"))
+    rules = (
+        schema.InitRule(source, rename, only="layer_0/"),
+        schema.InitRule(source, only="^embedding/"),
+    )
+    state, report = start(config, rules)
+    found, params = flat(state.params), flat(params)
+    for name in report.restored:
+        origin = name.replace("layer_0/", "layer_1/")
+        np.testing.assert_array_equal(found[name], params[origin])
+    assert "embedding/embedding" in report.restored
+    assert any("layer_0/" in name for name in report.restored)
+    assert all("layer_0" not in name and "embedding" not in name for name in report.new)
+
+
+def test_what_is_frozen_is_saved_once_and_stays(tmp_path):
+    """Law 11, and that optimiser and checkpoints hold what is trained alone."""
+    config = language_model()
+    config.optim.train = (r"decoder/layer_1/.*",)
+    experiment = Experiment(config)
+    state = experiment.placement.init(experiment.make_state)
+    frozen = flat(state.frozen)
+    assert frozen and not set(frozen) & set(flat(state.params))
+    held = sum(x.size for x in jax.tree.leaves(state.opt_state))
+    assert held < 3 * sum(x.size for x in jax.tree.leaves(state.params))
+    path = str(tmp_path)
+    workdirs.save_frozen(path, state)
+    with Checkpointer(workdirs.checkpoint_dir(path), config.checkpoint) as out:
+        out.save(1, state.replace(frozen={}), meta={}, wait=True)
+        saved = {k for k in out._read_meta(1)["arrays"] if "layer_0" in k}
+        assert not saved
+        restored, _ = workdirs.restore(experiment, out)
+    for name, x in flat(restored.frozen).items():
+        assert x.tobytes() == frozen[name].tobytes()

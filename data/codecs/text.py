@@ -92,6 +92,24 @@ class Tokenizer:
         # T5's published model files lack the sentinels, which follow the last piece.
         self.vocab_size = max(len(pieces), *(i + 1 for i in self.names))
 
+    @property
+    def lowercase(self) -> bool:
+        """Whether all text becomes lower-case."""
+        return self._normalized("A") == "a"
+
+    def _normalized(self, text: str) -> str:
+        """The text as it is encoded."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return self.vocab_size
+
+    def encode(self, values: Sequence[str]) -> list[np.ndarray]:
+        """One int32 array per text."""
+        return self.encode_batch(values)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text."""
         raise NotImplementedError
@@ -181,6 +199,10 @@ class HuggingFaceTokenizer(Tokenizer):
         out = self.core.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in out]
 
+    def _normalized(self, text: str) -> str:
+        normalizer = self.core.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
     def to_bytes(self) -> bytes:
         """The tokenizer.json."""
         return self.core.to_str(pretty=True).encode()
@@ -203,6 +225,9 @@ class SentencePieceTokenizer(Tokenizer):
         """One int32 array a text."""
         return [np.asarray(x, np.int32) for x in self.core.encode(list(texts))]
 
+    def _normalized(self, text: str) -> str:
+        return self.core.normalize(text).strip("\u2581")
+
     def to_bytes(self) -> bytes:
         """The model file."""
         return self.model
@@ -217,22 +242,25 @@ class ByteTokenizer(Tokenizer):
     filename = "tokenizer.bytes"
 
     def __init__(self, lowercase: bool = False, specials: Sequence[str] = ()):
-        self.lowercase = lowercase
+        self._lower = lowercase
         self.first = len(SPECIALS) + len(specials)  # the id of byte 0
         pieces = [*SPECIALS, *specials, *map(chr, range(256))]
         super().__init__(pieces, recognise(pieces[: self.first]))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text."""
-        texts = [t.lower() if self.lowercase else t for t in texts]
         return [
-            np.frombuffer(t.encode(), np.uint8).astype(np.int32) + self.first
+            np.frombuffer(self._normalized(t).encode(), np.uint8).astype(np.int32)
+            + self.first
             for t in texts
         ]
 
+    def _normalized(self, text: str) -> str:
+        return text.lower() if self._lower else text
+
     def to_bytes(self) -> bytes:
         """Its settings, one a line."""
-        case = "lowercase" if self.lowercase else "cased"
+        case = "lowercase" if self._lower else "cased"
         specials = self.pieces[len(SPECIALS) : self.first]
         return "\n".join([case, *specials]).encode()
 

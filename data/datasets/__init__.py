@@ -1,15 +1,15 @@
 """Kinds of data: what of a source becomes the rows of a batch."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from triform.data.codecs.text import Tokenizer
+from triform.data.batch import Batch, Sizes
+from triform.data.codecs import Codec
 from triform.data.datasets.base import (
     EVALUATION,
-    Batch,
     DataConfig,
     Dataset,
     Epoch,
-    Limits,
     TextConfig,
 )
 from triform.data.datasets.causal_lm import CausalLM, CausalLMConfig
@@ -29,14 +29,12 @@ from triform.data.datasets.token_classification import (
 __all__ = [
     "DATASETS",
     "EVALUATION",
-    "Batch",
     "CausalLMConfig",
     "Corpus",
     "DataConfig",
     "Dataset",
     "Epoch",
     "ImagesConfig",
-    "Limits",
     "MaskedLMConfig",
     "MixtureConfig",
     "Seq2SeqConfig",
@@ -44,9 +42,8 @@ __all__ = [
     "SpanCorruptionConfig",
     "TextConfig",
     "TokenClassificationConfig",
-    "empty",
-    "needs_tokenizer",
-    "open",
+    "dataset",
+    "request_batch",
 ]
 
 # config type: dataset
@@ -62,16 +59,24 @@ DATASETS = {
 }
 
 
-def open(config: Any, split: str, tok: Tokenizer | None, limits: Limits) -> Dataset:
-    """The items of a split; `limits` is how many ids the model knows, by batch key."""
-    return DATASETS[type(config)](config, split, tok, limits)
+def dataset(
+    config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
+) -> Dataset:
+    """The items of a split; `sizes` are the model's, by name."""
+    return DATASETS[type(config)](config, split, codecs, sizes)
 
 
-def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
-    """What every batch holds, zero; needs no data."""
-    return DATASETS[type(config)].empty(config, rows, length, limits)
+def request_batch(
+    config: Any,
+    lines: Sequence[str],
+    rows: int,
+    codecs: Mapping[str, Codec],
+    first: int = 0,
+) -> Batch:
+    """A batch of exactly `rows` rows of these texts, of the shortest shape that holds
+    all; targets are zero.
 
-
-def needs_tokenizer(config: Any) -> bool:
-    """Whether items are tokens."""
-    return isinstance(config, TextConfig)
+    `first` is the number of the first line. DataError for a text that is too long, and
+    for a kind of data that does not read texts.
+    """
+    return DATASETS[type(config)].request(config, lines, rows, codecs, first)

@@ -41,7 +41,7 @@ def resized(
 
 
 def shifted(image: np.ndarray, most: int, rng: Rng) -> np.ndarray:
-    """Moved by up to `most` places a side: padding with 0, then a random crop."""
+    """Moved by up to `most` pixels a side: padding with 0, then a random crop."""
     (height, width), out = image.shape[:2], np.zeros_like(image)
     down, right = rng.integers(-most, most + 1, 2).tolist()
     out[max(0, down) : height + down, max(0, right) : width + right] = image[

@@ -1,19 +1,20 @@
 """What all kinds of data share: their configs, and what a dataset must do."""
 
 import dataclasses
-import itertools
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from triform.data.codecs.text import Tokenizer, TokenizerConfig
+from triform.data import store
+from triform.data.batch import Batch, Shape, Sizes, Spec, zeros
+from triform.data.codecs import Codec
+from triform.data.codecs.text import TokenizerConfig
 from triform.data.store import Feature
+from triform.runtime.errors import DataError
 
-Batch = Mapping[str, np.ndarray]
-Limits = Mapping[str, int]  # how many ids a key of a batch may hold
-# What a batch may hold of tokens, and what says which places are real.
-REAL = {"encoder_inputs": "encoder_segments", "inputs": "segments"}
+TARGETS = ("class", "number")  # what is predicted of a text or a word
 
 
 @dataclasses.dataclass
@@ -30,13 +31,25 @@ class DataConfig:
     cache_dir: str = ""  # prepared arrays; empty: $TRIFORM_CACHE or ~/.cache/triform
     prefetch: int = 2  # batches prepared ahead of the device
 
-    def lengths(self) -> tuple[int, ...]:
-        """All row lengths, ascending: what steps are compiled for. 0: no such axis."""
-        return (0,)
+    def spec(self) -> Spec:
+        """The fields of its batches."""
+        raise NotImplementedError
 
-    def rows(self, length: int) -> int:
-        """Rows of a batch whose rows have `length` places."""
+    def shapes(self) -> tuple[Shape, ...]:
+        """Sizes of all axes but B, ascending: a step is compiled for each."""
+        raise NotImplementedError
+
+    def rows(self, shape: Shape) -> int:
+        """Number of rows of a batch of this shape."""
         return self.batch_size
+
+    def classes(self) -> dict[str, str]:
+        """Field of the data that holds classes -> the model's number of them."""
+        return {}
+
+    def features(self) -> tuple[Feature, ...]:
+        """What is read of every example, besides images."""
+        return ()
 
     def require(self, holds: bool, name: str, rule: str) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -51,11 +64,11 @@ class DataConfig:
 
 @dataclasses.dataclass
 class TextConfig(DataConfig):
-    """Rows of tokens. Lengths include the tokens that a dataset adds."""
+    """Rows of tokens. Lengths include the tokens that a kind of data adds."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ()  # of a tokenizer trained for it
 
-    max_len: int = 64  # longer items are left out of training, cut in evaluation
+    max_len: int = 64  # longer items are left out of training, shortened in evaluation
     # Rows of max_len a batch; shorter buckets hold more rows, of as many tokens in all.
     batch_size: int = 32
     buckets: tuple[int, ...] = ()  # row lengths below max_len, ascending
@@ -66,9 +79,13 @@ class TextConfig(DataConfig):
         """All row lengths, ascending."""
         return (*self.buckets, self.max_len)
 
-    def rows(self, length: int) -> int:
-        """Rows of a batch whose rows have `length` tokens."""
-        return self.batch_size * self.max_len // length
+    def shapes(self) -> tuple[Shape, ...]:
+        """One per row length."""
+        return tuple({"L": n} for n in self.lengths())
+
+    def rows(self, shape: Shape) -> int:
+        """Rows of a batch: as many tokens whatever the length."""
+        return self.batch_size * self.max_len // shape["L"]
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""
@@ -79,8 +96,8 @@ class TextConfig(DataConfig):
         super().validate()
         self.require(self.max_len >= 2, "max_len", "must be at least 2")
         lengths = self.lengths()
-        whole = all(isinstance(n, int) for n in lengths)
-        self.require(whole, "buckets", "must be a tuple of row lengths")
+        integers = all(isinstance(n, int) for n in lengths)
+        self.require(integers, "buckets", "must be a tuple of row lengths")
         self.require(
             sorted(set(lengths)) == list(lengths) and lengths[0] >= 2,
             "buckets",
@@ -109,32 +126,51 @@ EVALUATION = Epoch(seed=0, number=0, train=False)
 class Dataset:
     """The items of one split, and how one becomes a row of a batch.
 
-    A kind of data is a subclass: it sets `sizes` and `digest` when it is made, and says
-    what `empty` and `write` do. Everything else has a default.
+    A kind of data is a subclass: it sets `sizes`, `empty` and `digest` when it is made,
+    and says what `write` does. Everything else has a default.
     """
 
-    unit = "tokens"  # what `real` counts
-    cut = False  # longer items are shortened in training too, not left out
+    unit = "tokens"  # what `batch.count` counts
+    truncates = False  # longer items are shortened in training too, not left out
     metrics: tuple[str, ...] = ()  # what `scalars` gives
-    sizes: np.ndarray  # int64 [N]: places that an item needs; -1: one without text
-    digest: str  # equal ones mean equal items
+    sizes: Mapping[str, np.ndarray]  # axis letter -> positions an item needs, int64 [N]
+    empty: np.ndarray  # bool [N]: items without text
+    digest: str  # equal digests mean equal items
 
-    def __init__(self, config: Any, split: str, tok: Tokenizer | None, limits: Limits):
-        self.config, self.split, self.tok, self.limits = config, split, tok, limits
+    def __init__(
+        self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
+    ):
+        self.config, self.split, self.codecs = config, split, codecs
+        self.model_sizes, self.spec = sizes, config.spec()
+        self.tok = codecs.get("text")
+        self._raw = functools.cache(self._open_raw)
 
-    @staticmethod
-    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
-        """Every key of a batch, zero: weights and segments 0 mean that nothing is."""
-        raise NotImplementedError
+    @classmethod
+    def request(
+        cls,
+        config: Any,
+        lines: Sequence[str],
+        rows: int,
+        codecs: Mapping[str, Codec],
+        first: int,
+    ) -> Batch:
+        """A batch of texts that are not from a split; see `request_batch`."""
+        raise DataError(
+            f"data={type(config).__name__}: its inputs cannot be given as lines of "
+            "text; score them with evaluate.py"
+        )
+
+    def __len__(self) -> int:
+        return len(self.empty)
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
-        """Writes an item into a row of zeros, cut to the row."""
+        """Writes an item into a row of zeros, shortened to the row."""
         raise NotImplementedError
 
     def order(
         self, items: np.ndarray, epoch: Epoch, rng: np.random.Generator
     ) -> np.ndarray:
-        """What an epoch visits of `items`, all of one row length, in random order.
+        """What an epoch visits of `items`, all of one shape, in random order.
 
         As many in every epoch.
         """
@@ -148,24 +184,17 @@ class Dataset:
         """'multi30k_translate train, example 7'."""
         return f"{self.title()}, example {item}"
 
-    def real(self, batch: Batch) -> int:
-        """How many of the batch's units are no padding."""
-        keys = [k for k in REAL.values() if k in batch]
-        if "segments" not in batch:
-            keys.append("weights")
-        return int(sum((batch[k] > 0).sum() for k in keys))
-
-    def preview(self, batch: Batch, tok: Tokenizer | None) -> str:
+    def preview(self, batch: Batch) -> str:
         """The first row for the eye, some lines."""
         lines = []
-        for key in (*REAL, "targets"):
-            if key in batch:
-                text = tok.show(_unpadded(batch, key)).replace("\n", "\\n")
-                lines.append(f"  {key:17}{text:.300}")
-        if "weights" in batch:
-            pairs = zip(batch["targets"][0], batch["weights"][0], strict=True)
-            shown = " ".join(f"{t}:{w:g}" for t, w in itertools.islice(pairs, 16))
-            lines.append(f"  {'target:weight':17}{shown} ...")
+        for name, field in self.spec.items():
+            if field.below != "vocab_size":
+                continue
+            ids = batch[name][0]
+            if field.counts:
+                ids = ids[batch[field.counts][0] != 0]
+            text = self.tok.show(ids).replace("\n", "\\n")
+            lines.append(f"  {name:17}{text:.300}")
         return "\n".join(lines)
 
     def scalars(self, total: float) -> dict[str, float]:
@@ -177,13 +206,117 @@ class Dataset:
         return None
 
     def group(self, item: int) -> tuple[str, int]:
-        """The part of a mixture that an item is from, and its number in it."""
+        """The corpus of a mixture that an item is from, and its number in it."""
         return "", item
 
+    def example(self, item: int) -> Mapping[str, Any]:
+        """The example as the source has it; {} if an item is not one of them."""
+        return self._raw()[0][item]
 
-def _unpadded(batch: Batch, key: str) -> np.ndarray:
-    ids = batch[key][0]
-    real = batch.get(REAL.get(key, "weights"), batch.get("weights"))
-    if real is None or real.shape[1:] != ids.shape:
+    def input_text(self, item: int) -> str:
+        """What a model reads of an item, as the source has it; '' without text."""
+        return ""
+
+    def samples(
+        self, items: Sequence[int], rows: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, bytes]:
+        """{end of a file's name: content} of some predictions, for the eye or ear.
+
+        `rows` are those of a task's `predict`, of these items.
+        """
+        return {}
+
+    def _open_raw(self) -> Any:
+        """The source's examples and a reader of every text of the config."""
+        features = [f for f in self.config.features() if f.is_text]
+        readers = [store.reader(self.config, f) for f in features]
+        return store.examples(self.config, self.config.source, self.split), readers
+
+    def _texts(self, item: int) -> list[str]:
+        examples, readers = self._raw()
+        return [" ".join(read(examples[item])) for read in readers]
+
+    def decoded(self, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """A prediction (one row of a task's arrays) with names of classes."""
+        found = {k: float(x) for k, x in row.items() if x.ndim == 0}
+        for key in self.config.classes():
+            names = self.codecs[key].names
+            if key in row:
+                found[key] = names[int(row[key])]
+            if "probabilities" in row:
+                shares = map(float, row["probabilities"])
+                found["probabilities"] = dict(zip(names, shares, strict=False))
+        return found
+
+
+def labels(
+    dataset: Dataset,
+    field: str,
+    values: np.ndarray,
+    items: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Numbers of classes (int32), or the numbers that are predicted (float32), [N].
+
+    DataError with the example for a value that is no class, no number or not finite.
+    `items` are the examples of the values, if that is not their order.
+    """
+    config, codec = dataset.config, dataset.codecs.get(field)
+    where = f"data.{field}={getattr(config, field)!r}"
+
+    def refuse(bad: np.ndarray, rule: str) -> None:
+        if bad.any():
+            first = int(np.flatnonzero(bad)[0])
+            item = first if items is None else int(items[first])
+            raise DataError(
+                f"{dataset.describe(item)}: {where} is {values[first].item()!r}, {rule}"
+            )
+
+    if field in config.classes():
+        if codec is None:
+            raise DataError(
+                f"{where}: the names of its classes are unknown; restore classes.json "
+                "in the workdir"
+            )
+        ids, size = codec.encode(values), config.classes()[field]
+        fix = "correct or remove the example"
+        if codec.size == dataset.model_sizes.get(size):
+            fix += f" or raise model.{size}"
+        if values.dtype.kind == "f":
+            fix += ', or set data.target="number" if numbers are to be predicted'
+        refuse(ids < 0, f"none of the {codec.size} classes; {fix}")
         return ids
-    return ids[: np.flatnonzero(real[0])[-1] + 1]
+    if values.dtype.kind == "U":
+        try:
+            values = values.astype(np.float64)
+        except ValueError as error:
+            raise DataError(
+                f"{dataset.title()}: {where} holds texts, not numbers ({error}); name "
+                'another feature or set data.target="class"'
+            ) from error
+    refuse(~np.isfinite(values), "not finite; correct or remove the example")
+    return values.astype(np.float32)
+
+
+def fitting_batch(
+    config: Any,
+    axis: str,
+    needed: Sequence[int],
+    lines: Sequence[str],
+    rows: int,
+    first: int,
+    limit: str = "data.max_len",
+) -> Batch:
+    """A batch of zeros of the shortest shape whose `axis` holds all `needed` positions.
+
+    DataError that names the line if none does.
+    """
+    longest = max(needed)
+    for shape in config.shapes():
+        if shape[axis] >= longest:
+            return zeros(config.spec(), {"B": rows, **shape})
+    where = list(needed).index(longest)
+    raise DataError(
+        f"input line {first + where + 1} ({lines[where][:40]!r}): {longest} tokens, "
+        f"the model reads at most {limit}={config.shapes()[-1][axis]}; shorten or "
+        "split it"
+    )

@@ -1,14 +1,16 @@
-"""Next-token prediction on rows cut from one stream of documents."""
+"""Next-token prediction on rows of one stream of documents."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from triform.data import store
-from triform.data.codecs.text import Tokenizer
-from triform.data.datasets.base import Batch, Dataset, Epoch, Limits, TextConfig
+from triform.data.batch import Batch, Field, Sizes, Spec
+from triform.data.codecs import Codec
+from triform.data.datasets.base import Dataset, Epoch, TextConfig
 from triform.data.store import Feature
 
 DOCUMENTS = ("joined", "separate")
@@ -21,11 +23,21 @@ class CausalLMConfig(TextConfig):
     text: str = "text"  # the feature: one document an example
     # joined: a token sees what precedes it in its row; separate: in its document.
     documents: str = "joined"
-    eval_stride: int = 0  # places between windows of evaluation; 0: max_len
+    eval_stride: int = 0  # positions between rows of evaluation; 0: max_len
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""
         return (Feature("text", self.source, self.text, end=True),)
+
+    def spec(self) -> Spec:
+        """Rows of a stream; segments where documents are separate."""
+        counts = "weights"
+        spec = {"targets": Field("BL", below="vocab_size")}
+        if self.documents == "separate":
+            counts = "segments"
+            spec |= {"segments": Field("BL"), "positions": Field("BL")}
+        spec["inputs"] = Field("BL", below="vocab_size", counts=counts)
+        return spec | {"weights": Field("BL", "float32")}
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -44,38 +56,34 @@ class CausalLMConfig(TextConfig):
 
 
 class CausalLM(Dataset):
-    """Row: L places of the stream, each with the token that follows it.
+    """Row: L positions of the stream, each with the token that follows it.
 
     The stream is FIRST document EOS document EOS ... document EOS. FIRST is the
     tokenizer's token for a beginning, else EOS; every later token is a target.
 
-    Training: the stream is a ring, cut from a place drawn every epoch: no target comes
-    twice in an epoch and fewer than L do not come.
+    Training: the stream is a ring, divided into rows from a position drawn every epoch:
+    no target comes twice in an epoch and fewer than L do not come.
 
-    Evaluation: every target counts exactly once. CausalLM of L targets begin every
-    `eval_stride` places; the first counts whole, a later one its last `eval_stride`
-    targets, each of which has seen at least L - eval_stride tokens.
+    Evaluation: every target counts exactly once. A row of L targets begins every
+    `eval_stride` positions; all targets of the first count, of a later one its last
+    `eval_stride`, each of which has seen at least L - eval_stride tokens.
     """
 
     metrics = ("word_perplexity", "bits_per_byte")
 
-    def __init__(self, config: Any, split: str, tok: Tokenizer, limits: Limits):
-        super().__init__(config, split, tok, limits)
-        opened = store.open_store(config, split, tok, config.features())
+    def __init__(
+        self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
+    ):
+        super().__init__(config, split, codecs, sizes)
+        opened = store.open_store(config, split, self.tok, config.features())
         self.store, self.digest = opened.tokens["text"], opened.digest
         self.stride = config.eval_stride or config.max_len
         self.targets = len(self.store.ids)
         beyond = max(0, self.targets - config.max_len)
         count = 1 + -(-beyond // self.stride)
-        self.sizes = np.full(count, min(self.targets, config.max_len), np.int64)
-
-    @staticmethod
-    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
-        """Every key of a batch, zero."""
-        separate = ("segments", "positions") * (config.documents == "separate")
-        names = ("inputs", "targets", *separate)
-        batch = {name: np.zeros((rows, length), np.int32) for name in names}
-        return batch | {"weights": np.zeros((rows, length), np.float32)}
+        self.length = min(self.targets, config.max_len)
+        self.sizes = {"L": np.full(count, self.length, np.int64)}
+        self.empty = np.zeros(count, bool)
 
     def order(
         self, items: np.ndarray, epoch: Epoch, rng: np.random.Generator
@@ -88,25 +96,29 @@ class CausalLM(Dataset):
         length = batch["inputs"].shape[1]
         if epoch.train:
             start = int(epoch.rng(0).integers(self.targets)) + item * length
-            n = int(self.sizes[0])
+            n = self.length
         else:
             start = item * self.stride
             n = min(length, self.targets - start)
-        places = np.arange(start, start + n) % self.targets
-        inputs = self.store.ids[places - 1]  # before the first: the last one's EOS
+        positions = np.arange(start, start + n) % self.targets
+        inputs = self.store.ids[positions - 1]  # before the first: the last one's EOS
         if self.tok.bos is not None:
-            inputs = np.where(places == 0, self.tok.bos, inputs)
+            inputs = np.where(positions == 0, self.tok.bos, inputs)
         batch["inputs"][row, :n] = inputs
-        batch["targets"][row, :n] = self.store.ids[places]
+        batch["targets"][row, :n] = self.store.ids[positions]
         seen = 0 if epoch.train or item == 0 else length - self.stride
         batch["weights"][row, seen:n] = 1
         if "segments" in batch:
-            begins = (inputs == self.tok.eos) | (places == 0)
+            begins = (inputs == self.tok.eos) | (positions == 0)
             begins[0] = True
             index = np.arange(n)
             batch["segments"][row, :n] = np.cumsum(begins)
             first = np.maximum.accumulate(np.where(begins, index, 0))
             batch["positions"][row, :n] = index - first
+
+    def example(self, item: int) -> Mapping[str, Any]:
+        """{}: a row is not an example of the source."""
+        return {}
 
     def describe(self, item: int) -> str:
         """'wikitext2 train, window 7'."""

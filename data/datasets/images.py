@@ -1,17 +1,25 @@
-"""Images and the class of each."""
+"""Images, and the class of each."""
 
 import dataclasses
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from triform.data import store
-from triform.data.codecs.text import Tokenizer
+from triform.data.batch import Batch, Field, Shape, Sizes, Spec, resolved, zeros
+from triform.data.codecs import Codec
 from triform.data.datasets import augment
-from triform.data.datasets.base import Batch, DataConfig, Dataset, Epoch, Limits
+from triform.data.datasets.base import (
+    EVALUATION,
+    DataConfig,
+    Dataset,
+    Epoch,
+    labels,
+)
 from triform.runtime.errors import DataError
 
 CROPS = ("none", "pad", "resized")
@@ -22,12 +30,13 @@ class ImagesConfig(DataConfig):
     """Square images; what is random is so in training only."""
 
     image: str = "image"  # the feature that is read, uint8 [h, w, c]
-    label: str = "label"  # the feature that is predicted, the number of a class
+    # The feature that is predicted, the number of a class; empty: images alone.
+    label: str = "label"
     size: int = 224  # pixels a side
     channels: int = 3  # 1: grey
     mean: tuple[float, ...] = (0.5,)  # of pixels in [0, 1]: one, or one a channel
     std: tuple[float, ...] = (0.5,)
-    # none: the whole image, resized; pad: the same, moved by up to `pad` pixels;
+    # none: all of the image, resized; pad: the same, moved by up to `pad` pixels;
     # resized: a random part, resized, and the middle 7/8 in evaluation.
     crop: str = "none"
     pad: int = 4
@@ -35,6 +44,31 @@ class ImagesConfig(DataConfig):
     rand_augment: int = 0  # operations (Cubuk et al. 2020)
     rand_magnitude: float = 9.0  # of 10
     mixup: float = 0.0  # alpha of Zhang et al. 2018, 2; 0: off
+
+    def spec(self) -> Spec:
+        """Images, and the class of each: a distribution if they are mixed."""
+        if not self.label:
+            return {
+                "image": Field("BHWC", "float32", counts="image_weights"),
+                "image_weights": Field("B", "float32"),
+            }
+        label = Field("B", below="num_labels")
+        if self.mixup:
+            label = Field("BV", "float32")
+        return {
+            "image": Field("BHWC", "float32", counts="label_weights"),
+            "label": label,
+            "label_weights": Field("B", "float32"),
+        }
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """One."""
+        mixed = {"V": "num_labels"} if self.mixup else {}
+        return ({"H": self.size, "W": self.size, "C": self.channels, **mixed},)
+
+    def classes(self) -> dict[str, str]:
+        """The label, if there is one."""
+        return {"label": "num_labels"} if self.label else {}
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -54,6 +88,8 @@ class ImagesConfig(DataConfig):
             0 <= self.rand_magnitude <= 10, "rand_magnitude", "must lie in [0, 10]"
         )
         self.require(self.mixup >= 0, "mixup", "must be at least 0; 0 is off")
+        rule = "data.label='' leaves no labels to mix; set 0 or name a label"
+        self.require(self.label != "" or not self.mixup, "mixup", rule)
 
 
 class Images(Dataset):
@@ -61,10 +97,12 @@ class Images(Dataset):
 
     unit = "images"
 
-    def __init__(self, config: Any, split: str, tok: Tokenizer | None, limits: Limits):
-        super().__init__(config, split, tok, limits)
-        self._raw = store.examples(config, config.source, split)
-        self.sizes = np.zeros(len(self._raw), np.int64)  # they have no places
+    def __init__(
+        self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
+    ):
+        super().__init__(config, split, codecs, sizes)
+        self.examples = store.examples(config, config.source, split)
+        self.sizes, self.empty = {}, np.zeros(len(self.examples), bool)
         keys = [config.image, config.label]
         folder = store.cached(
             config, "images", config.source, split, keys, self._write_cache
@@ -73,40 +111,32 @@ class Images(Dataset):
         self._pixels = None
         if os.listdir(folder):
             self._pixels = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
-            self._labels = np.load(os.path.join(folder, "labels.npy"))
+            values = np.load(os.path.join(folder, "labels.npy"))
+            self._labels = labels(self, "label", values)
         # x / 255 normalised is x * scale + shift.
         mean, std = np.float32(config.mean), np.float32(config.std)
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
-    @staticmethod
-    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
-        """Every key of a batch, zero."""
-        image = np.zeros((rows, config.size, config.size, config.channels), np.float32)
-        shape = (rows, limits["label"]) if config.mixup else (rows,)
-        label = np.zeros(shape, np.float32 if config.mixup else np.int32)
-        weights = np.zeros(rows, np.float32)
-        return {"image": image, "label": label, "label_weights": weights}
-
     def _write_cache(self, folder: str) -> None:
         """All images in one array; nothing if their shapes differ."""
-        labels, array = [], None
+        numbers, array = [], None
         path = os.path.join(folder, "images.npy")
-        for i, example in enumerate(tqdm(self._raw, disable=None, leave=False)):
+        for i, example in enumerate(tqdm(self.examples, disable=None, leave=False)):
             image, label = self._read(example)
             if array is None:
-                shape = (len(self._raw), *image.shape)
+                shape = (len(self.examples), *image.shape)
                 array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
             if image.shape != array.shape[1:]:
                 os.remove(path)
                 return
             array[i] = image
-            labels.append(label)
+            numbers.append(label)
         array.flush()
-        np.save(os.path.join(folder, "labels.npy"), labels)
+        np.save(os.path.join(folder, "labels.npy"), numbers)
 
     def _read(self, example: Mapping[str, Any]) -> tuple[np.ndarray, int]:
         config, values = self.config, []
-        for field in ("image", "label"):
+        for field in ("image", "label") if config.label else ("image",):
             name = getattr(config, field)
             if name not in example:
                 raise DataError(
@@ -114,12 +144,15 @@ class Images(Dataset):
                     f"expected one of {', '.join(sorted(example))}"
                 )
             values.append(np.asarray(example[name]))
-        image, label = values
+        image = values[0]
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise DataError(
                 f"data.image: feature {config.image!r} of {config.source!r} is no "
                 f"uint8 image ({image.dtype} {image.shape}); name an image feature"
             )
+        if not config.label:
+            return image, 0
+        label = values[1]
         if label.ndim or not np.issubdtype(label.dtype, np.integer):
             raise DataError(
                 f"data.label: feature {config.label!r} of {config.source!r} is not the "
@@ -131,7 +164,9 @@ class Images(Dataset):
         """An image, uint8 [size, size, channels], and its label."""
         config = self.config
         if self._pixels is None:
-            image, label = self._read(self._raw[item])
+            # Of several sizes: labels are checked here, not when the split is opened.
+            image, value = self._read(self.examples[item])
+            (label,) = labels(self, "label", np.array([value]), [item])
         else:
             image, label = self._pixels[item], self._labels[item]
         image, box = augment.with_channels(image, config.channels), None
@@ -159,41 +194,53 @@ class Images(Dataset):
         mixup = self.config.mixup
         rng = epoch.rng(item)
         image, label = self._example(item, epoch, rng)
-        batch["label_weights"][row] = 1
-        if not mixup:
+        batch[self.spec["image"].counts][row] = 1
+        if "label" in batch and not mixup:
             batch["label"][row] = label
-        elif not epoch.train:
-            batch["label"][row, self._known(label, item)] = 1
-        else:
+        elif mixup and not epoch.train:
+            batch["label"][row, label] = 1
+        elif mixup:
             share, other = np.float32(rng.beta(mixup, mixup)), self._draw(rng)
             second, second_label = self._example(other, epoch, rng)
             image = share * image + (1 - share) * second
-            batch["label"][row, self._known(label, item)] += share
-            batch["label"][row, self._known(second_label, other)] += 1 - share
+            batch["label"][row, label] += share
+            batch["label"][row, second_label] += 1 - share
         np.add(image * self._scale, self._shift, out=batch["image"][row])
 
     def _draw(self, rng: np.random.Generator) -> int:
-        return int(rng.integers(len(self.sizes)))
+        return int(rng.integers(len(self)))
 
-    def _known(self, label: int, item: int) -> int:
-        if not 0 <= label < self.limits["label"]:
-            raise DataError(
-                f"{self.describe(item)}: label {label} is outside the "
-                f"{self.limits['label']} classes of the model; raise model.num_labels"
-            )
-        return label
+    def example(self, item: int) -> Mapping[str, Any]:
+        """The example as the source has it."""
+        return self.examples[item]
 
-    def real(self, batch: Batch) -> int:
-        """Images that are no padding."""
-        return int(batch["label_weights"].sum())
-
-    def preview(self, batch: Batch, tok: Tokenizer | None) -> str:
+    def preview(self, batch: Batch) -> str:
         """The first image as shades, 32 characters wide at most, and its label."""
         image = batch["image"][0].mean(-1)
         step = -(-len(image) // 32)
         image = image[:: 2 * step, ::step]  # a character is twice as high as wide
         shades = (image - image.min()) / max(float(np.ptp(image)), 1e-6) * 7.99
         rows = ["".join(" .:-=+*#"[int(x)] for x in row) for row in shades]
-        label = batch["label"][0]
-        shown = np.argmax(label) if np.ndim(label) else label
-        return "\n".join([*(f"  {row}" for row in rows), f"  label {shown}"])
+        lines = [f"  {row}" for row in rows]
+        if "label" in batch:
+            label = batch["label"][0]
+            lines.append(f"  label {np.argmax(label) if np.ndim(label) else label}")
+        return "\n".join(lines)
+
+    def samples(
+        self, items: Sequence[int], rows: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, bytes]:
+        """A PNG: images in a row as a model reads them, below each what it gives."""
+        given = [row["image"] for row in rows if "image" in row]
+        if not given:
+            return {}
+        sizes = {"B": len(items), **resolved(self.config.shapes()[0], self.model_sizes)}
+        batch = zeros(self.spec, sizes)
+        for row, item in enumerate(items):
+            self.write(batch, row, item, EVALUATION)
+        grid = np.concatenate([np.hstack(batch["image"]), np.hstack(given)])
+        pixels = (grid - self._shift) / self._scale
+        file = io.BytesIO()
+        image = augment.to_pillow(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+        image.save(file, "png")
+        return {".png": file.getvalue()}

@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from triform.data import store
-from triform.data.codecs.text import Tokenizer
-from triform.data.datasets.base import Batch, Dataset, Epoch, Limits
+from triform.data.batch import Batch, Field, Shape, Sizes, Spec
+from triform.data.codecs import Codec
+from triform.data.datasets.base import Dataset, Epoch
 from triform.data.datasets.sequence_classification import (
     EncoderInputsConfig,
     fitted,
@@ -36,22 +38,45 @@ def sentences(text: Any) -> list:
 
 @dataclasses.dataclass
 class MaskedLMConfig(EncoderInputsConfig):
-    """Documents, cut into runs of sentences; another masking every epoch."""
+    """Documents, divided into runs of sentences; another masking every epoch."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]", "[MASK]")
 
     text: str = "text"  # the feature: one document an example
     next_sentence: bool = True  # False: one text a row, as RoBERTa's
-    mask_rate: float = 0.15  # of the places of text
+    mask_rate: float = 0.15  # of the positions of text
     whole_word: bool = False  # all pieces of a word or none
     short_rate: float = 0.1  # of runs that are shorter than they might be
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""
-        return (Feature("text", self.source, self.text, cut=sentences),)
+        return (Feature("text", self.source, self.text, divide=sentences),)
+
+    def spec(self) -> Spec:
+        """Masked texts; with next_sentence also a label per row."""
+        chosen = Field("BP", below="vocab_size")
+        spec = {
+            "inputs": Field("BL", below="vocab_size", counts="segments"),
+            "segments": Field("BL"),
+            **self.marks(),
+            "masked_positions": Field("BP"),
+            "targets": chosen,
+            "weights": Field("BP", "float32"),
+        }
+        if self.next_sentence:
+            spec |= {
+                "token_type_ids": Field("BL", below="num_types"),
+                "label": Field("B", below="num_labels"),
+                "label_weights": Field("B", "float32"),
+            }
+        return spec
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """One per row length."""
+        return tuple({"L": n, "P": self.predicted(n)} for n in self.lengths())
 
     def predicted(self, length: int) -> int:
-        """Places to predict in a row, at most."""
+        """Positions to predict in a row, at most."""
         return math.ceil(self.mask_rate * length)
 
     def validate(self) -> None:
@@ -59,14 +84,16 @@ class MaskedLMConfig(EncoderInputsConfig):
         super().validate()
         shortest = self.lengths()[0]
         self.require(
-            shortest >= 5, "max_len", "rows must have at least 5 places, buckets' too"
+            shortest >= 5,
+            "max_len",
+            "rows must have at least 5 positions, buckets' too",
         )
         self.require(0 < self.mask_rate < 1, "mask_rate", "must lie between 0 and 1")
         self.require(0 <= self.short_rate <= 1, "short_rate", "must lie in [0, 1]")
 
 
 class MaskedLM(Dataset):
-    """Row: [CLS] A [SEP] B [SEP], `predict` the places to predict, `targets` their ids.
+    """Row: [CLS] A [SEP] B [SEP], and the ids at its masked positions.
 
     Devlin et al. 2019, 3.1 and its create_pretraining_data.py. An item is a run of
     sentences of one document that just fills a row, or with `short_rate` is of random
@@ -74,19 +101,21 @@ class MaskedLM(Dataset):
     or, in half of the rows and where there is no rest, as much of another document from
     a random sentence on (label 1). What is too long loses tokens at either end.
 
-    Of the places to predict 80 % are masked, 10 % hold a random id, 10 % are left.
+    Of the positions to predict 80 % are masked, 10 % hold a random id, 10 % are left.
     """
 
-    def __init__(self, config: Any, split: str, tok: Tokenizer, limits: Limits):
-        super().__init__(config, split, tok, limits)
-        missing = [k for k in ("cls", "sep", "mask") if getattr(tok, k) is None]
+    def __init__(
+        self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
+    ):
+        super().__init__(config, split, codecs, sizes)
+        missing = [k for k in ("cls", "sep", "mask") if getattr(self.tok, k) is None]
         if missing:
             raise DataError(
                 f"data.tokenizer.path={config.tokenizer.path!r}: it has no token for "
                 f"{', '.join(missing)}; name ids in special_tokens.json beside it, or "
                 "train a new one"
             )
-        opened = store.open_store(config, split, tok, config.features())
+        opened = store.open_store(config, split, self.tok, config.features())
         self.digest, self.tokens = opened.digest, opened.tokens["text"]
         first = self.tokens.first
         self.documents = np.flatnonzero(np.diff(first))  # with sentences
@@ -99,9 +128,10 @@ class MaskedLM(Dataset):
         self._runs(config.max_len - added)
         offsets = self.tokens.offsets
         sizes = offsets[self.stop] - offsets[self.start]
-        self.sizes = np.minimum(sizes + added, config.max_len)
-        ids = np.arange(len(tok.pieces))
-        self.ordinary = ids[~np.isin(ids, list(tok.names))]
+        self.sizes = {"L": np.minimum(sizes + added, config.max_len)}
+        self.empty = np.zeros(len(sizes), bool)
+        ids = np.arange(len(self.tok.pieces))
+        self.ordinary = ids[~np.isin(ids, list(self.tok.names))]
 
     def _runs(self, most: int) -> None:
         """Sets `start`, `stop` (sentences), `aim` (tokens), `document` of all runs."""
@@ -120,22 +150,6 @@ class MaskedLM(Dataset):
         runs = runs[offsets[runs[:, 0]] < offsets[runs[:, 1]]]
         self.start, self.stop, self.aim, self.document = runs.T
 
-    @staticmethod
-    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
-        """Every key of a batch, zero."""
-        places = config.predicted(length)
-        widths = {"inputs": length, "segments": length, "token_type_ids": length}
-        widths |= dict.fromkeys(config.marks(), length)
-        widths |= {"masked_positions": places, "targets": places}
-        batch = {name: np.zeros((rows, n), np.int32) for name, n in widths.items()}
-        batch["weights"] = np.zeros((rows, places), np.float32)
-        if config.next_sentence:
-            batch["label"] = np.zeros(rows, np.int32)
-            batch["label_weights"] = np.zeros(rows, np.float32)
-        else:
-            del batch["token_type_ids"]
-        return batch
-
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """Writes a run, or part of it and another text, and masks it."""
         rng = epoch.rng(item)
@@ -146,13 +160,13 @@ class MaskedLM(Dataset):
             batch["label_weights"][row] = 1
         else:
             texts = [self._between(self.start[item], self.stop[item])[: length - 2]]
-        places = write_texts(batch, row, texts, self.tok, self.config.global_tokens)
+        positions = write_texts(batch, row, texts, self.tok, self.config.global_tokens)
         ids = batch["inputs"][row]
-        count = max(1, round(self.config.mask_rate * len(places)))
+        count = max(1, round(self.config.mask_rate * len(positions)))
         if self.config.whole_word:
-            chosen = self._words(ids, places, count, rng)
+            chosen = self._words(ids, positions, count, rng)
         else:
-            chosen = np.sort(rng.permutation(places)[:count])
+            chosen = np.sort(rng.permutation(positions)[:count])
         n = len(chosen)
         batch["masked_positions"][row, :n] = chosen
         batch["targets"][row, :n] = ids[chosen]
@@ -201,25 +215,33 @@ class MaskedLM(Dataset):
         return self._between(start, min(max(stop, start + 1), end))
 
     def _words(
-        self, ids: np.ndarray, places: np.ndarray, count: int, rng: np.random.Generator
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        count: int,
+        rng: np.random.Generator,
     ) -> np.ndarray:
-        """Places of words in random order, skipping those that would make too many."""
-        begins = ~self.tok.continues[ids[places]]
+        """Positions of random words, without those that would make too many."""
+        begins = ~self.tok.continues[ids[positions]]
         begins[0] = True
-        begins[1:] |= np.diff(places) > 1  # the first of the second text
-        bounds = np.append(np.flatnonzero(begins), len(places))
+        begins[1:] |= np.diff(positions) > 1  # the first of the second text
+        bounds = np.append(np.flatnonzero(begins), len(positions))
         lengths = np.diff(bounds)
         chosen, left = [], count
         order = rng.permutation(len(lengths)).tolist()
         for word in order:
             if lengths[word] <= left:
-                chosen.append(places[bounds[word] : bounds[word + 1]])
+                chosen.append(positions[bounds[word] : bounds[word + 1]])
                 left -= lengths[word]
                 if not left:
                     break
         if not chosen:  # all are longer: a part of one
-            return places[bounds[order[0]] :][:count]
+            return positions[bounds[order[0]] :][:count]
         return np.sort(np.concatenate(chosen))
+
+    def example(self, item: int) -> Mapping[str, Any]:
+        """{}: a row is not an example of the source."""
+        return {}
 
     def describe(self, item: int) -> str:
         """'classic_books train, run 7'."""

@@ -3,20 +3,22 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from triform.data import store
+from triform.data.batch import Batch, Field, Shape, Sizes, Spec
+from triform.data.codecs import Codec
 from triform.data.codecs.text import Tokenizer
-from triform.data.datasets.base import Batch, Dataset, Epoch, Limits, TextConfig
+from triform.data.datasets.base import Dataset, Epoch, TextConfig, fitting_batch
 from triform.data.store import Feature
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Seq2Seq of one source."""
+    """Pairs of one source."""
 
     source: str
     inputs: str  # the feature that is read
@@ -32,8 +34,51 @@ class Corpus:
 
 
 @dataclasses.dataclass
-class Seq2SeqConfig(TextConfig):
-    """Seq2Seq of one corpus."""
+class PairsConfig(TextConfig):
+    """Rows of two sequences, whose lengths may differ."""
+
+    # Longest source, in tokens; 0: max_len, which else bounds the targets alone. The
+    # source lengths of shorter buckets are in proportion.
+    max_source_len: int = 0
+
+    def parts(self) -> tuple[Corpus, ...]:
+        """The corpora."""
+        raise NotImplementedError
+
+    def features(self) -> tuple[Feature, ...]:
+        """What is read: also what a new tokenizer is trained on."""
+        return tuple(f for corpus in self.parts() for f in corpus.features())
+
+    def spec(self) -> Spec:
+        """The source, and the target with the same shifted right."""
+        ids = Field("BL", below="vocab_size", counts="weights")
+        source = Field("BS", below="vocab_size", counts="encoder_segments")
+        return {
+            "encoder_inputs": source,
+            "encoder_segments": Field("BS"),
+            "inputs": ids,
+            "targets": ids,
+            "weights": Field("BL", "float32"),
+        }
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """One per bucket."""
+        longest = self.max_source_len or self.max_len
+        return tuple(
+            {"S": max(2, n * longest // self.max_len), "L": n} for n in self.lengths()
+        )
+
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        super().validate()
+        rule = "must be 0 (as max_len) or at least 2"
+        allowed = self.max_source_len == 0 or self.max_source_len >= 2
+        self.require(allowed, "max_source_len", rule)
+
+
+@dataclasses.dataclass
+class Seq2SeqConfig(PairsConfig):
+    """Pairs of one corpus."""
 
     inputs: str = "en"  # the feature that is read
     targets: str = "de"  # the feature that is predicted
@@ -42,14 +87,10 @@ class Seq2SeqConfig(TextConfig):
         """The corpora."""
         return (Corpus(self.source, self.inputs, self.targets),)
 
-    def features(self) -> tuple[Feature, ...]:
-        """What is read: also what a new tokenizer is trained on."""
-        return tuple(f for corpus in self.parts() for f in corpus.features())
-
 
 @dataclasses.dataclass
-class MixtureConfig(TextConfig):
-    """Seq2Seq of several corpora, each with a share of the rows.
+class MixtureConfig(PairsConfig):
+    """Pairs of several corpora, each with a share of the rows.
 
     Raffel et al. 2020, 3.5.2: shares are as min(size, limit) ** (1 / temperature), or
     as weights ** (1 / temperature).
@@ -70,10 +111,6 @@ class MixtureConfig(TextConfig):
     def parts(self) -> tuple[Corpus, ...]:
         """The corpora."""
         return self.corpora
-
-    def features(self) -> tuple[Feature, ...]:
-        """What is read: also what a new tokenizer is trained on."""
-        return tuple(f for corpus in self.parts() for f in corpus.features())
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -103,11 +140,13 @@ class Seq2Seq(Dataset):
     Items are numbered over all corpora.
     """
 
-    def __init__(self, config: Any, split: str, tok: Tokenizer, limits: Limits):
-        super().__init__(config, split, tok, limits)
+    def __init__(
+        self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
+    ):
+        super().__init__(config, split, codecs, sizes)
         self.corpora = config.parts()
         self.stores = [
-            store.open_store(config, split, tok, corpus.features())
+            store.open_store(config, split, self.tok, corpus.features())
             for corpus in self.corpora
         ]
         self.digest = self.stores[0].digest
@@ -118,30 +157,44 @@ class Seq2Seq(Dataset):
             [s.tokens[k].sizes() for s in self.stores] for k in ("inputs", "targets")
         ]
         inputs, targets = map(np.concatenate, both)
-        empty = np.minimum(inputs, targets) == 0
-        self.sizes = np.where(empty, -1, np.maximum(inputs, targets) + 1)  # EOS
-        self._raw = functools.cache(self._open_raw)
+        self.empty = np.minimum(inputs, targets) == 0
+        self.sizes = {"S": inputs + 1, "L": targets + 1}  # EOS
+        self._raw_of = functools.cache(self._open_corpus)
         # The first item of every corpus, and the end of the last.
         self.starts = np.cumsum([0, *map(len, both[0])])
 
-    @staticmethod
-    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
-        """Every key of a batch, zero."""
-        names = ("encoder_inputs", "encoder_segments", "inputs", "targets")
-        batch = {name: np.zeros((rows, length), np.int32) for name in names}
-        return batch | {"weights": np.zeros((rows, length), np.float32)}
+    @classmethod
+    def request(
+        cls,
+        config: Any,
+        lines: Sequence[str],
+        rows: int,
+        codecs: Mapping[str, Codec],
+        first: int,
+    ) -> Batch:
+        """Sources; see `request_batch`."""
+        tok = codecs["text"]
+        ids = tok.encode_batch(lines)
+        needed = [len(x) + 1 for x in ids]
+        limit = "data.max_source_len" if config.max_source_len else "data.max_len"
+        batch = fitting_batch(config, "S", needed, lines, rows, first, limit)
+        batch["encoder_inputs"][:] = tok.pad
+        batch["inputs"][:, 0] = tok.start
+        for row, x in enumerate(ids):
+            write_source(batch, row, x, tok)
+        return batch
 
-    def _place(self, item: int) -> tuple[int, int]:
+    def _corpus_of(self, item: int) -> tuple[int, int]:
         """(corpus, number in it) of an item."""
         corpus = int(np.searchsorted(self.starts, item, "right")) - 1
         return corpus, int(item - self.starts[corpus])
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
-        """Both sides, each cut so that its EOS fits."""
-        corpus, number = self._place(item)
-        tokens, last = self.stores[corpus].tokens, batch["inputs"].shape[1] - 1
-        source = tokens["inputs"][number][:last]
-        target = tokens["targets"][number][:last]
+        """Both sides, each shortened so that its EOS fits."""
+        corpus, number = self._corpus_of(item)
+        tokens = self.stores[corpus].tokens
+        source = tokens["inputs"][number][: batch["encoder_inputs"].shape[1] - 1]
+        target = tokens["targets"][number][: batch["inputs"].shape[1] - 1]
         write_source(batch, row, source, self.tok)
         write_target(batch, row, target, self.tok)
 
@@ -162,11 +215,11 @@ class Seq2Seq(Dataset):
             if not len(own):
                 continue
             count = max(1, round(passes * len(own)))
-            numbers = np.arange(epoch.epoch * count, (epoch.epoch + 1) * count)
-            cycle, place = np.divmod(numbers, len(own))
+            numbers = np.arange(epoch.number * count, (epoch.number + 1) * count)
+            cycle, index = np.divmod(numbers, len(own))
             for c in range(cycle[0], cycle[-1] + 1):
                 again = dataclasses.replace(epoch, number=c).rng(corpus, int(own[0]))
-                chosen.append(again.permutation(own)[place[cycle == c]])
+                chosen.append(again.permutation(own)[index[cycle == c]])
         return rng.permutation(np.concatenate(chosen))
 
     def passes(self) -> np.ndarray:
@@ -175,7 +228,9 @@ class Seq2Seq(Dataset):
         An epoch has as many rows as all corpora together have examples to train on.
         """
         config = self.config
-        usable = (self.sizes > 0) & (self.sizes <= config.max_len)
+        longest = config.shapes()[-1]
+        fits = [self.sizes[axis] <= n for axis, n in longest.items()]
+        usable = np.logical_and.reduce([~self.empty, *fits])
         sizes = np.add.reduceat(usable, self.starts[:-1], dtype=np.int64)
         counted = np.minimum(sizes, config.limit) if config.limit else sizes
         shares = (np.array(config.weights or counted)) ** (1 / config.temperature)
@@ -189,26 +244,35 @@ class Seq2Seq(Dataset):
 
     def describe(self, item: int) -> str:
         """'multi30k_translate train, example 7'."""
-        corpus, number = self._place(item)
+        corpus, number = self._corpus_of(item)
         return f"{self.corpora[corpus].source} {self.split}, example {number}"
 
     def text(self, item: int) -> tuple[str, str]:
         """Source and reference as the corpus has them."""
-        corpus, number = self._place(item)
-        examples, readers = self._raw(corpus)
+        corpus, number = self._corpus_of(item)
+        examples, readers = self._raw_of(corpus)
         (source,), (reference,) = (read(examples[number]) for read in readers)
         return source, reference
 
-    def _open_raw(self, corpus: int) -> tuple[Sequence, list[Callable]]:
+    def _open_corpus(self, corpus: int) -> tuple[Sequence, list[Callable]]:
         spec, config = self.corpora[corpus], self.config
         readers = [store.reader(config, f) for f in spec.features()]
         return store.examples(config, spec.source, self.split), readers
+
+    def example(self, item: int) -> Mapping[str, Any]:
+        """The example of its corpus."""
+        corpus, number = self._corpus_of(item)
+        return self._raw_of(corpus)[0][number]
+
+    def input_text(self, item: int) -> str:
+        """The source of an item."""
+        return self.text(item)[0]
 
     def group(self, item: int) -> tuple[str, int]:
         """The prefix of the item's corpus, or its source and features; its number."""
         if len(self.corpora) == 1:
             return "", item
-        corpus, number = self._place(item)
+        corpus, number = self._corpus_of(item)
         spec = self.corpora[corpus]
         name = f"{spec.source}:{spec.inputs}-{spec.targets}"
         return spec.prefix.strip(" :").replace(" ", "_") or name, number

@@ -1,13 +1,23 @@
-"""One or two texts, and a class or number for the whole."""
+"""One or two texts, and a class or number for them."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from triform.data import store
+from triform.data.batch import Batch, Field, Sizes, Spec
+from triform.data.codecs import Codec
 from triform.data.codecs.text import Tokenizer
-from triform.data.datasets.base import Batch, Dataset, Epoch, Limits, TextConfig
+from triform.data.datasets.base import (
+    TARGETS,
+    Dataset,
+    Epoch,
+    TextConfig,
+    fitting_batch,
+    labels,
+)
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
@@ -18,13 +28,18 @@ class EncoderInputsConfig(TextConfig):
 
     GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first")
 
-    # Which places see all and are seen by all past the model's windows (Beltagy et al.
-    # 2020, 3.1): "first", the class token; "question", the first of two texts too.
+    # Which positions see all and are seen by all beyond the model's windows (Beltagy
+    # et al. 2020, 3.1): "first", the class token; "question", all of the first of two
+    # texts too.
     global_tokens: str = "none"
 
-    def marks(self) -> tuple[str, ...]:
-        """The batch's key for them, if there are any."""
-        return () if self.global_tokens == "none" else ("global_attention_mask",)
+    def marks(self) -> dict[str, Field]:
+        """The field of a batch that marks them, if there are any."""
+        return (
+            {"global_attention_mask": Field("BL")}
+            if self.global_tokens != "none"
+            else {}
+        )
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -38,7 +53,7 @@ class EncoderInputsConfig(TextConfig):
 
 @dataclasses.dataclass
 class SequenceClassificationConfig(EncoderInputsConfig):
-    """Numbers are predicted if the model's num_labels is 1, else classes."""
+    """One or two texts, and the class of them, or a number."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]")
     GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first", "question")
@@ -46,7 +61,8 @@ class SequenceClassificationConfig(EncoderInputsConfig):
     first: str = "text"  # the feature that is read
     second: str = ""  # another one, read after it; empty: none
     label: str = "label"  # the feature that is predicted
-    cut: bool = False  # train on longer items, cut as in evaluation
+    target: str = "class"  # what a label is: "class" or "number"
+    truncate: bool = False  # train on longer items too, shortened as in evaluation
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""
@@ -54,9 +70,29 @@ class SequenceClassificationConfig(EncoderInputsConfig):
         texts = (Feature(field, self.source, getattr(self, field)) for field in fields)
         return (*texts, Feature("label", self.source, self.label, is_text=False))
 
+    def spec(self) -> Spec:
+        """Texts with types, and a label per row."""
+        label = Field("B", below="num_labels")
+        if self.target == "number":
+            label = Field("B", "float32")
+        return {
+            "inputs": Field("BL", below="vocab_size", counts="segments"),
+            "segments": Field("BL"),
+            "token_type_ids": Field("BL", below="num_types"),
+            **self.marks(),
+            "label": label,
+            "label_weights": Field("B", "float32"),
+        }
+
+    def classes(self) -> dict[str, str]:
+        """The label, unless it is a number."""
+        return {"label": "num_labels"} if self.target == "class" else {}
+
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
         super().validate()
+        rule = f"expected one of {', '.join(TARGETS)}"
+        self.require(self.target in TARGETS, "target", rule)
         self.require(
             self.global_tokens != "question" or self.second != "",
             "global_tokens",
@@ -67,39 +103,48 @@ class SequenceClassificationConfig(EncoderInputsConfig):
 class SequenceClassification(Dataset):
     """Row: [CLS] first [SEP] second [SEP], and the label.
 
-    Of a tokenizer without [CLS] and [SEP]: first EOS second EOS. `labels` are the names
-    of the classes, () if numbers are predicted.
+    Of a tokenizer without [CLS] and [SEP]: first EOS second EOS.
     """
 
-    def __init__(self, config: Any, split: str, tok: Tokenizer, limits: Limits):
-        super().__init__(config, split, tok, limits)
-        self.cut = config.cut
-        opened = store.open_store(config, split, tok, config.features())
+    def __init__(
+        self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
+    ):
+        super().__init__(config, split, codecs, sizes)
+        self.truncates = config.truncate
+        opened = store.open_store(config, split, self.tok, config.features())
         self.digest = opened.digest
         self.texts = list(opened.tokens.values())
         sizes = np.stack([tokens.sizes() for tokens in self.texts])
-        added = (tok.cls is not None) + len(self.texts)
-        self.sizes = np.where(sizes.min(0) == 0, -1, sizes.sum(0) + added)
-        values, known = opened.values["label"], limits.get("label", 0)
-        self.labels, self._label = (), values
-        if known == 1 and values.dtype.kind != "U":
-            return
-        if values.dtype.kind == "f":
-            raise DataError(
-                f"data.label={config.label!r}: holds numbers, which need "
-                f"model.num_labels=1, not {known}; set it and a task of regression"
-            )
-        self.labels, self._label = numbered(config, tok, "label", values)
-        check_classes(config, "label", self.labels, known, "model.num_labels")
+        added = (self.tok.cls is not None) + len(self.texts)
+        self.empty = sizes.min(0) == 0
+        self.sizes = {"L": sizes.sum(0) + added}
+        self._label = labels(self, "label", opened.values["label"])
 
-    @staticmethod
-    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
-        """Every key of a batch, zero."""
-        names = ("inputs", "segments", "token_type_ids", *config.marks())
-        batch = {name: np.zeros((rows, length), np.int32) for name in names}
-        kind = np.float32 if limits.get("label") == 1 else np.int32
-        label = np.zeros(rows, kind)
-        return batch | {"label": label, "label_weights": np.zeros(rows, np.float32)}
+    @classmethod
+    def request(
+        cls,
+        config: Any,
+        lines: Sequence[str],
+        rows: int,
+        codecs: Mapping[str, Codec],
+        first: int,
+    ) -> Batch:
+        """Texts, the second one after a tab; see `request_batch`."""
+        tok, count = codecs["text"], 2 if config.second else 1
+        parts = [line.split("\t", count - 1) for line in lines]
+        short = next((i for i, p in enumerate(parts) if len(p) < count), None)
+        if short is not None:
+            raise DataError(
+                f"input line {first + short + 1} ({lines[short][:40]!r}): expected two "
+                "texts with a tab between them"
+            )
+        ids = [tok.encode_batch(texts) for texts in parts]
+        added = (tok.cls is not None) + count
+        needed = [sum(map(len, texts)) + added for texts in ids]
+        batch = fitting_batch(config, "L", needed, lines, rows, first)
+        for row, texts in enumerate(ids):
+            write_texts(batch, row, texts, tok, config.global_tokens)
+        return batch
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """Texts whose sum is too long lose their ends, the longer one first."""
@@ -107,68 +152,31 @@ class SequenceClassification(Dataset):
         length = batch["inputs"].shape[1]
         room = length - (self.tok.cls is not None) - len(texts)
         sizes = fitted([len(ids) for ids in texts], room)
-        cut = [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
-        write_texts(batch, row, cut, self.tok, self.config.global_tokens)
+        shown = [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
+        write_texts(batch, row, shown, self.tok, self.config.global_tokens)
         batch["label"][row] = self._label[item]
         batch["label_weights"][row] = 1
 
-    def preview(self, batch: Batch, tok: Tokenizer) -> str:
+    def preview(self, batch: Batch) -> str:
         """The first row for the eye, some lines."""
         label = batch["label"][0]
-        shown = self.labels[label] if self.labels else label
-        return f"{super().preview(batch, tok)}\n  {'label':17}{shown}"
+        shown = self.codecs["label"].names[label] if self.config.classes() else label
+        return f"{super().preview(batch)}\n  {'label':17}{shown}"
 
-
-def numbered(
-    config: Any, tok: Tokenizer, field: str, values: np.ndarray
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """The names of a feature's classes, and the number of each value.
-
-    Without names in the source, the classes are the distinct texts of the training
-    split, sorted, or the numbers up to its largest.
-    """
-    feature = next(f for f in config.features() if f.field == field)
-    names = store.class_names(config, feature)
-    if not names:
-        features = config.features()
-        train = store.open_store(config, config.train_split, tok, features)
-        seen = train.values[field]
-        texts = seen.dtype.kind == "U"
-        names = tuple(
-            np.unique(seen).tolist() if texts else map(str, range(int(seen.max()) + 1))
-        )
-    if values.dtype.kind != "U":
-        return names, values
-    distinct, inverse = np.unique(values, return_inverse=True)
-    table = {name: i for i, name in enumerate(names)}
-    if unknown := [x for x in distinct.tolist() if x not in table]:
-        raise DataError(
-            f"data.{field}={feature.name!r}: {unknown[0]!r} is none of the "
-            f"{len(names)} classes of {config.source!r}; mend the corpus"
-        )
-    return names, np.array([table[x] for x in distinct.tolist()])[inverse]
-
-
-def check_classes(
-    config: Any, field: str, names: tuple[str, ...], known: int, option: str
-) -> None:
-    """DataError if the model knows fewer classes."""
-    if len(names) > known:
-        raise DataError(
-            f"{option}={known}: {config.source!r} has {len(names)} classes in "
-            f"data.{field}={getattr(config, field)!r}; raise it to at least that"
-        )
+    def input_text(self, item: int) -> str:
+        """The texts of an item, a tab between them."""
+        return "\t".join(self._texts(item))
 
 
 def fitted(sizes: list[int], room: int) -> list[int]:
-    """Sizes of one or two texts cut to `room` in all, the longer one first."""
+    """Sizes of one or two texts shortened to `room` in all, the longer one first."""
     if len(sizes) == 1:
         return [min(sizes[0], room)]
     over = max(0, sum(sizes) - room)
     gap = min(over, abs(sizes[0] - sizes[1]))
-    cut = [(over - gap) // 2, (over - gap + 1) // 2]
-    cut[sizes[0] <= sizes[1]] += gap
-    return [size - less for size, less in zip(sizes, cut, strict=True)]
+    removed = [(over - gap) // 2, (over - gap + 1) // 2]
+    removed[sizes[0] <= sizes[1]] += gap
+    return [size - less for size, less in zip(sizes, removed, strict=True)]
 
 
 def write_texts(
@@ -178,9 +186,9 @@ def write_texts(
     tok: Tokenizer,
     global_tokens: str,
 ) -> np.ndarray:
-    """[CLS] first [SEP] second [SEP]; the places of the texts, ascending."""
+    """[CLS] first [SEP] second [SEP]; the positions of the texts, ascending."""
     end = tok.eos if tok.sep is None else tok.sep
-    at, question, places = 0, 0, []
+    at, question, positions = 0, 0, []
     if tok.cls is not None:
         batch["inputs"][row, 0] = tok.cls
         at = 1
@@ -192,11 +200,11 @@ def write_texts(
             batch["token_type_ids"][row, at : at + n + 1] = 1
         else:
             question = at + n
-        places.append(np.arange(at, at + n))
+        positions.append(np.arange(at, at + n))
         at += n + 1
     batch["segments"][row, :at] = 1
     if global_tokens != "none":
         batch["global_attention_mask"][
             row, : question if global_tokens == "question" else 1
         ] = 1
-    return np.concatenate(places)
+    return np.concatenate(positions)

@@ -1,14 +1,16 @@
 """T5's pre-training: spans are left out of a text and predicted."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from triform.data import store
-from triform.data.codecs.text import Tokenizer
-from triform.data.datasets.base import Batch, Dataset, Epoch, Limits, TextConfig
-from triform.data.datasets.seq2seq import write_source, write_target
+from triform.data.batch import Batch, Shape, Sizes, Spec
+from triform.data.codecs import Codec
+from triform.data.datasets.base import Dataset, Epoch, TextConfig
+from triform.data.datasets.seq2seq import PairsConfig, write_source, write_target
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
@@ -26,6 +28,18 @@ class SpanCorruptionConfig(TextConfig):
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""
         return (Feature("text", self.source, self.text),)
+
+    def spec(self) -> Spec:
+        """The text without its spans, and the spans."""
+        return PairsConfig.spec(self)
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """One: `max_len` is the encoder's length."""
+        return ({"S": self.max_len, "L": self.target_length()},)
+
+    def rows(self, shape: Shape) -> int:
+        """Rows of a batch."""
+        return self.batch_size
 
     def noise(self, tokens: int) -> tuple[int, int]:
         """(tokens left out, spans) of a text of at least 2 tokens."""
@@ -62,11 +76,13 @@ class SpanCorruption(Dataset):
     encoder's rows; the last of a split may be shorter.
     """
 
-    def __init__(self, config: Any, split: str, tok: Tokenizer, limits: Limits):
-        super().__init__(config, split, tok, limits)
-        opened = store.open_store(config, split, tok, config.features())
+    def __init__(
+        self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
+    ):
+        super().__init__(config, split, codecs, sizes)
+        opened = store.open_store(config, split, self.tok, config.features())
         self.digest, self.ids = opened.digest, opened.tokens["text"].ids
-        self.chunk, self.sentinels = config.chunk(), tok.sentinels()
+        self.chunk, self.sentinels = config.chunk(), self.tok.sentinels()
         _, spans = config.noise(self.chunk)
         if spans > len(self.sentinels):
             raise DataError(
@@ -76,23 +92,15 @@ class SpanCorruption(Dataset):
             )
         count, rest = divmod(len(self.ids), self.chunk)
         count += rest >= 2  # one token alone cannot be left out of anything
-        self.sizes = np.full(count, config.max_len, np.int64)
-
-    @staticmethod
-    def empty(config: Any, rows: int, length: int, limits: Limits) -> Batch:
-        """Every key of a batch, zero; `length` is the encoder's."""
-        names = ("encoder_inputs", "encoder_segments")
-        batch = {name: np.zeros((rows, length), np.int32) for name in names}
-        shape = (rows, config.target_length())
-        batch |= {name: np.zeros(shape, np.int32) for name in ("inputs", "targets")}
-        return batch | {"weights": np.zeros(shape, np.float32)}
+        self.sizes = {"S": np.full(count, config.max_len, np.int64)}
+        self.empty = np.zeros(count, bool)
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """A chunk without its spans, and the spans."""
         ids = self.ids[item * self.chunk : (item + 1) * self.chunk].astype(np.int32)
         noise, spans = self.config.noise(len(ids))
         rng = epoch.rng(item)
-        # Text and span take turns, text first, as in t5's random_spans_noise_mask.
+        # Text and span alternate, text first, as in t5's random_spans_noise_mask.
         lengths = np.stack(
             [parted(len(ids) - noise, spans, rng), parted(noise, spans, rng)], 1
         ).ravel()
@@ -102,10 +110,14 @@ class SpanCorruption(Dataset):
             (starts[1::2], ~left_out, write_source),
             (starts[::2], left_out, write_target),
         ):
-            # What is not kept becomes a sentinel at its first place.
+            # What is not kept becomes a sentinel at its first position.
             shown, keep = ids.copy(), keep.copy()
             shown[begins], keep[begins] = self.sentinels[:spans], True
             write(batch, row, shown[keep], self.tok)
+
+    def example(self, item: int) -> Mapping[str, Any]:
+        """{}: a row is not an example of the source."""
+        return {}
 
     def describe(self, item: int) -> str:
         """'classic_books train, chunk 7'."""

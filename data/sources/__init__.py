@@ -1,87 +1,42 @@
 """Where examples come from: embedded generators, our TFDS builders, any public TFDS.
 
-`load` gives a random-access sequence of example dicts whatever the origin; text is
-always `str`. The builders written here are in `tfds_source.BUILDERS`.
+A new source is a class with the methods of `base.Source`, made from (name, data_dir,
+manual_dir), and a row of SOURCES.
 """
 
-import types
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 
 from triform.data.sources import cldr, listops
-from triform.data.sources.base import local_copy
-from triform.runtime.errors import DataError
+from triform.data.sources.base import Embedded, Source, local_copy
 
-__all__ = [
-    "EMBEDDED",
-    "fingerprint",
-    "label_names",
-    "load",
-    "local_copy",
-]
+__all__ = ["SOURCES", "Embedded", "Source", "local_copy", "source"]
 
-# Need no download: name -> module with SPLITS, examples(split) and version().
-EMBEDDED = {"cldr": cldr, "listops": listops}
+# Name -> (name, data_dir, manual_dir) -> source. Every other name is one of TFDS's,
+# which include the builders of `tfds_source.BUILDERS`.
+SOURCES: dict[str, Callable[[str, str, str], Source]] = {
+    "cldr": functools.partial(Embedded, cldr),
+    "listops": functools.partial(Embedded, listops),
+}
 
 
-def load(
-    name: str, split: str, *, data_dir: str = "", manual_dir: str = ""
-) -> Sequence[dict]:
-    """Examples of one split: `len(s)`, `s[i]`; iterating reads in bulk, in order.
+def source(name: str, data_dir: str = "", manual_dir: str = "") -> Source:
+    """The source of that name; nothing is read before its methods are called.
 
     Args:
-      name: an embedded source (`cldr`), one of our builders (`multi30k_translate`), or
-        any public TFDS name (`wmt14_translate/de-en`).
-      split: a split of that data set; TFDS slices such as `train[:90%]` work for
-        everything but embedded sources.
-      data_dir: where TFDS keeps prepared data; '' is its default, and embedded sources
-        have none.
+      name: a key of SOURCES (`cldr`), one of our builders (`multi30k_translate`), or
+        any public TFDS name (`wmt14_translate/de-en`), whose splits may be slices such
+        as `train[:90%]`.
+      data_dir: where TFDS keeps prepared data; '' is its default.
       manual_dir: folder with files fetched by hand; '' lets the builder look for a
         local copy and then download.
-
-    Raises:
-      DataError: unknown name or split, an empty split, or data that cannot be prepared.
     """
-    if name in EMBEDDED:
-        return EMBEDDED[name].examples(_embedded_split(name, split))
-    return _tfds_source().load(name, split, data_dir, manual_dir, tuple(EMBEDDED))
+    return SOURCES.get(name, _tfds)(name, data_dir, manual_dir)
 
 
-def fingerprint(
-    name: str, split: str, *, data_dir: str = "", manual_dir: str = ""
-) -> str:
-    """A string, fit for a file name, which changes whenever the examples do.
-
-    Embedded sources: versions of the generator and of its libraries. TFDS: full name
-    with version, split, counts and bytes of every split, and the digest of files given
-    by hand. Takes the same arguments, and raises the same errors, as `load`; prepares
-    the data if need be.
-    """
-    if name in EMBEDDED:
-        return f"{EMBEDDED[name].version()}-{_embedded_split(name, split)}"
-    source = _tfds_source()
-    return source.fingerprint(name, split, data_dir, manual_dir, tuple(EMBEDDED))
-
-
-def label_names(
-    name: str, feature: str, *, data_dir: str = "", manual_dir: str = ""
-) -> tuple[str, ...]:
-    """Names of the classes that a feature numbers, in order; () if it numbers none."""
-    if name in EMBEDDED:
-        return ()
-    source = _tfds_source()
-    return source.label_names(name, feature, data_dir, manual_dir, tuple(EMBEDDED))
-
-
-def _embedded_split(name: str, split: str) -> str:
-    splits = EMBEDDED[name].SPLITS
-    if split not in splits:
-        raise DataError(f"{name}: split {split!r}: expected one of {', '.join(splits)}")
-    return split
-
-
-def _tfds_source() -> types.ModuleType:
+def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
     # Not at the top: TFDS costs half a second, some 50 MB and a long list of
     # dependencies, which training on an embedded source need not pay.
-    from triform.data.sources import tfds_source
+    from triform.data.sources.tfds_source import TfdsSource
 
-    return tfds_source
+    return TfdsSource(name, data_dir, manual_dir, others=tuple(SOURCES))

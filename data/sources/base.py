@@ -1,9 +1,67 @@
-"""Where corpora that are kept on disk lie."""
+"""What a source of examples is, and where corpora that are kept on disk lie."""
 
 import os
 import pathlib
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from triform.runtime.errors import DataError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+class Source(Protocol):
+    """Examples by split. All methods raise DataError for what is not there."""
+
+    def examples(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """Examples by index, of which iteration reads many at once; texts are `str`."""
+        ...
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of its splits."""
+        ...
+
+    def fingerprint(self, split: str) -> str:
+        """A string, fit for a file name, that changes whenever the examples do."""
+        ...
+
+    def classes(self, feature: str) -> tuple[str, ...]:
+        """Names of the classes that a feature numbers; () if it numbers none."""
+        ...
+
+
+class Embedded:
+    """A generator: a module with SPLITS, examples(split) and version()."""
+
+    def __init__(
+        self, module: types.ModuleType, name: str, data_dir: str, manual_dir: str
+    ):
+        self.module, self.name = module, name  # no folder: nothing is on disk
+
+    def examples(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """The generated examples of a split."""
+        return self.module.examples(self._checked(split))
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of its splits; slices of them are not available."""
+        return tuple(self.module.SPLITS)
+
+    def fingerprint(self, split: str) -> str:
+        """Versions of the generator and of its libraries."""
+        return f"{self.module.version()}-{self._checked(split)}"
+
+    def classes(self, feature: str) -> tuple[str, ...]:
+        """None is named."""
+        return ()
+
+    def _checked(self, split: str) -> str:
+        if split not in self.splits():
+            raise DataError(
+                f"{self.name}: split {split!r}: expected one of "
+                f"{', '.join(self.splits())}"
+            )
+        return split
 
 
 def local_copy(folder: str) -> str:

@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[int, Callable[[Draw], Pair]]] = {
 }
 
 
-class Seq2Seq(Sequence):
+class Phrases(Sequence):
     """Example dicts {'en', 'de'} made on access, so no caller can spoil another's."""
 
     def __init__(self, pairs: tuple[Pair, ...]) -> None:
@@ -56,7 +56,7 @@ class Seq2Seq(Sequence):
         return {"en": english, "de": german}
 
 
-def examples(split: str) -> Seq2Seq:
+def examples(split: str) -> Phrases:
     """The pairs of 'train', 'validation' or 'test' (about 62,000, 1,000 and 1,000).
 
     The order mixes the kinds and is the same on every machine. The first call
@@ -77,7 +77,7 @@ def masked(text: str) -> list[str]:
 
 
 @functools.cache
-def _corpus() -> dict[str, Seq2Seq]:
+def _corpus() -> dict[str, Phrases]:
     parts: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     # By a hash of the English: mixes the kinds, and no phrase changes its split when
     # another is added.
@@ -87,7 +87,7 @@ def _corpus() -> dict[str, Seq2Seq]:
     seen = [{t for pair in parts["train"] for t in masked(pair[i])} for i in (0, 1)]
     for split in SPLITS[1:]:
         parts[split] = [pair for pair in parts[split] if _known(pair, seen)]
-    return {split: Seq2Seq(tuple(part)) for split, part in parts.items()}
+    return {split: Phrases(tuple(part)) for split, part in parts.items()}
 
 
 def _known(pair: Pair, seen: list[set[str]]) -> bool:

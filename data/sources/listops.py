@@ -42,8 +42,8 @@ class Expressions(Sequence):
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index {index}: the split has {size} examples")
-        block, place = divmod(index % size, BLOCK)
-        text, label = _block(self._split, block)[place]
+        block, number = divmod(index % size, BLOCK)
+        text, label = _block(self._split, block)[number]
         return {"text": text, "label": label}
 
 
@@ -84,7 +84,7 @@ class Level:
         )
 
     def first(self) -> np.ndarray:
-        """The place in the next level of the first argument of every inner node."""
+        """The index in the next level of the first argument of every inner node."""
         return np.cumsum(self.arguments) - self.arguments
 
 
@@ -144,28 +144,28 @@ def _values(levels: list[Level]) -> np.ndarray:
 
 
 def _texts(levels: list[Level]) -> list[str]:
-    """The text of every tree: sizes from the leaves up, then places from the root."""
+    """The text of every tree: sizes from leaves to root, then positions from root."""
     sizes = [np.ones(len(levels[-1].tree), np.int64)]
     for level in levels[-2::-1]:
         size = np.ones(len(level.tree), np.int64)
         size[level.inner] = 2 + _sums(sizes[0], level)  # the operator and the end
         sizes.insert(0, size)
     ends = np.cumsum(sizes[0])
-    places = ends - sizes[0]
+    positions = ends - sizes[0]
     symbols = np.frombuffer("".join(OPERATORS).encode(), np.uint8)
     text = np.zeros(ends[-1], np.uint8)
     for level, size, below in zip(levels, sizes, [*sizes[1:], None], strict=True):
-        text[places] = level.digit + ord("0")
-        heads = places[level.inner]
+        text[positions] = level.digit + ord("0")
+        heads = positions[level.inner]
         text[heads] = symbols[level.operator]
         text[heads + size[level.inner] - 1] = ord(END)
         if below is not None:
             before = np.cumsum(below) - below
             # From the operator: one for itself, and the arguments further left.
             base = heads + 1 - before[level.first()]
-            places = np.repeat(base, level.arguments) + before
-    whole, starts = text.tobytes().decode(), [0, *ends.tolist()]
-    return [whole[a:b] for a, b in itertools.pairwise(starts)]
+            positions = np.repeat(base, level.arguments) + before
+    joined, starts = text.tobytes().decode(), [0, *ends.tolist()]
+    return [joined[a:b] for a, b in itertools.pairwise(starts)]
 
 
 def _sums(numbers: np.ndarray, level: Level) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Movie-review polarity v2.0: 2,000 whole reviews of films, half of them positive.
+"""Movie-review polarity v2.0: 2,000 reviews of films, half of them positive.
 
 Pang & Lee 2004, "A Sentimental Education". CC BY 4.0, as NLTK distributes it.
 """

@@ -63,7 +63,7 @@ class Multi30kTranslate(LocalBuilder, skip_registration=True):
         return {name: (URL + name, *facts) for name, facts in CHECKSUMS.items()}
 
     def examples(self, paths: Paths) -> Mapping[str, Iterator[dict]]:
-        """Seq2Seq of lines."""
+        """Pairs of lines."""
         return {split: self._pairs(stem, paths) for split, stem in STEMS.items()}
 
     def _pairs(self, stem: str, paths: Paths) -> Iterator[dict]:

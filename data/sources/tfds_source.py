@@ -1,6 +1,7 @@
 """TFDS without TensorFlow: array_record files, random access, text as `str`."""
 
 import errno
+import functools
 import hashlib
 import importlib.util
 import os
@@ -36,8 +37,8 @@ BUILDERS = {
 BULK = 1024
 
 
-class TfdsSource(Sequence):
-    """A prepared split. Indexing decodes one record; iteration reads in bulk."""
+class Records(Sequence):
+    """A prepared split. Indexing decodes one record; iteration reads many at once."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
         self._features = builder.info.features
@@ -62,106 +63,129 @@ class TfdsSource(Sequence):
             yield from self.__getitems__(range(start, min(start + BULK, len(self))))
 
 
-def load(
-    name: str, split: str, data_dir: str, manual_dir: str, others: Sequence[str] = ()
-) -> TfdsSource:
-    """See `triform.data.sources.load`; `others` are names to offer in the error."""
-    builder = _open(name, data_dir, manual_dir, others)
-    _check_split(name, builder, split)
-    try:
-        return TfdsSource(builder, split)
-    except NotImplementedError as error:
-        raise DataError(
-            f"{name}: prepared in {builder.data_dir} as "
-            f"{builder.info.file_format.value}, but random access needs array_record; "
-            "set another data_dir or delete that folder"
-        ) from error
+class TfdsSource:
+    """A data set of TFDS or one of our builders, prepared when first used."""
 
+    def __init__(
+        self, name: str, data_dir: str, manual_dir: str, others: Sequence[str] = ()
+    ):
+        self.name, self.data_dir, self.manual_dir = name, data_dir, manual_dir
+        self.others = others  # names to offer in an error
 
-def label_names(
-    name: str, feature: str, data_dir: str, manual_dir: str, others: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """See `triform.data.sources.label_names`."""
-    features = _open(name, data_dir, manual_dir, others).info.features
-    if feature not in features:
-        return ()
-    found = features[feature]
-    return tuple(getattr(found, "names", None) or ())
+    def examples(self, split: str) -> Records:
+        """The records of a split or of a slice of one."""
+        builder = self._checked(split)
+        try:
+            return Records(builder, split)
+        except NotImplementedError as error:
+            raise DataError(
+                f"{self.name}: prepared in {builder.data_dir} as "
+                f"{builder.info.file_format.value}, but random access needs "
+                "array_record; set another data_dir or delete that folder"
+            ) from error
 
+    def splits(self) -> tuple[str, ...]:
+        """The names of its splits."""
+        return tuple(self.builder.info.splits)
 
-def fingerprint(
-    name: str, split: str, data_dir: str, manual_dir: str, others: Sequence[str] = ()
-) -> str:
-    """See `triform.data.sources.fingerprint`."""
-    builder = _open(name, data_dir, manual_dir, others)
-    _check_split(name, builder, split)
-    # Counts and bytes of the whole data set, since a split may be a slice or a sum.
-    sizes = [
-        (part.name, part.num_bytes, list(part.shard_lengths))
-        for part in builder.info.splits.values()
-    ]
-    facts = (builder.info.full_name, split, sizes, getattr(builder, "content", ""))
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return re.sub(r"[^\w.]+", "-", f"{builder.info.full_name}-{split}-{digest}")
+    def classes(self, feature: str) -> tuple[str, ...]:
+        """Names of the classes that a feature numbers; () if it numbers none."""
+        features = self.builder.info.features  # no mapping with `get`
+        if feature not in features:
+            return ()
+        return tuple(getattr(features[feature], "names", None) or ())
 
+    def fingerprint(self, split: str) -> str:
+        """Full name with version, split, counts and bytes of every split, and the
+        digest of files given by hand.
+        """
+        builder = self._checked(split)
+        # Counts and bytes of all splits, since a split may be a slice or a sum.
+        sizes = [
+            (part.name, part.num_bytes, list(part.shard_lengths))
+            for part in builder.info.splits.values()
+        ]
+        facts = (builder.info.full_name, split, sizes, getattr(builder, "content", ""))
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        return re.sub(r"[^\w.]+", "-", f"{builder.info.full_name}-{split}-{digest}")
 
-def _open(
-    name: str, data_dir: str, manual_dir: str, others: Sequence[str]
-) -> tfds.core.DatasetBuilder:
-    """The prepared builder of that name; prepares it if it is not."""
-    if manual_dir and not os.path.isdir(manual_dir):
-        raise DataError(
-            f"{name}: manual_dir={manual_dir!r} is not a folder; "
-            "set it to the folder with the files, or leave it empty to download them"
-        )
-    directory = os.path.expanduser(data_dir) or None
+    @functools.cached_property
+    def builder(self) -> tfds.core.DatasetBuilder:
+        """The builder of that name, its data prepared."""
+        name, manual_dir = self.name, self.manual_dir
+        if manual_dir and not os.path.isdir(manual_dir):
+            raise DataError(
+                f"{name}: manual_dir={manual_dir!r} is not a folder; set it to the "
+                "folder with the files, or leave it empty to download them"
+            )
+        directory = os.path.expanduser(self.data_dir) or None
 
-    def make() -> tfds.core.DatasetBuilder:
-        if name in BUILDERS:
-            return BUILDERS[name](data_dir=directory, manual_dir=manual_dir)
-        return tfds.builder(name, data_dir=directory)
+        def make() -> tfds.core.DatasetBuilder:
+            if name in BUILDERS:
+                return BUILDERS[name](data_dir=directory, manual_dir=manual_dir)
+            return tfds.builder(name, data_dir=directory)
 
-    try:
-        return _prepared(make, manual_dir)
-    except DataError:
-        raise
-    except tfds.core.DatasetNotFoundError as error:
-        # TFDS drops, without a word, every builder imported after one that needs h5py.
-        hidden = (
-            ""
-            if importlib.util.find_spec("h5py")
-            else ("; h5py is missing, which hides most of them: run `pip install h5py`")
-        )
-        raise DataError(
-            f"{name!r}: no such data set: expected one of "
-            f"{', '.join([*others, *BUILDERS])}, or a public TFDS name such as "
-            f"wmt14_translate/de-en (see tensorflow.org/datasets/catalog){hidden}"
-        ) from error
-    except Exception as error:  # TFDS lets out whatever a builder or a library raises.
-        raise _explained(name, error) from error
+        try:
+            return _prepared(make, manual_dir)
+        except DataError:
+            raise
+        except tfds.core.DatasetNotFoundError as error:
+            # TFDS drops silently every builder imported after one that needs h5py.
+            hidden = (
+                ""
+                if importlib.util.find_spec("h5py")
+                else "; h5py is missing, which hides most of them: run "
+                "`pip install h5py`"
+            )
+            raise DataError(
+                f"{name!r}: no such data set: expected one of "
+                f"{', '.join([*self.others, *BUILDERS])}, or a public TFDS name such "
+                f"as wmt14_translate/de-en (see tensorflow.org/datasets/catalog)"
+                f"{hidden}"
+            ) from error
+        except Exception as error:  # TFDS lets out whatever a library raises
+            raise _explained(name, error) from error
+
+    def _checked(self, split: str) -> tfds.core.DatasetBuilder:
+        """The builder, if it has examples of the split."""
+        splits = self.builder.info.splits
+        try:
+            count = splits[split].num_examples
+        except (KeyError, ValueError) as error:
+            raise DataError(
+                f"{self.name}: split {split!r}: expected one of {', '.join(splits)}, "
+                "or a slice such as train[:90%]"
+            ) from error
+        if not count:
+            sizes = ", ".join(f"{k} {v.num_examples:,}" for k, v in splits.items())
+            raise DataError(
+                f"{self.name}: split {split!r} has no examples: choose from {sizes}"
+            )
+        return self.builder
 
 
 def _prepared(
     make: Callable[[], tfds.core.DatasetBuilder], manual_dir: str
 ) -> tfds.core.DatasetBuilder:
+    """The builder with its data; another process may prepare the same meanwhile."""
     builder = make()
-    if builder.is_prepared():
-        return builder
-    config = tfds.download.DownloadConfig(
-        manual_dir=manual_dir or None, try_download_gcs=False
-    )
-    try:
-        builder.download_and_prepare(download_config=config, file_format="array_record")
-    except OSError as error:
-        # Two processes prepared the same data: TFDS writes to a temporary folder and
-        # renames it at the end, so the first to finish wins and its data are whole.
-        # (Its own FileExistsError carries no errno; the system's may be ENOTEMPTY.)
-        if not isinstance(error, FileExistsError) and error.errno != errno.ENOTEMPTY:
-            raise
-        builder = make()
-        if not builder.is_prepared():
-            raise
-    return builder
+    if not builder.is_prepared():
+        config = tfds.download.DownloadConfig(
+            manual_dir=manual_dir or None, try_download_gcs=False
+        )
+        try:
+            builder.download_and_prepare(
+                download_config=config, file_format="array_record"
+            )
+        except OSError as error:
+            # TFDS writes to a temporary folder and renames it at the end, so the first
+            # process to finish wins and its data are complete. (Its own
+            # FileExistsError carries no errno; the system's may be ENOTEMPTY.)
+            lost = isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY
+            if not lost or not make().is_prepared():
+                raise
+    # A builder reads its splits when it is made: none if the data came later.
+    return builder if builder.info.splits else make()
 
 
 def _explained(name: str, error: Exception) -> DataError:
@@ -199,20 +223,6 @@ def _explained(name: str, error: Exception) -> DataError:
         f"{name}: could not be prepared ({type(error).__name__}: {reason}); "
         f"try `pip install 'triform[tensorflow]'`, or {elsewhere}"
     )
-
-
-def _check_split(name: str, builder: tfds.core.DatasetBuilder, split: str) -> None:
-    splits = builder.info.splits
-    try:
-        count = splits[split].num_examples
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"{name}: split {split!r}: expected one of {', '.join(splits)}, "
-            "or a slice such as train[:90%]"
-        ) from error
-    if not count:
-        sizes = ", ".join(f"{k} {v.num_examples:,}" for k, v in splits.items())
-        raise DataError(f"{name}: split {split!r} has no examples: choose from {sizes}")
 
 
 def _as_text(value, feature):

@@ -28,5 +28,5 @@ class TinyShakespeare(LocalBuilder, skip_registration=True):
     def examples(self, paths: Paths) -> Mapping[str, list[dict]]:
         """Two long texts."""
         text = self.read_text("input.txt", paths["input.txt"])
-        cut = int(len(text) * 0.9)
-        return {"train": [{"text": text[:cut]}], "validation": [{"text": text[cut:]}]}
+        end = int(len(text) * 0.9)
+        return {"train": [{"text": text[:end]}], "validation": [{"text": text[end:]}]}

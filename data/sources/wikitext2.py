@@ -24,7 +24,7 @@ class WikiText2(LocalBuilder, skip_registration=True):
     """
 
     name = "wikitext2"
-    # 1.0.0 cut articles at `Played , W =` and the like.
+    # 1.0.0 divided articles at `Played , W =` and the like.
     VERSION = tfds.core.Version("2.0.0")
     folder = "wikitext2"
     origin = (
@@ -50,7 +50,7 @@ class WikiText2(LocalBuilder, skip_registration=True):
 
 
 def articles(text: str) -> Iterator[dict]:
-    """Cuts before every title but the first: ` = Title = ` between two blank lines.
+    """Splits before every title but the first: ` = Title = ` between two blank lines.
 
     Legends of tables, such as ` = Played , W = `, have text above or below.
     """
@@ -62,6 +62,6 @@ def articles(text: str) -> Iterator[dict]:
         for i, (above, line, below) in enumerate(around)
         if TITLE.fullmatch(line.rstrip("\n")) and not (above + below).strip()
     ]
-    cuts = [0, *titles[1:], len(lines)]
-    for start, end in itertools.pairwise(cuts):
+    bounds = [0, *titles[1:], len(lines)]
+    for start, end in itertools.pairwise(bounds):
         yield {"text": "".join(lines[start:end])}

@@ -12,7 +12,7 @@ _FAR = jnp.iinfo(jnp.int32).max
 
 
 def block_size(length: int, largest: int) -> int:
-    """Places of a block: equal blocks of at most `largest`, in whole vectors of 8."""
+    """Slots of a block: equal blocks of at most `largest`, in multiples of 8."""
     count = -(-length // largest)
     return min(largest, -(-length // count // 8) * 8) if count > 1 else length
 
@@ -27,7 +27,7 @@ def pad_axis(x: Array, axis: int, size: int, value: float = 0) -> Array:
 
 
 def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
-    """The mask of whole blocks: what is added is empty."""
+    """The mask with both sides filled up to multiples of a block by empty slots."""
 
     def fill(x: Array | None, size: int, value: int = 0) -> Array | None:
         return None if x is None else pad_axis(x, 1, size, value)
@@ -43,18 +43,18 @@ def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
 
 
 def part(mask: Mask, query: Array, queries: int, key: Array, keys: int) -> Mask:
-    """The mask of so many queries and keys, from places `query` and `key` on."""
+    """The mask of `queries` and `keys` slots, from slots `query` and `key` on."""
 
-    def cut(x: Array | None, start: Array, size: int) -> Array | None:
+    def sliced(x: Array | None, start: Array, size: int) -> Array | None:
         return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, 1)
 
     return mask.replace(
-        q_positions=cut(mask.q_positions, query, queries),
-        kv_positions=cut(mask.kv_positions, key, keys),
-        q_segments=cut(mask.q_segments, query, queries),
-        kv_segments=cut(mask.kv_segments, key, keys),
-        q_global=cut(mask.q_global, query, queries),
-        kv_global=cut(mask.kv_global, key, keys),
+        q_positions=sliced(mask.q_positions, query, queries),
+        kv_positions=sliced(mask.kv_positions, key, keys),
+        q_segments=sliced(mask.q_segments, query, queries),
+        kv_segments=sliced(mask.kv_segments, key, keys),
+        q_global=sliced(mask.q_global, query, queries),
+        kv_global=sliced(mask.kv_global, key, keys),
     )
 
 
@@ -62,9 +62,9 @@ def visible_blocks(mask: Mask, queries: int, keys: int) -> tuple[Array, Array]:
     """(order int32 [Q, S], count int32 [Q]): the first `count` of a row of `order` are
     the blocks of `keys` keys that some of its `queries` queries may see, ascending.
 
-    `mask` is one of whole blocks. Blocks are judged by the extremes of their positions
-    and segments, in a time that does not depend on their size; a pattern, of which
-    nothing is known, is looked at place by place.
+    The sides of `mask` are multiples of a block. Blocks are judged by the extremes of
+    their positions and segments, in a time that does not depend on their size; a
+    pattern, of which nothing is known, is evaluated for every pair of slots.
     """
     i, j = _Extremes(mask.q_positions, queries), _Extremes(mask.kv_positions, keys)
     near = jnp.ones((), bool)

@@ -1,17 +1,14 @@
 """FlashAttention (Dao et al. 2022; Dao 2023) in XLA: exact, block by block.
 
-For each block of queries the visible blocks of keys are visited in turn with a running
-maximum and total (Milakov & Gimelshein 2018). The backward pass computes the weights
-anew from each query's log-total. Memory grows with L and S, not with their product;
-time with the number of blocks that hold anything visible.
+For each block of queries the visible blocks of keys are visited one by one with a
+running maximum and total (Milakov & Gimelshein 2018). The backward pass computes the
+weights again from each query's log-total. Memory grows with L and S, not with their
+product; time with the number of blocks that hold anything visible.
 
-Heads stand before places ([B, H, L, E]), so that a block's matrix products read what
-lies together. In a prototype of the loops on 2 CPU cores (float32, forward and
-backward of 6 causal heads of 64, at 256, 1,024 and 4,096 places) that, with blocks of
-256 x 256, was the fastest of both orders and of blocks of 128 to 512 queries and 128 to
-1,024 keys. Few blocks are written out instead, each row of them with all of its keys at
-once, and of causal ones only those that hold something: 16 rows of 256 places took
-42 ms so, and 74 ms as one block. benchmarks/attention.py measures what stands here.
+The axis of heads is before that of positions ([B, H, L, E]), so that a block's matrix
+products read contiguous memory. A few blocks are written out instead of looped over,
+each row of them with all of its keys at once, and of causal ones only those that hold
+something. For the choice of order and sizes see benchmarks/RESULTS.md.
 """
 
 import dataclasses
@@ -36,10 +33,10 @@ from triform.models.mask import Mask
 Array = jax.Array
 
 BLOCK = 256
-# Up to so many blocks of queries and of keys are written out, without loops: 1,024
-# places took as long either way, and five times the memory.
+# Up to so many blocks of queries and of keys are written out, without loops (see
+# benchmarks/RESULTS.md).
 SHORT = 2
-# Causal inputs that short are cut into so many rows, of so many queries at least.
+# Causal inputs that short are split into so many rows, of so many queries at least.
 ROWS, LEAST = 4, 32
 # Scores of what is not seen, and the least that a maximum may be: the exponential of
 # their difference is zero, also where a query sees nothing at all.
@@ -99,16 +96,16 @@ def _without_batch(mask: Mask) -> Mask:
     if not mask.aligned:
         return mask
 
-    def places(x: Array) -> np.ndarray:
+    def indices(x: Array) -> np.ndarray:
         return np.arange(x.shape[1], dtype=np.int32)[None]
 
     return mask.replace(
-        q_positions=places(mask.q_positions), kv_positions=places(mask.kv_positions)
+        q_positions=indices(mask.q_positions), kv_positions=indices(mask.kv_positions)
     )
 
 
 def planned(mask: Mask, block: int, scale: float, dropout: float) -> _Plan:
-    """How the inputs that `mask` describes are cut into blocks of at most `block`."""
+    """How the inputs that `mask` describes are split into blocks of at most `block`."""
     queries, keys = mask.q_positions.shape[1], mask.kv_positions.shape[1]
     if max(queries, keys) > SHORT * block:
         bq, bk = block_size(queries, block), block_size(keys, block)
@@ -132,7 +129,7 @@ def _attention(q, k, v, bias, mask, rng, plan):
     return _forward(q, k, v, bias, mask, rng, plan)[0]
 
 
-def _cut(x: Array, start: Array, size: int, axis: int) -> Array:
+def _slice(x: Array, start: Array, size: int, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
@@ -141,7 +138,7 @@ def _put(x: Array, new: Array, start: Array, axis: int) -> Array:
 
 
 def _added(bias, mask: Mask, query: Array, i: Array, key: Array, j: Array) -> Array:
-    """What is added to the scores of queries from place i on and keys from j on:
+    """What is added to the scores of queries from slot i on and keys from j on:
     float32, broadcasts to [B, K, G, l, s].
     """
     sizes = query.shape[3], key.shape[2]
@@ -149,15 +146,15 @@ def _added(bias, mask: Mask, query: Array, i: Array, key: Array, j: Array) -> Ar
     unseen = jnp.where(seen, 0.0, _UNSEEN).astype(_F32)[:, None, None]
     if bias is None:
         return unseen
-    return unseen + _cut(_cut(bias, i, sizes[0], 3), j, sizes[1], 4).astype(_F32)
+    return unseen + _slice(_slice(bias, i, sizes[0], 3), j, sizes[1], 4).astype(_F32)
 
 
 def _alone(x: Array) -> Array:
-    """x, made on its own: not once for every head, nor as a part of a product."""
+    """x, computed once: not for every head, nor inside a product."""
     return lax.optimization_barrier(x)
 
 
-def _turned(x: Array) -> Array:
+def _keys_first(x: Array) -> Array:
     """[B, K, G, l, s] -> [B, K, s, G, l]."""
     return jnp.moveaxis(x, 4, 2)
 
@@ -188,11 +185,11 @@ def _kept(rng: Array, i: Array, j: Array, shape, plan: _Plan) -> Array:
 
 def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
     def row(_, i: Array, visits: Callable):
-        query = _cut(q, i, plan.queries, 3)
+        query = _slice(q, i, plan.queries, 3)
 
         def visit(carry, j: Array, keys: int):
             out, peak, total = carry
-            key, value = (_cut(x, j, keys, 2) for x in (k, v))
+            key, value = (_slice(x, j, keys, 2) for x in (k, v))
             scores = _product("bkme,bkse->bkms", _merged(query * plan.scale), key)
             scores = scores.reshape(*query.shape[:-1], keys)
             scores += _alone(_added(bias, mask, query, i, key, j))
@@ -220,9 +217,9 @@ def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
 
 
 def _rows(row: Callable, carry: Any, mask: Mask, plan: _Plan) -> tuple[Any, Any]:
-    """Every block of queries in turn: (carry, outputs joined along the queries).
+    """Every block of queries, one by one: (carry, outputs joined along the queries).
 
-    row(carry, i, visits) -> (carry, outputs [B, K, G, l, ...]) is told the first query
+    row(carry, i, visits) -> (carry, outputs [B, K, G, l, ...]) gets the first query
     i; visits(visit, start) is visit(start, first key, keys), of all that it may see.
     """
     if plan.spans is not None:
@@ -260,39 +257,39 @@ def _backward(plan: _Plan, kept, grad: Array):
 
     def row(carry, i: Array, visits: Callable):
         query, upper, middle, normal = (
-            _cut(x, i, plan.queries, 3) for x in (q, grad, centre, log_total)
+            _slice(x, i, plan.queries, 3) for x in (q, grad, centre, log_total)
         )
 
-        # Scores stand with the keys first, [B, K, s, G, l]: two of the three products
-        # that sum over them then read them as they lie.
+        # Scores have the keys first, [B, K, s, G, l]: two of the three products
+        # that sum over them then read contiguous memory.
         def products(x: Array, y: Array) -> Array:
             found = _product("bkse,bkme->bksm", x, _merged(y))
             return found.reshape(*found.shape[:3], *y.shape[2:4])
 
         def visit(carry, j: Array, keys: int):
             dq, dk, dv, dbias = carry
-            key, value = (_cut(x, j, keys, 2) for x in (k, v))
-            added = _alone(_turned(_added(bias, mask, query, i, key, j)))
+            key, value = (_slice(x, j, keys, 2) for x in (k, v))
+            added = _alone(_keys_first(_added(bias, mask, query, i, key, j)))
             scores = products(key, query * plan.scale) + added
             weights = jnp.exp(scores - normal[:, :, None])
             dweights = products(value, upper)
             used = weights
             if plan.dropout:
                 shape = (*query.shape[:-1], keys)
-                keep = _turned(_kept(rng, i, j, shape, plan))
+                keep = _keys_first(_kept(rng, i, j, shape, plan))
                 used, dweights = weights * keep, dweights * keep
             dscores = weights * (dweights - middle[:, :, None])
-            dv = _put(dv, _cut(dv, j, keys, 2) + _keys(used, upper), j, 2)
+            dv = _put(dv, _slice(dv, j, keys, 2) + _keys(used, upper), j, 2)
             if dbias is not None:
                 dbias = _add_bias(dbias, jnp.moveaxis(dscores, 2, 4), i, j)
             dscores *= plan.scale
-            dk = _put(dk, _cut(dk, j, keys, 2) + _keys(dscores, query), j, 2)
+            dk = _put(dk, _slice(dk, j, keys, 2) + _keys(dscores, query), j, 2)
             scores = dscores.reshape(*dscores.shape[:3], -1).astype(key.dtype)
             if plan.spans is None:
                 found = _product("bksm,bkse->bkme", scores, key)
             else:
-                # Turned first, not by the product: that was 1 to 3 % of the steps of
-                # benchmarks/gpt_step.py; with the blocks of loops it was slower.
+                # Transposed before the product, which is faster; with the blocks of
+                # loops it was slower (see benchmarks/RESULTS.md).
                 scores = _alone(scores.swapaxes(2, 3))
                 found = _product("bkms,bkse->bkme", scores, key)
             return dq + found.reshape(query.shape), dk, dv, dbias
@@ -320,7 +317,7 @@ def _keys(weights: Array, x: Array) -> Array:
 def _add_bias(dbias: Array, dscores: Array, i: Array, j: Array) -> Array:
     if len(dbias) == 1:
         dscores = dscores.sum(0, keepdims=True)
-    old = _cut(_cut(dbias, i, dscores.shape[3], 3), j, dscores.shape[4], 4)
+    old = _slice(_slice(dbias, i, dscores.shape[3], 3), j, dscores.shape[4], 4)
     return lax.dynamic_update_slice(dbias, old + dscores, (0, 0, 0, i, j))
 
 

@@ -13,10 +13,10 @@ from triform.models.mask import Mask, Refused
 Array = jax.Array
 
 PATHS = ("auto", "cudnn", "pallas", "xla")
-# So few queries make no [L, S] array worth the name: decoding, token by token.
+# With so few queries (decoding) an [L, S] array is small.
 FEW = 16
-# Places of the largest mask that cuDNN is given as an array, for one row.
-MASK_PLACES = 4096**2
+# Entries of the largest mask that cuDNN gets as an array, for one row.
+MASK_ENTRIES = 4096**2
 
 
 def flash(
@@ -35,14 +35,12 @@ def flash(
     """What `dot` computes, for every mask and bias; see there for the shapes.
 
     On GPUs cuDNN, on TPUs the Pallas kernel that comes with JAX, where they take the
-    case; else, and on CPUs, block by block in XLA (blockwise.py; `block` places a
-    block). What runs is decided by shapes and the mask's static parts, while tracing,
-    and said once on standard error. `path` pins one; it is an error if that refuses.
+    case; else, and on CPUs, block by block in XLA (blockwise.py, with blocks of
+    `block`). What runs is decided by shapes and the mask's static parts, while tracing,
+    and written once to standard error. `path` fixes one; an error if it refuses.
 
-    On an H200 in bfloat16 (benchmarks/attention.py, 6 heads of 64, causal, forward and
-    backward) 8,192 places took 1.2 ms through cuDNN and 11.7 ms as `dot`. Told to be
-    deterministic, as entry points tell XLA, cuDNN's backward pass takes 2 bytes for
-    every head, query and key: 806 MB there, where `dot` takes 4,052.
+    Told to be deterministic, as entry points tell XLA, cuDNN's backward pass allocates
+    2 bytes for every head, query and key (see benchmarks/RESULTS.md).
     """
     if path not in PATHS:
         raise Refused(
@@ -109,16 +107,16 @@ def _cudnn_refusal(q, k, mask: Mask, bias, dropout: float) -> str:
     if width % 8 or width > 128:
         return f"heads of {width}, not a multiple of 8 up to 128"
     if q.shape[1] % 2 or k.shape[1] % 2:
-        return "an odd number of places"
+        return "an odd number of queries or keys"
     if dropout:
         return "dropout of weights"
-    if _as_array(mask) and q.shape[1] * k.shape[1] > MASK_PLACES:
-        return f"its mask would be an array of more than {MASK_PLACES:,} places a row"
+    if _as_array(mask) and q.shape[1] * k.shape[1] > MASK_ENTRIES:
+        return f"its mask would be an array of more than {MASK_ENTRIES:,} entries a row"
     return ""
 
 
 def _as_array(mask: Mask) -> bool:
-    """Whether cuDNN must be told of the mask place by place."""
+    """Whether cuDNN needs the mask as an array."""
     plain = mask.aligned and mask.q_segments is None and mask.q_global is None
     plain &= mask.kv_global is None and mask.pattern is None and mask.dilation == 1
     return not plain or bool(mask.window and not mask.causal)
@@ -144,7 +142,7 @@ def _cudnn(q, k, v, mask: Mask, scale: float, bias) -> Array:
 def _pallas_refusal(q, k, mask: Mask, bias, dropout: float) -> str:
     """Why the TPU's kernel does not take the case; '' if it does."""
     if not mask.aligned:
-        return "positions are not the places"
+        return "positions are not the array indices"
     if mask.window or mask.pattern is not None or mask.q_global is not None:
         return "windows, patterns or global tokens"
     if q.shape[1] != k.shape[1] or q.shape[1] % 128:

@@ -59,8 +59,8 @@ def local(
         return out
     # Blocks without a global query are not visited.
     chosen = jnp.where(mask.q_global, mask.q_positions, -1)
-    whole = mask.replace(
+    everything = mask.replace(
         q_positions=chosen, window=0, q_global=None, kv_global=None, aligned=False
     )
-    everywhere = flash(*of_globals, whole, bias=bias, **rest)
+    everywhere = flash(*of_globals, everything, bias=bias, **rest)
     return jnp.where(mask.q_global[..., None, None], everywhere, out)

@@ -27,7 +27,7 @@ from triform.models.mask import Mask, Refused
 
 Array = jax.Array
 
-# Places whose pairs are looked at one by one: larger blocks take more exponentials,
+# Slots whose pairs are computed one by one: larger blocks take more exponentials,
 # smaller ones more products of small matrices and more time to compile.
 SMALLEST = 8
 # Logarithm of a feature of what is not seen, and the least that a peak may be: the
@@ -101,7 +101,7 @@ def performer(
 
     Options: `features` M; `kernel` "softmax", an unbiased estimate of what `dot` takes
     the exponential of (2.3), or "relu" (generalised attention, 2.2); `orthogonal` rows
-    of the projection (2.4); `chunk` places at a time, a power of two.
+    of the projection (2.4); `chunk` slots at a time, a power of two.
 
     The projection belongs to `seed`; but where `rng` is given and `redraw` is on it is
     drawn from `rng`, anew at each step of training. That is the default, as it is the
@@ -110,8 +110,8 @@ def performer(
 
     Of masks it takes positions, segments and `causal`. Bidirectional attention: any of
     them. Causal attention is of a sequence on itself and reads it from left to right:
-    in each row the filled places have segments that never fall and, within a segment,
-    positions that rise, with empty places anywhere between; a row that breaks this gets
+    in each row the filled slots have segments that never fall and, within a segment,
+    positions that rise, with empty slots anywhere between; a row that breaks this gets
     NaN. Raises Refused for what it cannot do: a bias, windows, patterns, global
     tokens, dropout of weights.
     """
@@ -174,7 +174,7 @@ def _refuse(mask: Mask, bias: Array | None, dropout: float) -> None:
 
 
 def _numbered(positions: Array, segments: Array | None, batch: int) -> Array:
-    """int32 [B, S]: the segment of each place, 0 where it is empty or padding."""
+    """int32 [B, S]: the segment of each slot, 0 where it is empty or padding."""
     if segments is None:
         segments = jnp.ones_like(positions)
     segments = jnp.where(positions >= 0, jnp.maximum(segments, 0), 0)
@@ -185,8 +185,8 @@ def _in_order(mask: Mask, q_segments: Array, k_segments: Array) -> Array:
     """bool [B]: whether causal attention may read the row from left to right."""
     where = jnp.broadcast_to(mask.kv_positions, k_segments.shape)
     filled = k_segments > 0
-    place = jnp.where(filled, jnp.arange(filled.shape[1]), -1)
-    last = jnp.pad(lax.cummax(place, 1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    slot = jnp.where(filled, jnp.arange(filled.shape[1]), -1)
+    last = jnp.pad(lax.cummax(slot, 1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     before, at = (
         jnp.take_along_axis(x, jnp.maximum(last, 0), 1) for x in (k_segments, where)
     )
@@ -249,7 +249,7 @@ def _weights(
     a: Array, b: Array, q_segments: Array, k_segments: Array
 ) -> tuple[Array, Array]:
     """(weights [B, K, G, C, C] of the queries of a chunk on its keys up to their own
-    places, over the exponentials of peaks [B, K, G, C]).
+    slots, over the exponentials of peaks [B, K, G, C]).
 
     a = log phi(q) [B, K, G, C, M], b = log phi(k) [B, K, C, M]. A product of the two
     needs a peak that all its keys share, and with one of the whole chunk a key could
@@ -284,7 +284,7 @@ def _weights(
 
 def _one_by_one(a, b, q_segments, k_segments, size: int) -> tuple[Array, Array]:
     """(weights [B, K, G, blocks, size, size], peaks [B, K, G, blocks, size]) of blocks
-    of `size` places on themselves."""
+    of `size` slots on themselves."""
     a = a.reshape(*a.shape[:3], -1, size, 1, a.shape[-1])
     b = b.reshape(*b.shape[:2], 1, -1, 1, size, b.shape[-1])
     i = q_segments.reshape(len(q_segments), -1, size, 1)
@@ -328,7 +328,7 @@ class _Run:
     scale: float
 
     def causal(self, q, k, v, q_segments, k_segments) -> Array:
-        """Queries see the keys of their segment up to their own places."""
+        """Queries see the keys of their segment up to their own slots."""
         return self.prefix(self.empty(k), q, k, v, q_segments, k_segments)[0]
 
     def prefix(self, sums, q, k, v, q_segments, k_segments) -> tuple[Array, _Sums]:
@@ -349,7 +349,7 @@ class _Run:
             )
             return sums.absorb(b, v, k_segments), out
 
-        segments = (_places(x, size) for x in (q_segments, k_segments))
+        segments = (_slots(x, size) for x in (q_segments, k_segments))
         xs = _grouped(q, k, size), _chunks(k, size), _chunks(v, size), *segments
         sums, out = _scan(chunk, sums, xs)
         return _joined(out, q.shape[1]), sums
@@ -362,7 +362,7 @@ class _Run:
             k, v, segments = x
             return sums.absorb(self.logs(k), v, segments), None
 
-        xs = _chunks(k, size), _chunks(v, size), _places(k_segments, size)
+        xs = _chunks(k, size), _chunks(v, size), _slots(k_segments, size)
         sums, _ = _scan(absorb, self.empty(k), xs)
 
         def read(_, x) -> tuple[None, Array]:
@@ -370,7 +370,7 @@ class _Run:
             return None, _divide(*sums.read(self.logs(q), segments)[:2])
 
         size = self.plan.size(q.shape[1])
-        xs = _grouped(q, k, size), _places(q_segments, size)
+        xs = _grouped(q, k, size), _slots(q_segments, size)
         _, out = _scan(read, None, xs)
         return _joined(out, q.shape[1])
 
@@ -414,7 +414,7 @@ def _scan(fn: Callable, carry, xs):
 
 
 def _chunks(x: Array, size: int) -> Array:
-    """[B, S, K, E] -> [chunks, B, K, size, E]: heads before places, for products."""
+    """[B, S, K, E] -> [chunks, B, K, size, E]: heads before slots, for products."""
     x = pad_axis(x, 1, size).swapaxes(1, 2)
     return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, x.shape[3]), 2, 0)
 
@@ -425,7 +425,7 @@ def _grouped(q: Array, k: Array, size: int) -> Array:
     return q.reshape(*q.shape[:2], k.shape[2], -1, *q.shape[3:])
 
 
-def _places(segments: Array, size: int) -> Array:
+def _slots(segments: Array, size: int) -> Array:
     """[B, S] -> [chunks, B, size]; what is added is empty."""
     x = pad_axis(segments, 1, size)
     return x.reshape(len(x), -1, size).swapaxes(0, 1)

@@ -109,12 +109,12 @@ def _vocabulary(source: str) -> dict[str, int]:
         with open(path, encoding="utf-8") as f:
             found |= {token.rstrip("\n"): i for i, token in enumerate(f)}
     found |= read_json(source, "vocab.json")
-    whole = read_json(source, JSON)
-    pieces = whole.get("model", {}).get("vocab", {})
+    content = read_json(source, JSON)
+    pieces = content.get("model", {}).get("vocab", {})
     if isinstance(pieces, list):  # of a Unigram: with scores
         pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
     found |= pieces
-    found |= {x["content"]: x["id"] for x in whole.get("added_tokens", ())}
+    found |= {x["content"]: x["id"] for x in content.get("added_tokens", ())}
     return found
 
 

@@ -1,4 +1,4 @@
-"""The experiment of an imported model: the data and the task its heads are for."""
+"""A suggested experiment around a model: the data and the task its heads are for."""
 
 from typing import Any
 
@@ -15,9 +15,11 @@ from triform.models import (
     EncoderConfig,
     EncoderDecoderConfig,
     LanguageModelConfig,
+    LoRAConfig,
     VisionConfig,
 )
 from triform.models.decode import DecodeConfig
+from triform.runtime.optim import OptimConfig
 from triform.scores.text import EvaluationConfig
 from triform.tasks import (
     ClassificationConfig,
@@ -30,9 +32,9 @@ LENGTH = 512  # tokens in a row at most, unless the model has fewer
 
 
 def _encoder(config: EncoderConfig) -> tuple[Any, Any]:
-    rows: dict[str, Any] = {"max_len": min(config.longest(), LENGTH)}
+    rows: dict[str, Any] = {"max_len": min(config.longest()["L"], LENGTH)}
     if config.trunk.attention == "local":  # made for long rows and a global first token
-        length = config.longest()
+        length = config.longest()["L"]
         rows = {"max_len": length, "batch_size": max(1, 32 * LENGTH // length)}
         rows["global_tokens"] = "first"
     if config.masked_head:
@@ -41,18 +43,18 @@ def _encoder(config: EncoderConfig) -> tuple[Any, Any]:
         return MaskedLMConfig(**rows, next_sentence=both), task
     if config.num_tags:
         return TokenClassificationConfig(**rows), TokenPredictionConfig(0.0)
-    single = config.num_labels == 1
-    task = RegressionConfig() if single else ClassificationConfig()
-    return SequenceClassificationConfig(**rows), task
+    if config.num_labels == 1:
+        return SequenceClassificationConfig(**rows, target="number"), RegressionConfig()
+    return SequenceClassificationConfig(**rows), ClassificationConfig()
 
 
 def _language_model(config: LanguageModelConfig) -> tuple[Any, Any]:
-    length = min(config.longest(), LENGTH)
+    length = min(config.longest()["L"], LENGTH)
     return CausalLMConfig(max_len=length), TokenPredictionConfig(0.0)
 
 
 def _encoder_decoder(config: EncoderDecoderConfig) -> tuple[Any, Any]:
-    length = min(config.longest(), LENGTH)
+    length = min(config.longest()["L"], LENGTH)
     # Short sources are not padded to the longest.
     buckets = tuple(n for n in (32, 64, 128, 256) if n < length)
     return Seq2SeqConfig(max_len=length, buckets=buckets), TokenPredictionConfig(0.0)
@@ -64,7 +66,7 @@ def _vision(config: VisionConfig) -> tuple[Any, Any]:
 
 
 # config type: fn(config) -> (data, task)
-NATURAL = {
+SUGGESTED = {
     EncoderConfig: _encoder,
     LanguageModelConfig: _language_model,
     EncoderDecoderConfig: _encoder_decoder,
@@ -73,8 +75,14 @@ NATURAL = {
 
 
 def experiment_config(config: Any) -> ExperimentConfig:
-    """An experiment around a model config; sources are to be named before training."""
-    data, task = NATURAL[type(config)](config)
+    """An experiment around a model config; sources are to be named before training.
+
+    Of a model with adapters only these are trained.
+    """
+    optim, inner = OptimConfig(), config
+    if isinstance(config, LoRAConfig):
+        optim.train, inner = (".*/lora_[ab]",), config.model
+    data, task = SUGGESTED[type(inner)](inner)
     evaluation = EvaluationConfig()
     if not isinstance(data, Seq2SeqConfig):
         evaluation.metrics = ()  # there is no text to compare
@@ -82,6 +90,7 @@ def experiment_config(config: Any) -> ExperimentConfig:
         model=config,
         task=task,
         data=data,
+        optim=optim,
         decode=DecodeConfig(method="greedy"),
         evaluation=evaluation,
     )

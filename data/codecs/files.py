@@ -1,0 +1,159 @@
+"""The codecs of a run: built from its data, saved in its workdir, loaded from there."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from triform.data import store
+from triform.data.codecs import Codec, text
+from triform.data.codecs.classes import Classes
+from triform.data.codecs.text import Tokenizer
+from triform.runtime.errors import DataError
+
+CLASSES = "classes.json"  # {field: [names]}
+
+
+def build(
+    config: Any, sizes: Mapping[str, int], tokenizer_from: str = ""
+) -> dict[str, Codec]:
+    """The codecs of a new run, by field of the data ("text" is the tokenizer).
+
+    A tokenizer is the one that the config names, else that of the workdir
+    `tokenizer_from`, else trained on the training split. DataError if the model has
+    fewer ids or classes than the data.
+    """
+    codecs: dict[str, Codec] = {}
+    if hasattr(config, "tokenizer"):
+        if tokenizer_from and not config.tokenizer.path:
+            codecs["text"] = _load_tokenizer(tokenizer_from)
+        else:
+            codecs["text"] = _build_tokenizer(config, sizes["vocab_size"])
+    for field, size in config.classes().items():
+        known = sizes.get(size, -1)
+        names = _class_names(config, field, codecs, known)
+        if 0 <= known < len(names):
+            raise DataError(
+                f"model.{size}={known}: {config.source!r} has {len(names)} classes in "
+                f"data.{field}={getattr(config, field)!r}; raise it to at least that"
+            )
+        codecs[field] = Classes(list(map(str, names)))
+    return codecs
+
+
+def class_counts(config: Any, codecs: Mapping[str, Codec]) -> dict[str, int]:
+    """{name of a size of the model: number of classes}."""
+    return {size: codecs[field].size for field, size in config.classes().items()}
+
+
+def save(codecs: Mapping[str, Codec], workdir: str) -> None:
+    """Writes the tokenizer and the names of classes into a workdir."""
+    names = {k: list(c.names) for k, c in codecs.items() if isinstance(c, Classes)}
+    for codec in codecs.values():
+        if isinstance(codec, Tokenizer):
+            codec.save(workdir)
+    if names:
+        path = os.path.join(workdir, CLASSES)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            json.dump(names, f, indent=1, ensure_ascii=False)
+        os.replace(path + ".tmp", path)
+
+
+def load(workdir: str, config: Any) -> dict[str, Codec]:
+    """The codecs that a run saved; DataError if its tokenizer is gone.
+
+    Classes without saved names are left out: data that need them cannot be opened.
+    """
+    codecs: dict[str, Codec] = {}
+    if hasattr(config, "tokenizer"):
+        codecs["text"] = _load_tokenizer(workdir)
+    path, names = os.path.join(workdir, CLASSES), {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            names = json.load(f)
+    for field in config.classes():
+        if field in names:
+            codecs[field] = Classes(names[field])
+    return codecs
+
+
+def _class_names(
+    config: Any, field: str, codecs: Mapping[str, Codec], known: int
+) -> Sequence[str | int]:
+    """Names of the classes of a field, or their numbers where they have no names.
+
+    Without names in the source, the classes are the distinct texts of the training
+    split, sorted, or the numbers up to its largest; of images, the model's number.
+    """
+    feature = getattr(config, field)
+    names = store.origin(config, config.source).classes(feature)
+    if names:
+        return names
+    if not config.features():
+        if known < 0:
+            raise DataError(
+                f"data.{field}={feature!r}: {config.source!r} does not say how many "
+                "classes there are; set model.num_labels"
+            )
+        return range(known)
+    features = config.features()
+    train = store.open_store(config, config.train_split, codecs["text"], features)
+    seen = train.values[field]
+    if seen.dtype.kind == "U":
+        return np.unique(seen).tolist()
+    # What is no number of a class is refused when the split is opened.
+    largest = seen[np.isfinite(seen)].astype(np.int64).max(initial=-1)
+    return range(largest + 1)
+
+
+def _load_tokenizer(workdir: str) -> Tokenizer:
+    """The tokenizer that a run saved in its workdir."""
+    path = text.find(workdir)
+    if path is None:
+        raise DataError(f"{workdir}: its tokenizer is gone; restore the file")
+    try:
+        return text.load(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def _build_tokenizer(config: Any, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a TextConfig names, or a new one trained on what it reads."""
+    path = config.tokenizer.path
+    if path and not os.path.exists(path):
+        raise DataError(
+            f"data.tokenizer.path={path!r}: no such file; leave it empty to train a "
+            "tokenizer on the corpus"
+        )
+    try:
+        if path:
+            result = text.load(path)
+        else:
+            texts = _training_texts(config)
+            result = text.train(config.tokenizer, texts, vocab_size, config.SPECIALS)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if result.vocab_size > vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size}: the tokenizer "
+            f"{path or config.tokenizer.kind} has {result.vocab_size} ids; raise it to "
+            "at least that"
+        )
+    return result
+
+
+def _training_texts(config: Any) -> Iterator[str]:
+    features = [feature for feature in config.features() if feature.is_text]
+    for corpus in config.tokenizer.corpora:
+        source, _, name = corpus.rpartition(":")
+        features.append(store.Feature("tokenizer.corpora", source, name))
+    for source, group in itertools.groupby(features, lambda feature: feature.source):
+        readers = [store.reader(config, feature) for feature in group]
+        for example in store.examples(config, source, config.train_split):
+            for read in readers:
+                yield from read(example)

@@ -1,0 +1,27 @@
+"""Which tests `make test` leaves to `make test-long`: each with its reason."""
+
+# Start of a test's name as pytest prints it -> why.
+LONG = {
+    "tests/test_checkpoint.py::test_sigkill": "processes",
+    "tests/test_docs.py": "three trainings",
+    "tests/test_entry_points.py": "processes",
+    "tests/test_interop_workdir.py::test_memory": "a process",
+    "tests/test_train.py::test_a_mistake_is_one_line": "processes",
+    "tests/test_train.py::test_a_run_killed": "processes",
+    "tests/test_train.py::test_an_interruption": "processes",
+    "tests/test_train.py::test_dry_run": "a process",
+    "tests/test_train.py::test_finished_run": "processes",
+    "tests/test_train.py::test_generate": "processes",
+    "tests/test_train.py::test_non_finite_loss": "a process",
+    "tests/test_train.py::test_one_run_at_a_time": "processes",
+    "tests/test_train.py::test_other_data": "processes",
+    "tests/test_train.py::test_resume": "processes",
+    "tests/test_train.py::test_sigterm": "processes",
+    "tests/test_train.py::test_smoke": "a training for every config",
+    "tests/test_train.py::test_workdir_of_another": "processes",
+}
+
+
+def is_long(name: str) -> bool:
+    """Is a test of this name one of LONG?"""
+    return name.startswith(tuple(LONG))

@@ -1,0 +1,47 @@
+"""The Python of docs/python.md runs as it is written."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "python.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory):
+    """What all blocks together define, run in an empty folder."""
+    names = {}
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("docs")
+        patch.chdir(folder)
+        patch.setenv("TRIFORM_CACHE", str(folder / "cache"))
+        for block in BLOCKS:
+            exec(block, names)
+        yield names
+
+
+def test_ten_lines_train_generate_and_classify(namespace):
+    assert len(BLOCKS[0].strip().splitlines()) <= 10
+    answer = namespace["answer"]
+    assert answer.label in answer.probabilities
+    assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_changed_config_is_trained(namespace):
+    assert np.isfinite(namespace["scores"]["test/loss"])
+
+
+def test_hidden_states_and_logits_have_the_documented_axes(namespace):
+    config, batch = namespace["workdir"].load("runs/cldr").config, namespace["batch"]
+    rows, source = batch["encoder_inputs"].shape
+    assert namespace["hidden"].shape == (rows, source, config.model.trunk.d_model)
+    logits = (rows, batch["inputs"].shape[1], config.model.vocab_size)
+    assert namespace["logits"].shape == logits
+
+
+def test_the_own_loop_makes_the_steps_it_says(namespace):
+    assert int(namespace["state"].step) == 3
+    assert np.isfinite(namespace["measured"]["loss"].value())
