@@ -14,11 +14,14 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from triform.data.codecs.pieces import pieces
+
 # The first ids of every tokenizer trained here, as in T5. Other ones have their own.
 PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "</s>", "<unk>")
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
 SIDECAR = "special_tokens.json"
+MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 
 # How published tokenizers call their special tokens; the first that is there counts.
 NAMES = {
@@ -391,8 +394,13 @@ def _train_unigram(
 ) -> Tokenizer:
     out = io.BytesIO()
     _sentencepiece(
-        # Line by line: it leaves out what it takes for too long a sentence.
-        sentence_iterator=(line for t in texts for line in t.splitlines()),
+        # In lines and pieces of them: it leaves out what it takes for too long.
+        sentence_iterator=(
+            piece
+            for t in texts
+            for line in t.splitlines()
+            for piece in pieces(line, MOST_BYTES // 4)
+        ),
         model_writer=out,
         model_type="unigram",
         vocab_size=vocab_size,
@@ -405,7 +413,7 @@ def _train_unigram(
         eos_piece=SPECIALS[EOS],
         unk_piece=SPECIALS[UNK],
         control_symbols=names[len(SPECIALS) :],  # never found in a text
-        max_sentence_length=1 << 20,
+        max_sentence_length=MOST_BYTES,
         normalization_rule_name="nfkc_cf" if config.lowercase else "nfkc",
         remove_extra_whitespaces=False,
         split_digits=True,
