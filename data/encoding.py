@@ -26,9 +26,9 @@ from triform.runtime.errors import DataError
 
 PART = 16 << 20  # characters of a part
 EXAMPLES = 1 << 18  # of a part, at most
-BATCH = 1 << 20  # characters that are encoded at once: they need some 100 times as much
-# Characters that are encoded as one text: of longer ones tokenizers take memory and time
-# beyond measure.
+BATCH = 1 << 20  # characters that are encoded at once: some 100 bytes of memory each
+# Characters that are encoded as one text: of longer ones tokenizers take memory and
+# time beyond measure.
 LONGEST = 4 << 20
 
 

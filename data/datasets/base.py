@@ -304,8 +304,12 @@ def labels(
                 f"{where}: the names of its classes are unknown; restore classes.json "
                 "in the workdir"
             )
-        ids, size = codec.encode(values), config.classes()[field]
-        fix = "correct or remove the example"
+        ids = codec.encode(values)
+        fix, size = "correct or remove the example", config.classes()[field]
+        # Where the source tells no classes, there are as many as the model has.
+        own = not config.features() and codec.size == dataset.model_sizes.get(size)
+        if own and values.dtype.kind in "iu" and values[ids < 0].max(initial=0) > 0:
+            fix += f" or raise model.{size}"
         if values.dtype.kind == "f":
             fix += ', or set data.target="number" if numbers are to be predicted'
         refuse(ids < 0, f"none of the {codec.size} classes; {fix}")
