@@ -714,12 +714,13 @@ def test_global_tokens_are_marked_and_change_nothing_else(corpora):
 def test_classes_come_from_the_source_or_the_training_split(sources):
     train = [{"text": "x", "label": y} for y in ("b", "a", "b")]
     other = [{"text": "x", "label": "b"}]
-    sources(m={"train": train, "test": other}, n=[{"text": "x", "label": 1}])
+    numbers = [{"text": "x", "label": y} for y in (1, 3)]
+    sources(m={"train": train, "test": other}, n=numbers)
     test = opened(SequenceClassificationConfig(source="m"), "test")
     assert test.codecs["label"].names == ("a", "b")
     assert rows(test)["label"].tolist() == [1]
     numbered = opened(SequenceClassificationConfig(source="n"))
-    assert numbered.codecs["label"].names == ("0", "1")
+    assert numbered.codecs["label"].names == ("0", "1", "2", "3")
     named = {"n:label": ("no", "yes", "maybe")}
     sources(n=[{"text": "x", "label": 1}], classes=named)
     dataset = opened(SequenceClassificationConfig(source="n"))
@@ -863,7 +864,7 @@ def test_a_request_is_what_a_split_would_hold(sources):
     texts = ["ab", "c", "defghi"]
     sources(
         m=[{"x": text, "y": "t", "label": i} for i, text in enumerate(texts)],
-        n=[{"x": text, "y": text + "z", "label": 0} for text in texts],
+        n=[{"x": text, "y": text + "z", "label": i} for i, text in enumerate(texts)],
     )
     cases = (
         (Seq2SeqConfig(source="m", inputs="x", targets="y", max_len=9), texts),

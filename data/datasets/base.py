@@ -211,6 +211,12 @@ class Dataset:
         """'multi30k_translate train, example 7', or with file and line."""
         return store.place(self.config, self.config.source, self.split, item)
 
+    def origin(self) -> list[str]:
+        """Where its examples are from, in lines; [] if there is nothing to say."""
+        sources = dict.fromkeys(feature.source for feature in self.config.features())
+        found = [store.origin(self.config, x) for x in sources or [self.config.source]]
+        return [line for source in found for line in source.report(self.split)]
+
     def preview(self, batch: Batch) -> str:
         """The first row for the eye, some lines."""
         lines = []
