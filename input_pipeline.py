@@ -250,7 +250,11 @@ def report(train: TrainBatches) -> str:
                 f"  rows of {_shown(shape)}: {count:,}, {config.rows(shape)} a batch"
             )
         sizes = {axis: int(x.max(initial=0)) for axis, x in dataset.sizes.items()}
-        lines.append(f"  the longest needs {_shown(sizes)}")
+        if any(
+            x.min(initial=size) < size
+            for x, size in zip(dataset.sizes.values(), sizes.values(), strict=True)
+        ):
+            lines.append(f"  the longest needs {_shown(sizes)}")
     return "\n".join([*lines, *(f"  {line}" for line in _cut(train))])
 
 

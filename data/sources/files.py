@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from triform.data.sources import formats, indexes, locate
+from triform.data.sources import formats, indexes
 from triform.data.sources.base import Reading
 from triform.data.sources.digests import digests
 from triform.data.sources.division import HELD_OUT, Divided
 from triform.data.sources.formats import File
 from triform.data.sources.indexes import Cursor, Index
+from triform.data.sources.locate import TABLES, Found, suffix
 from triform.runtime import paths
 
 VERSION = "1"  # of how rows are read; another one makes other cache entries
@@ -22,10 +23,10 @@ VERSION = "1"  # of how rows are read; another one makes other cache entries
 def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of every row of a file: ('in.jsonl, line 3', {'text': 'words'}).
 
-    Tables by their suffix, compressed or not (locate.TABLES); of every other file each
+    Tables by their suffix, compressed or not (TABLES); of every other file each
     line is the text of a row, {'text': line}. DataError names file and line.
     """
-    kind = locate.TABLES.get(locate.suffix(path), "line")
+    kind = TABLES.get(suffix(path), "line")
     file = File((paths.absolute(path),), kind)
     for row in formats.rows(file):
         yield file.where(row.number), row.values
@@ -53,7 +54,7 @@ class Rows(Sequence):
 class FileSource(Divided):
     """Rows of files."""
 
-    def __init__(self, name: str, found: locate.Found, reading: Reading):
+    def __init__(self, name: str, found: Found, reading: Reading):
         self.name, self.files, self.reading = name, found.files, reading
         self.columns = reading.columns
         if any(file.format == "file" for file in self.files):
@@ -119,7 +120,7 @@ class FileSource(Divided):
     def report(self, split: str) -> list[str]:
         """Where splits come from; empty and equal examples."""
         empty = int(self.index.empty[self.numbers(split)].sum())
-        lines = [f"{empty:,} examples have an empty text"] if empty else []
+        lines = [f"examples with an empty text: {empty:,}"] if empty else []
         return [*super().report(split), *lines]
 
     def example(self, cursor: Cursor, number: int) -> dict[str, Any]:
