@@ -127,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--kind", default="bpe", choices=text.KINDS)
     parser.add_argument("--baseline", default="", help="Python that has datasets")
     parser.add_argument("--folder", help="for corpus and caches; default: temporary")
     flags = parser.parse_args()
@@ -135,7 +136,7 @@ def main() -> None:
         corpus = os.path.join(folder, "corpus.jsonl")
         size = write_corpus(corpus, flags.megabytes * 10**6)
         sample = books()[::10]
-        tok = text.train(text.TokenizerConfig(), sample, 8000)
+        tok = text.train(text.TokenizerConfig(kind=flags.kind), sample, 8000)
         saved = tok.save(folder)
         with peak(os.getpid()) as memory:
             found = {"triform": ours(corpus, tok, folder)}
