@@ -21,7 +21,13 @@ from triform.runtime.errors import UserError
 # Texts on which the two must agree.
 PROBES = (
     *("a", "The quick brown fox jumps over the lazy dog.", "it's 3 May 2024, 12:30"),
-    *(" ", "  two  spaces ", "a\tb\nc", "naïve café Straße ÄÖÜ İ", "x\u00b2 \u00bd \ufb01 \uff11\uff12"),
+    *(
+        " ",
+        "  two  spaces ",
+        "a\tb\nc",
+        "naïve café Straße ÄÖÜ İ",
+        "x\u00b2 \u00bd \ufb01 \uff11\uff12",
+    ),
     *("日本語 中文", "🙂👍", "[CLS ]< s>", "العربية", "e\u0301 \u00a0 \u200b"),
 )
 

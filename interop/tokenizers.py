@@ -137,26 +137,42 @@ CLASSES = {
 def template(folder: str, hf: Mapping[str, Any]) -> Framing | None:
     """What transformers puts around texts with a folder's tokenizer; None: nothing.
 
-    The settings add_bos_token and add_eos_token come first, then the post-processor of
-    tokenizer.json, then what the tokenizer's class does. UserError for a post-processor
-    that cannot be read.
+    The post-processor of tokenizer.json, else what the tokenizer's class does; without
+    that file the settings add_bos_token and add_eos_token. Types are 0 where it gives
+    the model none. UserError for a post-processor that cannot be read.
     """
-    settings, named = read_json(folder, CONFIG), _named(folder)
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        lead, end = (
-            [named[role]] if settings.get(f"add_{role}_token") and role in named else []
-            for role in ("bos", "eos")
-        )
-        found = twice(lead, end)
-        return found if found.adds() else None
-    if processor := read_json(folder, JSON).get("post_processor"):
+    settings, found = read_json(folder, CONFIG), None
+    name = settings.get("tokenizer_class") or hf.get("tokenizer_class") or ""
+    name = name.removesuffix("Fast") or CLASSES.get(hf.get("model_type", ""), "")
+    given = read_json(folder, JSON)
+    if processor := given.get("post_processor"):
         try:
-            return from_processor(processor)
+            found = from_processor(processor)
         except ValueError as error:
             path = os.path.join(folder, JSON)
             raise UserError(f"{path}: {error}; replace it") from error
-    name = settings.get("tokenizer_class") or hf.get("tokenizer_class") or ""
-    name = name.removesuffix("Fast") or CLASSES.get(hf.get("model_type", ""), "")
+    elif not given and {"add_bos_token", "add_eos_token"} & {*settings}:
+        found = _added(folder, settings)
+    else:
+        found = _of_class(folder, hf, name)
+    if found is None or not found.adds():
+        return None
+    types = ["token_type_ids"] * (name == "BertTokenizer")
+    typed = "token_type_ids" in settings.get("model_input_names", types)
+    return found if typed else found.bounded(1)
+
+
+def _added(folder: str, settings: Mapping[str, Any]) -> Framing:
+    named = _named(folder)
+    lead, end = (
+        [named[role]] if settings.get(f"add_{role}_token") and role in named else []
+        for role in ("bos", "eos")
+    )
+    return twice(lead, end)
+
+
+def _of_class(folder: str, hf: Mapping[str, Any], name: str) -> Framing:
+    """What a class of tokenizers puts around texts by itself."""
     vocabulary, known = _vocabulary(folder), ids(folder, hf)
 
     def token(role: str, usual: str) -> list[int]:
@@ -166,17 +182,13 @@ def template(folder: str, hf: Mapping[str, Any]) -> Framing | None:
     eos = token("eos", "</s>")
     if name == "BertTokenizer":
         cls, sep = token("cls", "[CLS]"), token("sep", "[SEP]")
-        found = around(cls, sep, sep, second=1)
-    elif name == "RobertaTokenizer":
+        return around(cls, sep, sep, second=1)
+    if name == "RobertaTokenizer":
         cls, sep = token("cls", "<s>"), token("sep", "</s>")
-        found = around(cls, sep * 2, sep)
-    elif name == "T5Tokenizer":
-        found = around((), eos, eos)
-    elif name == "MarianTokenizer":
-        found = around((), (), eos)
-    else:
-        found = Framing()
-    return found if found.adds() else None
+        return around(cls, sep * 2, sep)
+    if name == "T5Tokenizer":
+        return around((), eos, eos)
+    return around((), (), eos) if name == "MarianTokenizer" else Framing()
 
 
 def _template(source: str, hf: Mapping[str, Any]) -> dict[str, Any]:
