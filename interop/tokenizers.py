@@ -220,7 +220,20 @@ def _vocabulary(source: str) -> dict[str, int]:
         pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
     found |= pieces
     found |= {x["content"]: x["id"] for x in content.get("added_tokens", ())}
-    return found
+    return found if content else found | _model_pieces(source)
+
+
+def _model_pieces(source: str) -> dict[str, int]:
+    """{token: id} of a SentencePiece file; {} without one that can be read."""
+    paths = [os.path.join(source, name) for name in (PIECES, MODEL)]
+    path = next((p for p in paths if os.path.exists(p)), "")
+    if not path:
+        return {}
+    try:
+        core = sentencepiece.SentencePieceProcessor(model_file=path)
+    except (OSError, RuntimeError):  # reported where the file is loaded
+        return {}
+    return {core.id_to_piece(i): i for i in range(core.vocab_size())}
 
 
 # Their model_type -> (types of normaliser and pre-tokeniser that transformers puts into

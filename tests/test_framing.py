@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers as library
 import transformers
 from hf_models import BERT, GPT2, LLAMA, LONGFORMER, MARIAN, T5
@@ -338,6 +339,46 @@ def test_an_imported_tokenizer_frames_as_it_did(name, sources, tmp_path):
         bare = auto(ITEMS[0]["x"], add_special_tokens=False)["input_ids"]
         lead = found[0][0][: found[0][0].index(bare[0])]
         assert stream == [*lead, *bare]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, both", "llama, bare", "t5"])
+def test_an_imported_model_file_frames_as_it_did(name, sources, tmp_path):
+    """SentencePiece: settings, or the class, say what stands around a text."""
+    sources(m=ITEMS)
+    family, t5 = name.split(",")[0], name == "t5"
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} if t5 else {}
+    source, run = tmp_path / "source", tmp_path / "run"
+    for path in (source, run):
+        path.mkdir()
+    file = "spiece.model" if t5 else "tokenizer.model"
+    with open(source / file, "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS * 3),
+            model_writer=f,
+            model_type="unigram" if t5 else "bpe",
+            vocab_size=320 if not t5 else 50,
+            hard_vocab_limit=False,
+            byte_fallback=not t5,
+            normalization_rule_name="nmt_nfkc" if t5 else "identity",
+            remove_extra_whitespaces=t5,
+            minloglevel=2,
+            **ids,
+        )
+    settings = {"tokenizer_class": "T5Tokenizer" if t5 else "LlamaTokenizer"}
+    settings |= {"eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"extra_ids": 4} if t5 else {"bos_token": "<s>"}
+    if name in ("llama", "llama, both"):
+        settings |= {"add_bos_token": True, "add_eos_token": "both" in name}
+    model, hf = model_of(family, 330)
+    (source / "config.json").write_text(json.dumps(hf))
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert tokenizers.bring(str(source), str(run), hf) == ""
+    tok, data = tokenizer.load(tokenizer.find(str(run))), FAMILIES[family][2][0]
+    rows = [tok.framing(data.USE).framed([x]) for x in tok.encode(TEXTS)]
+    found = theirs(source, data)[0]
+    compare([(ids, types) for ids, types, _ in rows], found)
+    again = exported(tmp_path / "again", tok, data, model, hf)
+    assert theirs(again, data)[0] == found
 
 
 def test_a_post_processor_that_cannot_be_read_is_named(tmp_path):
