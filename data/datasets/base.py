@@ -10,6 +10,7 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Shape, Sizes, Spec, zeros
 from triform.data.codecs import Codec
+from triform.data.codecs.framing import Framing
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
@@ -67,6 +68,7 @@ class TextConfig(DataConfig):
     """Rows of tokens. Lengths include the tokens that a kind of data adds."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ()  # of a tokenizer trained for it
+    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
     max_len: int = 64  # longer items are left out of training, shortened in evaluation
     # Rows of max_len a batch; shorter buckets hold more rows, of as many tokens in all.
@@ -143,6 +145,7 @@ class Dataset:
         self.config, self.split, self.codecs = config, split, codecs
         self.model_sizes, self.spec = sizes, config.spec()
         self.tok = codecs.get("text")
+        self.framing = framing(config, codecs, sizes)
         self._raw = functools.cache(self._open_raw)
 
     @classmethod
@@ -152,6 +155,7 @@ class Dataset:
         lines: Sequence[str],
         rows: int,
         codecs: Mapping[str, Codec],
+        sizes: Sizes,
         first: int,
     ) -> Batch:
         """A batch of texts that are not from a split; see `request_batch`."""
@@ -247,6 +251,14 @@ class Dataset:
                 shares = map(float, row["probabilities"])
                 found["probabilities"] = dict(zip(names, shares, strict=False))
         return found
+
+
+def framing(config: Any, codecs: Mapping[str, Codec], sizes: Sizes) -> Framing | None:
+    """What stands around the texts of a row, with types that the model has."""
+    if "text" not in codecs:
+        return None
+    found = codecs["text"].framing(config.USE)
+    return found.bounded(sizes["num_types"]) if "num_types" in sizes else found
 
 
 def labels(
