@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from triform import models, tasks
+from triform import models, plugins, tasks
 from triform.configs.schema import ExperimentConfig
 from triform.data import batch as batches
 from triform.runtime import optim
@@ -49,6 +49,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         config = self.config
+        plugins.load_all(config)
         rows = (*config.model.PARAMETERS, *ROWS)
         try:
             config.validate()

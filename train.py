@@ -2,6 +2,10 @@
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
         [--config.any.key=value] [--dry_run]
+    python train.py --workdir=DIR     goes on with the config that is in DIR
+
+--config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
+--keys lists what can be set. `triform train` is the same from any folder.
 
 Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTERM,
 Ctrl-C) after saving: start the same command again. From Python: `run(config, workdir)`.
@@ -10,27 +14,26 @@ Ctrl-C) after saving: start the same command again. From Python: `run(config, wo
 import contextlib
 import copy
 import os
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
+from triform import config_flag, plugins
 from triform import workdir as workdirs
-from triform.configs import schema
+from triform.configs import keys, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
 from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, Split, TrainBatches, report
-from triform.runtime import launch, metrics, paths
+from triform.runtime import commands, launch, metrics, paths
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
@@ -224,19 +227,25 @@ def finish(
         write_samples(workdir, "test", result.samples)
         print(f"\n{result.samples}")
     print(f"test ({which}): {summary(result)}")
-    shown = shlex.quote(os.path.relpath(workdir))
-    python = shlex.quote(os.path.relpath(sys.executable))
-    print(f"finished: {step} steps in {shown}. Next:")
-    flag = f"--checkpoint={chosen}"
-    if config.model.generates():
-        print(f'  {python} generate.py --workdir={shown} {flag} --input="..."')
-    print(
-        f"  {python} evaluate.py --workdir={shown} {flag} "
-        f"--split={shlex.quote(test.name)}\n"
-        f"  {python} -m tensorboard.main --logdir={shown}\n"
-        f"  {python} train.py ... --config.steps={2 * step}   to go on"
-    )
+    print(f"finished: {step} steps in {commands.path(workdir)}. Next:")
+    print(*next_commands(config, workdir, step, chosen, test.name), sep="\n")
     return scores
+
+
+def next_commands(
+    config: ExperimentConfig, workdir: str, step: int, checkpoint: str, split: str
+) -> list[str]:
+    """What can be done with a finished run, each line a command to paste."""
+    about = {"workdir": workdir, "checkpoint": checkpoint}
+    lines = [commands.line("evaluate", **about, split=split)]
+    if config.model.generates():
+        lines.insert(0, commands.line("generate", **about) + ' --input="..."')
+    more = {"config.steps": 2 * step}
+    lines.append(commands.line("train", workdir=workdir, **more) + "   to go on")
+    swept = {"config": commands.path(workdir), "sweep": "seed=0,1,2"}
+    lines.append(commands.line("sweep", **swept, workdir=f"{workdir}_seeds"))
+    lines.append(commands.module("tensorboard.main", logdir=commands.path(workdir)))
+    return [f"  {line}" for line in lines]
 
 
 def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
@@ -296,6 +305,7 @@ def resolve(
 
     Only numbers of classes that the config leaves to the data need the data.
     """
+    plugins.load_all(config)
     if not config.needs_classes():
         return config.resolved(), None
     codecs = find_codecs(config, workdir)
@@ -415,7 +425,10 @@ def _train_and_test(
 
 def main(argv: list[str]) -> int:
     """Reads the flags, trains; the exit code."""
-    config = launch.config_flag()
+    config = config_flag.value()
+    if flags.FLAGS.keys is not None:
+        print("\n".join(map(str, keys.listing(config, flags.FLAGS.keys))))
+        return 0
     if flags.FLAGS.dry_run:
         print_plan(Experiment(resolve(config)[0]))
         return 0
@@ -428,13 +441,24 @@ def main(argv: list[str]) -> int:
         ) as checkpointer:
             saved = checkpointer.latest()
         print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+        print(f"to go on: {commands.line('train', workdir=workdir)}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
+def define() -> None:
+    """Defines the flags but for --config."""
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
-    flags.mark_flag_as_required("config")
-    launch.launch(main)
+    flags.DEFINE_string(
+        "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."
+    )
+
+
+def cli(argv: Sequence[str], program: str = "train") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, prepare=config_flag.define)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from tensorboardX import SummaryWriter
 
 Array = jax.Array
 
@@ -129,6 +128,9 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str, step: int):
+        # Not at the top: it imports torch where that is installed, a second or more.
+        from tensorboardX import SummaryWriter
+
         path = os.path.join(workdir, "metrics.jsonl")
         kept = [line for line in read_lines(workdir) if line["step"] <= step]
         with open(path + ".tmp", "w") as f:
