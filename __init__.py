@@ -11,20 +11,27 @@ Nothing is imported before it is asked for. See docs/python.md.
 import importlib
 from typing import Any
 
-# Name -> the module that has it; the other names are modules of the package.
-_NAMES = {"Sampler": "triform.generate", "load": "triform.workdir"}
-_MODULES = ("configs", "evaluate", "generate", "plugins", "train", "workdir")
+# Name -> the module that it is, or that has it.
+_NAMES = {
+    "Sampler": "triform.generate",
+    "configs": "triform.configs",
+    "evaluate": "triform.evaluate",
+    "generate": "triform.generate",
+    "load": "triform.workdir",
+    "plugins": "triform.configs.plugins",
+    "train": "triform.train",
+}
 
-__all__ = ["Sampler", "configs", "evaluate", "generate", "load", "plugins", "train"]
+__all__ = list(_NAMES)  # noqa: PLE0604  (a list, made of the table)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(f"triform.{name}")
-    raise AttributeError(f"triform has no {name!r}; it has {', '.join(__all__)}")
+    if name not in _NAMES:
+        raise AttributeError(f"triform has no {name!r}; it has {', '.join(_NAMES)}")
+    module = importlib.import_module(_NAMES[name])
+    is_module = module.__name__.rpartition(".")[2] == name
+    return module if is_module else getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_NAMES})

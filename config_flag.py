@@ -17,8 +17,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from triform import plugins
 from triform import workdir as workdirs
+from triform.configs import plugins
 from triform.configs.schema import CHOICES, ExperimentConfig
 from triform.runtime import paths
 from triform.runtime.errors import UserError

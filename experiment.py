@@ -10,7 +10,8 @@ import numpy as np
 import optax
 from flax import struct
 
-from triform import models, plugins, tasks
+from triform import models, tasks
+from triform.configs import plugins
 from triform.configs.schema import ExperimentConfig
 from triform.data import batch as batches
 from triform.runtime import optim

@@ -24,9 +24,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from triform import config_flag, plugins
+from triform import config_flag
 from triform import workdir as workdirs
-from triform.configs import keys, schema
+from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
