@@ -424,6 +424,8 @@ class Checkpointer:
                 request = ocp.args.Composite(state=ocp.args.PyTreeRestore(**what))
                 arrays |= self._manager.restore(step, args=request)["state"]
                 jax.block_until_ready(arrays)
+        except jax.errors.JaxRuntimeError:
+            raise  # the device's fault
         except Exception as error:
             raise read_errors.classify(error, step, self.directory) from error
         sums = checksums(arrays)

@@ -101,9 +101,11 @@ def _known(flag: str, value: str) -> bool:
     largest = max(libraries, key=lambda x: x.stat().st_size, default=None)
     if largest is None:
         return False
-    with open(largest, "rb") as f:
-        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return all(content.find(word) >= 0 for word in words)
+    with (
+        open(largest, "rb") as f,
+        mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return all(content.find(word) >= 0 for word in words)
 
 
 def prepare() -> None:

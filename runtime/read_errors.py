@@ -3,8 +3,6 @@
 import re
 from typing import Any
 
-import jax
-
 from triform.runtime.errors import CheckpointError
 
 # Errors that say what the bytes are: they are no JSON, no array, or not there.
@@ -27,8 +25,6 @@ def classify(error: Exception, step: int, directory: Any) -> Exception:
     A disk, a network or a process without free file handles may fail while every byte
     is fine: then nothing is moved, and the next start may succeed.
     """
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return error  # the device's fault
     chain = _chain(error)
     root = isinstance(chain[-1], _OF_BYTES)
     system = [x for x in chain if isinstance(x, OSError | MemoryError)]

@@ -51,7 +51,7 @@ def prepare(needed: bool = False) -> None:
             # For reading only: what is written to it fails, as to a closed one.
             number = os.open(os.devnull, os.O_RDONLY)
         if name == "stdin":
-            sys.stdin = stream or open(number, closefd=False)
+            sys.stdin = stream or os.fdopen(number)
             continue
         encoding = stream.encoding if stream else "utf-8"
         if stream:
