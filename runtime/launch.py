@@ -1,5 +1,6 @@
 """What the entry points share: flags, and mistakes answered in one line."""
 
+import contextlib
 import difflib
 import errno
 import logging
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from triform.runtime import host, paths
+from triform.runtime import host, paths, streams
 from triform.runtime.errors import TriformError, UserError
 
 
@@ -26,6 +27,7 @@ def launch(
     argv: Sequence[str],
     *,
     prepare: Callable[[list[str]], list[str]] = list,
+    answers: bool = False,
     passes_on: bool = False,
     arguments: bool = False,
 ) -> None:
@@ -39,12 +41,13 @@ def launch(
       about: what --help shows, before the flags.
       argv: the name of the program and its flags.
       prepare: argv -> argv without what is no flag of `define`.
+      answers: standard output is what the program is for; otherwise it is a log, and
+        the program goes on without it.
       passes_on: the program computes nothing; flags that are not its own are main's
         arguments, for the programs that it starts.
       arguments: words that are no flags are main's arguments.
     """
-    # A log file shows the plan while the run compiles, not afterwards.
-    sys.stdout.reconfigure(line_buffering=True)
+    streams.prepare(needed=answers)
 
     def parse(given: list[str]) -> list[str]:
         if not passes_on:
@@ -92,13 +95,13 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         return call()
     except KeyboardInterrupt:
         # Not sys.exit: tearing XLA down while it compiles crashes the interpreter.
-        os.write(2, b"\ninterrupted\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\ninterrupted\n")
         os._exit(130)
-    except BrokenPipeError:
-        # Whoever reads our output has enough, as in `generate.py ... | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename == streams.OUTPUT:
+            # Whoever reads our output has enough, as in `generate.py ... | head`.
+            return 0
         text = one_line(error)
         if not text:
             raise
