@@ -7,6 +7,7 @@ devices, hosts and batches, and divided once, at the end.
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,11 +125,14 @@ def _text(line: Mapping[str, Any]) -> str:
 class MetricWriter:
     """Scalars to `metrics.jsonl`, one object a line, and to TensorBoard event files.
 
+    `time` is in seconds since 1970, `unit` what of the data is counted.
+
     Opened at the step where a run goes on: what a killed run wrote after it goes, since
     the same steps will be done and written again.
     """
 
-    def __init__(self, workdir: str, step: int):
+    def __init__(self, workdir: str, step: int, unit: str = "tokens"):
+        self._unit = unit
         path = os.path.join(workdir, "metrics.jsonl")
         kept = [line for line in read_lines(workdir) if line["step"] <= step]
         with open(path + ".tmp", "w") as f:
@@ -139,15 +143,19 @@ class MetricWriter:
             os.path.join(workdir, "tensorboard"), purge_step=step + 1
         )
 
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """One line; values that are not numbers (a signature) go to the file only."""
-        line = {"step": step}
+    def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
+        """One line, with the time and the tokens (or images) trained on so far.
+
+        Values that are not numbers (a signature) go to the file only.
+        """
+        line: dict[str, Any] = {"step": step}
         for name, value in scalars.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             # JSON has no NaN: a reader in another language would choke on the line.
             line[name] = value if finite else str(value)
             if isinstance(value, (int, float)):
                 self._events.add_scalar(name, value, step)
+        line |= {"time": round(time.time(), 3), self._unit: seen}
         self._file.write(_text(line))
         self._file.flush()
 
