@@ -22,7 +22,7 @@ _NAMES = {
     "train": "triform.train",
 }
 
-__all__ = list(_NAMES)  # noqa: PLE0604  (a list, made of the table)
+__all__ = list(_NAMES)
 
 
 def __getattr__(name: str) -> Any:

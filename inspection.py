@@ -4,7 +4,6 @@ triform inspect WORKDIR [--config]
 python -m triform inspect WORKDIR
 """
 
-import os
 import sys
 from collections.abc import Sequence
 

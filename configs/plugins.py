@@ -126,7 +126,7 @@ def _load(path: str) -> Plugin:
     return plugin
 
 
-class one_line:  # noqa: N801  (a context manager, used like a function)
+class one_line:
     """Turns any error of a user's file into a UserError with file and line."""
 
     def __init__(self, path: str):

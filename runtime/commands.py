@@ -11,7 +11,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 # Programs that the console command starts, and scripts that lie beside one another.
-SCRIPTS = ("train", "evaluate", "generate", "sweep")
+SCRIPTS = ("train", "evaluate", "generate", "sweep", "plot")
 INTEROP = ("import", "export")
 
 

@@ -15,7 +15,6 @@ from absl import app, flags
 from triform.runtime import host, paths, streams
 from triform.runtime.errors import TriformError, UserError
 
-
 Main = Callable[[list[str]], int | None]
 HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 

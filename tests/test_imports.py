@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Folder or file -> what it imports. It may also import what that imports, and itself;
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
-    "train": ("evaluate", "config_flag"),
+    "train": ("evaluate", "plan", "config_flag"),
+    # The plan says whether a run can be exported.
+    "plan": ("interop", "input_pipeline"),
     "evaluate": ("generate", "input_pipeline"),
     "generate": ("workdir",),
     "sweep": ("runtime",),
@@ -58,7 +60,7 @@ ROWS = {
 LATE = {
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
-    ("runtime.metrics", "tensorboardX"): "it imports torch",
+    ("runtime.metrics", "triform.runtime.events"): "it imports torch",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
 }
 LINES = 500  # of a file
