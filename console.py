@@ -18,6 +18,7 @@ PROGRAMS = {
     "generate": ("triform.generate", "answer requests with a trained workdir"),
     "sweep": ("triform.sweep", "run and compare combinations of settings"),
     "inspect": ("triform.inspection", "show what a workdir holds and what is next"),
+    "plot": ("triform.plot", "draw the curves of runs"),
     "import": ("triform.interop.__main__", "Hugging Face folder -> workdir"),
     "export": ("triform.interop.__main__", "workdir -> Hugging Face folder"),
 }
