@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -294,11 +294,20 @@ def main(argv: list[str]) -> None:
         write_samples(workdir, name, result.samples)
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """Defines the flags."""
     flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
     flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
     flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
     flags.DEFINE_integer("examples", 0, "Score at most so many, spread evenly; 0: all.")
     flags.DEFINE_string("predictions", "", "File for one JSON object per example.")
-    launch.launch(main)
+
+
+def cli(argv: Sequence[str], program: str = "evaluate") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

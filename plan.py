@@ -6,9 +6,6 @@ Every function returns lines of text. None changes anything.
 import copy
 import dataclasses
 import functools
-import os
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +18,7 @@ from triform.data.codecs import Codec
 from triform.experiment import Experiment
 from triform.input_pipeline import Batches, Split, TrainBatches, moved, report
 from triform.interop.families import family_for
-from triform.runtime import optim
+from triform.runtime import commands, optim
 from triform.runtime.errors import DataError, UserError
 from triform.runtime.partition import parameter_table
 from triform.runtime.progress import stage
@@ -257,26 +254,20 @@ def best_of(config: ExperimentConfig) -> str:
     return f"average:{average}" if average else "best"
 
 
-def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
-    """Commands that go on from a finished run."""
-    shown = shlex.quote(os.path.relpath(workdir))
-    python = shlex.quote(os.path.relpath(sys.executable))
-    flag = f"--checkpoint={best_of(config)}"
-    lines = [f"finished: {step} steps in {shown}. Next:"]
+def next_commands(config: ExperimentConfig, workdir: str, step: int) -> list[str]:
+    """What can be done with a finished run, each line a command to paste."""
+    about = {"workdir": workdir, "checkpoint": best_of(config)}
+    lines = [commands.line("evaluate", **about, split=config.data.test_split)]
     if config.model.generates():
-        lines.append(f'  {python} generate.py --workdir={shown} {flag} --input="..."')
+        lines.insert(0, commands.line("generate", **about) + ' --input="..."')
+    lines.append(commands.line("plot", commands.path(workdir)))
     more = copy.deepcopy(config)
     more.steps = 2 * step
+    go_on = commands.line("train", workdir=workdir, **{"config.steps": more.steps})
     rates = jump(config, more, step)
     jumps = "; the learning rate then jumps from {:.4g} to {:.4g}"
-    return "\n".join(
-        [
-            *lines,
-            f"  {python} evaluate.py --workdir={shown} {flag} "
-            f"--split={shlex.quote(config.data.test_split)}",
-            f"  {python} plot.py {shown}",
-            f"  {python} -m tensorboard.main --logdir={shown}",
-            f"  {python} train.py ... --config.steps={more.steps}   to go on"
-            + (jumps.format(*rates) if rates else ""),
-        ]
-    )
+    lines.append(f"{go_on}   # to go on{jumps.format(*rates) if rates else ''}")
+    swept = {"config": commands.path(workdir), "sweep": "seed=0,1,2"}
+    lines.append(commands.line("sweep", **swept, workdir=f"{workdir}_seeds"))
+    lines.append(commands.module("tensorboard.main", logdir=commands.path(workdir)))
+    return [f"  {line}" for line in lines]

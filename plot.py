@@ -6,7 +6,6 @@ python plot.py WORKDIR [WORKDIR ...] [--output=curves.svg|.png]
 From Python: `curves(workdirs)`, then `svg`, `png` or `terminal` of them.
 """
 
-import argparse
 import dataclasses
 import html
 import io
@@ -18,11 +17,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from triform.runtime import metrics, paths
+from triform.runtime import launch, metrics, paths
 from triform.runtime.errors import UserError
-from triform.runtime.launch import one_line
 
 Points = Sequence[tuple[float, float]]
 # Colours that all can tell apart (Okabe and Ito 2008), and what terminals have.
@@ -49,7 +48,7 @@ class Curve:
 AXES: dict[str, Callable[[dict, dict], float | None]] = {
     "step": lambda line, first: line["step"],
     "tokens": lambda line, first: line.get("tokens", line.get("images")),
-    "hours": lambda line, first: (line["time"] - first["time"]) / 3600,
+    "hours": lambda line, first: _hours(line.get("time"), first.get("time")),
 }
 
 
@@ -81,6 +80,10 @@ def curves(
             thin = len(wanted) > 1 and name.startswith("train/")
             found.append(Curve(labels[number], name, points, number, thin))
     return found
+
+
+def _hours(time: float | None, start: float | None) -> float | None:
+    return None if time is None or start is None else (time - start) / 3600
 
 
 def _points(lines: Sequence[dict[str, Any]], name: str, axis: str) -> Points:
@@ -367,31 +370,27 @@ def run(
     return terminal(found, axis, columns, braille=braille, coloured=live)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help")
+def main(argv: list[str]) -> None:
+    """Prints the chart."""
+    flag = flags.FLAGS
+    if len(argv) < 2:
+        raise UserError("plot: no workdir is named; name one or more")
+    print(run(argv[1:], flag.metric, flag.x, flag.output))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code; a mistake is answered in one line on standard error."""
-    parser = _Parser(description="Draws the curves of runs.", allow_abbrev=False)
-    parser.add_argument("workdirs", metavar="WORKDIR", nargs="+")
-    parser.add_argument("--output", default="", help="a file that ends with .svg, .png")
-    parser.add_argument(
-        "--metric", action="append", default=[], help="such as eval/loss; repeatable"
+def define() -> None:
+    """Defines the flags."""
+    flags.DEFINE_string("output", "", "A file whose name ends with .svg or .png.")
+    flags.DEFINE_multi_string(
+        "metric", [], "Such as eval/accuracy; repeatable. Without it: the losses."
     )
-    parser.add_argument("--x", choices=tuple(AXES), default="step")
-    try:
-        flags = parser.parse_args(argv)
-        print(run(flags.workdirs, flags.metric, flags.x, flags.output))
-    except Exception as error:
-        text = one_line(error)
-        if not text:
-            raise
-        print(f"error: {text}", file=sys.stderr)
-        return 1
-    return 0
+    flags.DEFINE_enum("x", "step", list(AXES), "What goes from left to right.")
+
+
+def cli(argv: Sequence[str], program: str = "plot") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, answers=True, arguments=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli(sys.argv)

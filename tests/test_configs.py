@@ -10,6 +10,7 @@ import re
 import jax
 import pytest
 
+from triform import config_flag
 from triform.configs.schema import (
     CausalLMConfig,
     ClassificationConfig,
@@ -43,8 +44,7 @@ from triform.models import MODELS
 from triform.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PARTS = ("__init__", "saving", "schema", "variants")
-FILES = sorted({p.stem for p in (ROOT / "configs").glob("*.py")} - {*PARTS})
+FILES = config_flag.names()
 
 
 def module(name):
