@@ -254,20 +254,25 @@ def best_of(config: ExperimentConfig) -> str:
     return f"average:{average}" if average else "best"
 
 
-def next_commands(config: ExperimentConfig, workdir: str, step: int) -> list[str]:
-    """What can be done with a finished run, each line a command to paste."""
+def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
+    """Commands that go on from a finished run."""
     about = {"workdir": workdir, "checkpoint": best_of(config)}
-    lines = [commands.line("evaluate", **about, split=config.data.test_split)]
-    if config.model.generates():
-        lines.insert(0, commands.line("generate", **about) + ' --input="..."')
-    lines.append(commands.line("plot", commands.path(workdir)))
+    shown, seeds = commands.path(workdir), {"sweep": "seed=0,1"}
     more = copy.deepcopy(config)
     more.steps = 2 * step
-    go_on = commands.line("train", workdir=workdir, **{"config.steps": more.steps})
-    rates = jump(config, more, step)
-    jumps = "; the learning rate then jumps from {:.4g} to {:.4g}"
-    lines.append(f"{go_on}   # to go on{jumps.format(*rates) if rates else ''}")
-    swept = {"config": commands.path(workdir), "sweep": "seed=0,1,2"}
-    lines.append(commands.line("sweep", **swept, workdir=f"{workdir}_seeds"))
-    lines.append(commands.module("tensorboard.main", logdir=commands.path(workdir)))
-    return [f"  {line}" for line in lines]
+    lines = []
+    if config.model.generates():
+        lines.append(commands.line("generate", **about) + ' --input="..."')
+    lines += [
+        commands.line("evaluate", **about, split=config.data.test_split),
+        commands.line("inspect", shown),
+        commands.line("plot", shown),
+        commands.module("tensorboard.main", logdir=shown),
+        commands.line("sweep", config=shown, **seeds, workdir=f"{shown}_seeds"),
+        commands.line("train", workdir=workdir, **{"config.steps": more.steps}),
+    ]
+    found = [f"finished: {step} steps in {shown}. Next:", *(f"  {x}" for x in lines)]
+    if rates := jump(config, more, step):
+        told = "with {:,} steps the learning rate jumps from {:.4g} to {:.4g}"
+        found.append(told.format(more.steps, *rates))
+    return "\n".join(found)

@@ -389,8 +389,7 @@ def train_and_test(
     step = checkpointer.latest()
     writer.write(step, scores, meta["seen"])
     print(f"test ({scores['test/checkpoint']}): {summary(scores)}")
-    print(f"finished: {step} steps in {commands.path(workdir)}. Next:")
-    print(*plan.next_commands(config, workdir, step), sep="\n")
+    print(plan.what_next(config, workdir, step))
     return scores
 
 

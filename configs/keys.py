@@ -81,9 +81,9 @@ def meaning(kind: type, field: str) -> str:
     A class that only changes a default inherits it.
     """
     for owner in kind.__mro__:
-        if field in vars(owner).get("__annotations__", {}):
-            if found := _comments(owner).get(field):
-                return found
+        own = vars(owner).get("__annotations__", {})
+        if field in own and (found := _comments(owner).get(field)):
+            return found
     return ""
 
 

@@ -434,7 +434,7 @@ def to_json(config: ExperimentConfig) -> str:
     the names: a workdir keeps copies.
     """
     tree = saving.tree_of(config, ExperimentConfig)
-    tree["plugins"] = [os.path.basename(str(x)) for x in config.plugins]
+    tree["plugins"] = [os.path.basename(path) for path in config.plugins]
     return json.dumps(tree, indent=2)
 
 

@@ -235,6 +235,7 @@ def test_every_value_is_in_the_json():
         "evaluation.metrics": "bleu",
         "evaluations": EvaluationSplit("other", "test", scores=("bleu",)),
         "init": InitRule("runs/a:best", (("encoder/", "decoder/"), ("x", "y"))),
+        "plugins": "mine.py",
     }
     for key, owner, field in leaves(ExperimentConfig()):
         value = getattr(owner, field.name)

@@ -61,7 +61,7 @@ ROWS = {
 LATE = {
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
-    ("runtime.metrics", "tensorboardX"): "it imports torch",
+    ("runtime.metrics", "triform.runtime.events"): "it imports torch",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
 }
 LINES = 500  # of a file
