@@ -90,7 +90,7 @@ def _scores(workdir: str) -> str:
     for kind, line in last.items():
         lines.append(f"{kind} at step {line['step']:,}")
         for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
+            if name not in ("step", "time") and isinstance(value, int | float):
                 lines.append(f"  {name:32}{value:.5g}")
     return "\n".join(lines)
 
