@@ -21,8 +21,8 @@ from triform.configs import plugins, schema
 from triform.configs.schema import ExperimentConfig, InitRule
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
-from triform.data.sources import is_path
 from triform.data.codecs.text import Tokenizer
+from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models.stacking import looped_layers, stacked_layers
 from triform.runtime import metrics, paths

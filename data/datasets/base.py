@@ -316,7 +316,7 @@ def labels(
                 f"{where}: the names of its classes are unknown; restore classes.json "
                 "in the workdir"
             )
-        ids, size = codec.encode(values), config.classes()[field]
+        ids = codec.encode(values)
         fix = "correct or remove the example"
         if values.dtype.kind == "f":
             fix += ', or set data.target="number" if numbers are to be predicted'
