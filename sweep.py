@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
             return code
         results.append({"settings": settings, "test": last_test(workdir)})
         rows = summarise(results)
-        with open(os.path.join(flag.workdir, "sweep.json"), "w") as f:
+        with open(os.path.join(flag.workdir, "sweep.json"), "w", encoding="utf-8") as f:
             json.dump({"runs": results, "rows": rows}, f, indent=2)
     print(table(rows))
     return 0

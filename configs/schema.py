@@ -346,6 +346,7 @@ class ExperimentConfig:
         names = ["eval"]
         for split in self.evaluations:
             split.validate()
+            self.evaluation.require_words(split.scores)
             if split.name in names:
                 raise ValueError(
                     f"evaluations: name={split.name!r}: two have it (data.eval_split's "
