@@ -413,3 +413,31 @@ def test_half_of_a_surrogate_pair_is_one_replacement_mark(kind):
     # Both halves are one character.
     whole = tok.encode(["\ud83d\ude42", "\U0001f642"])
     assert whole[0].tolist() == whole[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "eos", "ends"),
+    [
+        (0, None, 0, (0,)),
+        ([0, 2], None, 0, (0, 2)),
+        ([1, 2], None, 2, (1, 2)),  # the tokenizer's own, where it is one of them
+        (0, [0, 2], 0, (0, 2)),
+        (0, 2, 2, (2,)),
+        (None, [3, 2], 2, (3, 2)),
+    ],
+)
+def test_every_id_that_ends_a_text_is_known(config, generation, eos, ends, tmp_path):
+    """Those at which transformers stops."""
+    source, run = tmp_path / "source", tmp_path / "run"
+    for path in (source, run):
+        path.mkdir()
+    byte_level(GPT).save(str(source / "tokenizer.json"))
+    settings = FAST | {"eos_token": "<|im_end|>" if eos == 2 else "<|endoftext|>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    if generation is not None:
+        content = json.dumps({"eos_token_id": generation})
+        (source / "generation_config.json").write_text(content)
+    hf = {"model_type": "llama", "eos_token_id": config}
+    assert tokenizers.bring(str(source), str(run), hf) == ""
+    tok = tokenizer.load(tokenizer.find(str(run)))
+    assert (tok.eos, tok.ends) == (eos, ends)
