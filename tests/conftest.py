@@ -226,6 +226,9 @@ def sources(monkeypatch, tmp_path):
             def __init__(self, name, data_dir="", manual_dir=""):
                 self.name = name
 
+            def location(self):
+                return "in memory"
+
             def _of(self, split):
                 found = corpora[self.name]
                 return found[split] if isinstance(found, dict) else found

@@ -110,7 +110,7 @@ class TfdsSource:
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         return re.sub(r"[^\w.]+", "-", f"{builder.info.full_name}-{split}-{digest}")
 
-    def where(self) -> str:
+    def location(self) -> str:
         """The folder of the prepared data; '' if they are not prepared yet."""
         builder = self._make(lambda make: make())
         return str(builder.data_dir) if builder.is_prepared() else ""
