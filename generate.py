@@ -109,10 +109,7 @@ class Continuation:
         """(ids written so far a line, log-probabilities), a stretch at a time."""
         tok, longest = self.tokenizer, self.longest
         read = max(1, longest // 2)
-        # A text begins as documents do; a prompt without a mark of its own goes on.
-        lead = [tok.eos if tok.bos is None else tok.bos]
-        texts = [x.tolist() for x in tok.encode_batch(lines)]
-        texts = [x if x and tok.bos is None else lead + x for x in texts]
+        texts = [x.tolist() for x in tok.prompts(lines)]
         given = [len(x) for x in texts]
         scores, ended = np.zeros(len(lines)), np.zeros(len(lines), bool)
         written = 0
@@ -196,7 +193,8 @@ class Sampler:
         if self.writes and not self.reads_source:
             return self._continued(requests, rows, seed, max_tokens)
         config = self.config.data
-        batch = request_batch(config, requests, rows, self.codecs, first)
+        sizes = self.experiment.sizes
+        batch = request_batch(config, requests, rows, self.codecs, sizes, first)
         if not self.writes:
             return self._classified(batch, len(requests))
         inputs = self.experiment.placement.for_generation(

@@ -117,7 +117,7 @@ class Images(Dataset):
         mean, std = np.float32(config.mean), np.float32(config.std)
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
-    def _write_cache(self, folder: str) -> None:
+    def _write_cache(self, folder: str, parts: str) -> None:
         """All images in one array; nothing if their shapes differ."""
         numbers, array = [], None
         path = os.path.join(folder, "images.npy")
