@@ -54,7 +54,11 @@ def last_test(workdir: str) -> dict[str, float]:
     """The numbers of the last test of a run; empty if there is none."""
     lines = [x for x in metrics.read_lines(workdir) if "test/loss" in x]
     last = lines[-1] if lines else {}
-    return {k: v for k, v in last.items() if k != "step" and isinstance(v, int | float)}
+    return {
+        k: v
+        for k, v in last.items()
+        if k.startswith("test/") and isinstance(v, int | float)
+    }
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

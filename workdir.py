@@ -1,8 +1,8 @@
 """Everything that a run keeps on disk, and starting from what other runs kept.
 
 A workdir holds config.json, the codecs (tokenizer, class names), checkpoints/, frozen/
-(parameters that are not trained, saved once), scores.json, metrics.jsonl, samples/ and
-what evaluate.py reports.
+(parameters that are not trained, saved once), scores.json, metrics.jsonl, runs.jsonl
+(a line per start), samples/ and what evaluate.py reports.
 """
 
 import dataclasses
@@ -91,8 +91,11 @@ def for_these_devices(config: ExperimentConfig) -> ExperimentConfig:
     return config
 
 
-def check_config(workdir: str, config: ExperimentConfig) -> None:
-    """On resuming prints what differs, and refuses what may not."""
+def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | None:
+    """The workdir's config before this start, None if it is a new one.
+
+    Prints what differs, and refuses what may not.
+    """
     old = saved_config(workdir)
     changed = schema.differences(old, config) if old is not None else {}
     for name, (before, after) in changed.items():
@@ -104,6 +107,7 @@ def check_config(workdir: str, config: ExperimentConfig) -> None:
                 f"{before!r} there, {after!r} here); name another workdir or change it "
                 "back"
             )
+    return old
 
 
 def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -> None:
@@ -133,7 +137,8 @@ def tested(workdir: str, step: int) -> dict[str, Any]:
     """The test scores that were written after this step; {} if there are none."""
     lines = metrics.read_lines(workdir)
     found = [x for x in lines if x["step"] == step and "test/loss" in x]
-    return {k: v for k, v in found[-1].items() if k != "step"} if found else {}
+    line = found[-1] if found else {}
+    return {k: v for k, v in line.items() if k.startswith("test/")}
 
 
 # Checkpoints

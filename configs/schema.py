@@ -133,7 +133,6 @@ class EvaluationSplit:
     split: str
     source: str = ""  # empty: that of the training data
     scores: tuple[str, ...] = ()  # names in scores.METRICS; none: losses only
-    examples: int = 0  # generate for so many; 0: all
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -148,11 +147,6 @@ class EvaluationSplit:
             raise ValueError(
                 f"evaluations: {self.name} has scores={self.scores}: {unknown[0]!r} is "
                 f"unknown, expected some of {', '.join(METRICS)}"
-            )
-        if self.examples < 0:
-            raise ValueError(
-                f"evaluations: {self.name} has examples={self.examples}: must be at "
-                "least 0; 0: all"
             )
 
 
@@ -355,12 +349,6 @@ class ExperimentConfig:
                     f"references, and data={type(self.data).__name__} has none; set ()"
                 )
             names.append(split.name)
-        if self.evaluation.every % self.checkpoint.every:
-            raise ValueError(
-                f"evaluation.every={self.evaluation.every}: must be a multiple of "
-                f"checkpoint.every={self.checkpoint.every}, so that what was scored is "
-                "what was saved"
-            )
 
     def _validate_checkpoint(self) -> None:
         most = min(self.checkpoint.keep_newest, -(-self.steps // self.checkpoint.every))

@@ -123,11 +123,14 @@ def _parse(line: str) -> dict[str, Any] | None:
 class MetricWriter:
     """Scalars to `metrics.jsonl`, one object a line, and to TensorBoard event files.
 
+    `time` is in seconds since 1970, `unit` what of the data is counted.
+
     Opened at the step where a run goes on: what a killed run wrote after it goes, since
     the same steps will be done and written again.
     """
 
-    def __init__(self, workdir: str, step: int):
+    def __init__(self, workdir: str, step: int, unit: str = "tokens"):
+        self._unit = unit
         path = os.path.join(workdir, FILE)
         kept = [line for line in read_lines(workdir) if line["step"] <= step]
         with files.replacing(path) as f:
@@ -144,9 +147,14 @@ class MetricWriter:
     def _add(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """One line; values that are not numbers (a signature) go to the file only."""
-        self._file.write(files.dumps({"step": step, **scalars}) + "\n")
+    def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
+        """One line, with the time and the tokens (or images) trained on so far.
+
+        Values that are not numbers (a signature) go to the file only.
+        """
+        line = {"step": step, **scalars}
+        line |= {"time": round(time.time(), 3), self._unit: seen}
+        self._file.write(files.dumps(line) + "\n")
         self._file.flush()
         for name, value in scalars.items():
             if isinstance(value, (int, float)):

@@ -13,12 +13,13 @@ Scores = dict[str, float | str]
 class EvaluationConfig:
     """When and how a run is evaluated."""
 
-    every: int = 1000  # steps between evaluations; a multiple of checkpoint.every
+    every: int = 1000  # steps between evaluations; what is scored is saved, too
     # Names in scores.METRICS; none: losses only, nothing is generated.
     metrics: tuple[str, ...] = ("bleu", "chrf", "exact_match")
     lowercase: bool = False  # compare text case-insensitively
     language: str = "de"  # of the targets, for Moses tokenisation
-    # Generate for so many of the split, or of each corpus, while training; 0: all.
+    # While training, score at most so many examples of every split, or of each corpus
+    # in it, spread evenly; 0: all. The test at the end and evaluate.py score all.
     examples: int = 0
     samples: int = 5  # shown and written with their references
     # Parameters of the last evaluation: the mean of so many newest checkpoints

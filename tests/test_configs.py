@@ -490,7 +490,6 @@ MISTAKES = (
         "data=CausalLMConfig",
         "set ()",
     ),
-    ({"evaluation.every": 1500}, "checkpoint.every=1000"),
     ({"evaluation.average": 6}, "checkpoint.keep_newest=5"),
     ({"checkpoint.metric": "eval/blue"}, "eval/loss", "eval/accuracy", "eval/bleu"),
     ({"checkpoint.mode": "least"}, "min, max"),
@@ -498,7 +497,7 @@ MISTAKES = (
     ({"evaluations": (EvaluationSplit("test", "test"),)}, "'test'", "taken"),
     ({"evaluations": (EvaluationSplit("eval", "test"),)}, "'eval'", "choose another"),
     ({"evaluations": (EvaluationSplit("a", ""),)}, "split=''"),
-    ({"evaluations": (EvaluationSplit("a", "b", examples=-1),)}, "examples=-1"),
+    ({"evaluation.examples": -1}, "evaluation.examples=-1"),
     ({"evaluations": (EvaluationSplit("a", "b", "", ("blue",)),)}, "'blue'", "bleu"),
     # The experiment
     ({"placement": "pmapp"}, "mesh, pmap"),

@@ -27,7 +27,7 @@ from triform.workdir import checkpoint_dir, saved_config
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "configs/transformer_cldr.py:smoke"
 # Of a line in metrics.jsonl, what depends on the machine and not on the run.
-SPEED = ("train/tokens_per_second", "train/steps_per_second", "train/data_wait")
+SPEED = ("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time")
 
 
 @pytest.fixture(scope="module")
