@@ -320,4 +320,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", None, "Instead of decode.temperature.")
     flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
-    launch.launch(main)
+    launch.launch(main, answers=True)

@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Folder or file -> what it imports. It may also import what that imports, and itself;
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
-    "train": ("evaluate", "plan"),
+    "train": ("evaluate", "plan", "recovery"),
+    "recovery": ("configs",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "evaluate": ("generate", "input_pipeline"),
