@@ -22,7 +22,7 @@ from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
 from triform.experiment import Experiment, TrainState
 from triform.models.stacking import looped_layers, stacked_layers
-from triform.runtime import metrics, paths
+from triform.runtime import files, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 
@@ -55,10 +55,9 @@ FREE = (
 def saved_config(workdir: str) -> ExperimentConfig | None:
     """The config of a workdir; None if it holds none."""
     path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
+    text = files.read_text(path)
+    if text is None:
         return None
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
     try:
         return schema.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,10 +112,8 @@ def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | N
 def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -> None:
     """Writes codecs and config.json. Called last, after everything that may fail."""
     codec_files.save(codecs, workdir)
-    path = os.path.join(workdir, "config.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with files.replacing(os.path.join(workdir, "config.json")) as f:
         f.write(schema.to_json(config))
-    os.replace(path + ".tmp", path)
 
 
 def lock(workdir: str) -> Any:
