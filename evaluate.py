@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -317,11 +317,20 @@ def main(argv: list[str]) -> None:
     write_all(writers)
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """Defines the flags."""
     flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
     flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
     flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
     flags.DEFINE_integer("examples", 0, "Score at most so many, spread evenly; 0: all.")
     flags.DEFINE_string("predictions", "", "File for one JSON object per example.")
-    launch.launch(main, answers=True)
+
+
+def cli(argv: Sequence[str], program: str = "evaluate") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, answers=True)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

@@ -109,10 +109,7 @@ class Continuation:
         """(ids written so far a line, log-probabilities), a stretch at a time."""
         tok, longest = self.tokenizer, self.longest
         read = max(1, longest // 2)
-        # A text begins as documents do; a prompt without a mark of its own goes on.
-        lead = [tok.eos if tok.bos is None else tok.bos]
-        texts = [x.tolist() for x in tok.encode_batch(lines)]
-        texts = [x if x and tok.bos is None else lead + x for x in texts]
+        texts = [x.tolist() for x in tok.prompts(lines)]
         given = [len(x) for x in texts]
         scores, ended = np.zeros(len(lines)), np.zeros(len(lines), bool)
         written = 0
@@ -196,7 +193,8 @@ class Sampler:
         if self.writes and not self.reads_source:
             return self._continued(requests, rows, seed, max_tokens)
         config = self.config.data
-        batch = request_batch(config, requests, rows, self.codecs, first)
+        sizes = self.experiment.sizes
+        batch = request_batch(config, requests, rows, self.codecs, sizes, first)
         if not self.writes:
             return self._classified(batch, len(requests))
         inputs = self.experiment.placement.for_generation(
@@ -304,7 +302,8 @@ def main(argv: list[str]) -> None:
             write_line(sampler, line, output, flag.scores)
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """Defines the flags."""
     flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
     flags.DEFINE_multi_string("input", None, "Text, repeatable; none: standard input.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
@@ -320,4 +319,12 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", None, "Instead of decode.temperature.")
     flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
-    launch.launch(main, answers=True)
+
+
+def cli(argv: Sequence[str], program: str = "generate") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, answers=True)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

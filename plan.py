@@ -6,9 +6,6 @@ Every function returns lines of text. None changes anything.
 import copy
 import dataclasses
 import functools
-import os
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +18,7 @@ from triform.data.codecs import Codec
 from triform.experiment import Experiment
 from triform.input_pipeline import Batches, Split, TrainBatches, moved, report
 from triform.interop.families import family_for
-from triform.runtime import optim
+from triform.runtime import commands, optim
 from triform.runtime.errors import DataError, UserError
 from triform.runtime.partition import parameter_table
 from triform.runtime.progress import stage
@@ -80,7 +77,7 @@ def sources(config: ExperimentConfig, read: bool = False) -> str:
     """
     lines = []
     for data, name, splits in _origins(config):
-        where = store.origin(data, name).where()
+        where = store.origin(data, name).location()
         if not where:
             lines.append(
                 f"data: {name!r} is not prepared here; train.py prepares or downloads "
@@ -259,24 +256,23 @@ def best_of(config: ExperimentConfig) -> str:
 
 def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
     """Commands that go on from a finished run."""
-    shown = shlex.quote(os.path.relpath(workdir))
-    python = shlex.quote(os.path.relpath(sys.executable))
-    flag = f"--checkpoint={best_of(config)}"
-    lines = [f"finished: {step} steps in {shown}. Next:"]
-    if config.model.generates():
-        lines.append(f'  {python} generate.py --workdir={shown} {flag} --input="..."')
+    about = {"workdir": workdir, "checkpoint": best_of(config)}
+    shown, seeds = commands.path(workdir), {"sweep": "seed=0,1"}
     more = copy.deepcopy(config)
     more.steps = 2 * step
-    rates = jump(config, more, step)
-    jumps = "; the learning rate then jumps from {:.4g} to {:.4g}"
-    return "\n".join(
-        [
-            *lines,
-            f"  {python} evaluate.py --workdir={shown} {flag} "
-            f"--split={shlex.quote(config.data.test_split)}",
-            f"  {python} plot.py {shown}",
-            f"  {python} -m tensorboard.main --logdir={shown}",
-            f"  {python} train.py ... --config.steps={more.steps}   to go on"
-            + (jumps.format(*rates) if rates else ""),
-        ]
-    )
+    lines = []
+    if config.model.generates():
+        lines.append(commands.line("generate", **about) + ' --input="..."')
+    lines += [
+        commands.line("evaluate", **about, split=config.data.test_split),
+        commands.line("inspect", shown),
+        commands.line("plot", shown),
+        commands.module("tensorboard.main", logdir=shown),
+        commands.line("sweep", config=shown, **seeds, workdir=f"{shown}_seeds"),
+        commands.line("train", workdir=workdir, **{"config.steps": more.steps}),
+    ]
+    found = [f"finished: {step} steps in {shown}. Next:", *(f"  {x}" for x in lines)]
+    if rates := jump(config, more, step):
+        told = "with {:,} steps the learning rate jumps from {:.4g} to {:.4g}"
+        found.append(told.format(more.steps, *rates))
+    return "\n".join(found)

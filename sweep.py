@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -181,8 +182,18 @@ def main(argv: list[str]) -> int:
     return 1 if failed or unwritten else 0
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "As for train.py.", required=True)
+def define() -> None:
+    """Defines the flags; those of train.py are passed on to it."""
+    about = "As for train.py; a workdir: its config."
+    flags.DEFINE_string("config", None, about, required=True)
     flags.DEFINE_string("workdir", None, "Holds a folder a run.", required=True)
     flags.DEFINE_multi_string("sweep", None, "KEY=VALUE,VALUE,...", required=True)
-    launch.launch(main, passes_on=True)
+
+
+def cli(argv: Sequence[str], program: str = "sweep") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, passes_on=True)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

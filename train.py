@@ -2,6 +2,10 @@
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
         [--config.any.key=value] [--dry_run] [--from_step=STEP]
+    python train.py --workdir=DIR     goes on with the config that is in DIR
+
+--config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
+--keys lists what can be set. `triform train` is the same from any folder.
 
 Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTERM,
 SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGXCPU) after saving: start the same command
@@ -13,16 +17,15 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from triform import plan
+from triform import config_flag, plan
 from triform import workdir as workdirs
-from triform.configs import schema
+from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
@@ -30,7 +33,7 @@ from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
 from triform.recovery import Health, go_back
-from triform.runtime import history, launch, metrics, paths, signals
+from triform.runtime import commands, history, launch, metrics, paths, signals
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
@@ -258,6 +261,7 @@ def resolve(
 
     Only numbers of classes that the config leaves to the data need the data.
     """
+    plugins.load_all(config)
     if not config.needs_classes():
         return config.resolved(), None
     codecs = find_codecs(config, workdir)
@@ -386,7 +390,10 @@ def train_and_test(
 
 def main(argv: list[str]) -> int:
     """Reads the flags, trains; the exit code."""
-    config = launch.config_flag()
+    config = config_flag.value()
+    if flags.FLAGS.keys is not None:
+        print("\n".join(map(str, keys.listing(config, flags.FLAGS.keys))))
+        return 0
     if flags.FLAGS.dry_run:
         config = resolve(config)[0]
         print(plan.describe(Experiment(config)))
@@ -402,15 +409,26 @@ def main(argv: list[str]) -> int:
         ) as checkpointer:
             saved = checkpointer.latest()
         print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+        print(f"to go on: {commands.line('train', workdir=workdir)}", file=sys.stderr)
         return signals.INTERRUPTED
     return 0
 
 
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
+def define() -> None:
+    """Defines the flags but for --config."""
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
     flags.DEFINE_integer("from_step", None, about)
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
-    flags.mark_flag_as_required("config")
-    launch.launch(main)
+    flags.DEFINE_string(
+        "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."
+    )
+
+
+def cli(argv: Sequence[str], program: str = "train") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, prepare=config_flag.define)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

@@ -15,9 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from triform.runtime import files
 
@@ -136,16 +133,10 @@ class MetricWriter:
         with files.replacing(path) as f:
             f.writelines(files.dumps(line) + "\n" for line in kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (see close)
-        # Not SummaryWriter: its thread dies of a full disk, and the next call to it
-        # waits for that thread for ever.
-        folder = os.path.join(workdir, "tensorboard")
-        os.makedirs(folder, exist_ok=True)
-        self._events = EventsWriter(os.path.join(folder, "events"))
-        start = SessionLog(status=SessionLog.START)  # later steps of before are hidden
-        self._add(step + 1, session_log=start)
+        # Not at the top: see there.
+        from triform.runtime.events import Events
 
-    def _add(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+        self._events = Events(os.path.join(workdir, "tensorboard"), step + 1)
 
     def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
         """One line, with the time and the tokens (or images) trained on so far.
@@ -158,7 +149,7 @@ class MetricWriter:
         self._file.flush()
         for name, value in scalars.items():
             if isinstance(value, (int, float)):
-                self._add(step, summary=scalar(name, value))
+                self._events.add(step, name, value)
         self._events.flush()
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import sacremoses
 from sacrebleu.metrics import BLEU, CHRF
 
 Scores = dict[str, float | str]
@@ -14,7 +13,7 @@ class EvaluationConfig:
     """When and how a run is evaluated."""
 
     every: int = 1000  # steps between evaluations; what is scored is saved, too
-    # Names in scores.METRICS; none: losses only, nothing is generated.
+    # Names in scores.SCORES; none: losses only, nothing is generated.
     metrics: tuple[str, ...] = ("bleu", "chrf", "exact_match")
     lowercase: bool = False  # compare text case-insensitively
     language: str = "de"  # of the targets, for Moses tokenisation
@@ -29,10 +28,10 @@ class EvaluationConfig:
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
         for name in self.metrics:
-            if name not in METRICS:
+            if name not in SCORES:
                 raise ValueError(
                     f"evaluation.metrics={self.metrics}: {name!r} is unknown, expected "
-                    f"some of {', '.join(METRICS)}, written as \"('bleu','chrf')\""
+                    f"some of {', '.join(SCORES)}, written as \"('bleu','chrf')\""
                 )
         for name in ("every", "samples", "examples", "average"):
             least = 1 if name == "every" else 0
@@ -53,6 +52,9 @@ def bleu_moses(
     config: EvaluationConfig, ours: list[str], references: list[str]
 ) -> Scores:
     """BLEU of Moses-tokenised text, as multi-bleu.perl gives it."""
+    # Not at the top: it costs 0.3 s, and few runs are scored with it.
+    import sacremoses
+
     moses = sacremoses.MosesTokenizer(config.language)
 
     def tokenize(texts: list[str]) -> list[str]:
@@ -83,7 +85,7 @@ def exact_match(
     return {"exact_match": sum(hits) / len(hits)}
 
 
-METRICS: dict[str, Callable[..., Scores]] = {
+SCORES: dict[str, Callable[..., Scores]] = {
     "bleu": bleu,
     "bleu_moses": bleu_moses,
     "chrf": chrf,
@@ -97,5 +99,5 @@ def score(
     """Every metric of the config; each BLEU and chrF with its signature beside it."""
     result: Scores = {}
     for name in config.metrics:
-        result |= METRICS[name](config, list(ours), list(references))
+        result |= SCORES[name](config, list(ours), list(references))
     return result

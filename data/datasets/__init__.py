@@ -71,12 +71,14 @@ def request_batch(
     lines: Sequence[str],
     rows: int,
     codecs: Mapping[str, Codec],
+    sizes: Sizes,
     first: int = 0,
 ) -> Batch:
     """A batch of exactly `rows` rows of these texts, of the shortest shape that holds
     all; targets are zero.
 
-    `first` is the number of the first line. DataError for a text that is too long, and
+    Special tokens in a text are read as such. `sizes` are the model's, by name; `first`
+    is the number of the first line. DataError for a text that is too long, and
     for a kind of data that does not read texts.
     """
-    return DATASETS[type(config)].request(config, lines, rows, codecs, first)
+    return DATASETS[type(config)].request(config, lines, rows, codecs, sizes, first)

@@ -58,8 +58,8 @@ class CausalLMConfig(TextConfig):
 class CausalLM(Dataset):
     """Row: L positions of the stream, each with the token that follows it.
 
-    The stream is FIRST document EOS document EOS ... document EOS. FIRST is the
-    tokenizer's token for a beginning, else EOS; every later token is a target.
+    The stream is FIRST document EOS document EOS ... document EOS. FIRST is what the
+    tokenizer puts before a text, else EOS; every later token is a target.
 
     Training: the stream is a ring, divided into rows from a position drawn every epoch:
     no target comes twice in an epoch and fewer than L do not come.
@@ -102,8 +102,8 @@ class CausalLM(Dataset):
             n = min(length, self.targets - start)
         positions = np.arange(start, start + n) % self.targets
         inputs = self.store.ids[positions - 1]  # before the first: the last one's EOS
-        if self.tok.bos is not None:
-            inputs = np.where(positions == 0, self.tok.bos, inputs)
+        if lead := self.framing.lead():
+            inputs = np.where(positions == 0, lead[-1], inputs)
         batch["inputs"][row, :n] = inputs
         batch["targets"][row, :n] = self.store.ids[positions]
         seen = 0 if epoch.train or item == 0 else length - self.stride

@@ -93,7 +93,8 @@ class MaskedLMConfig(EncoderInputsConfig):
 
 
 class MaskedLM(Dataset):
-    """Row: [CLS] A [SEP] B [SEP], and the ids at its masked positions.
+    """Row: A and B as the tokenizer frames them, as [CLS] A [SEP] B [SEP], and the ids
+    at the masked positions.
 
     Devlin et al. 2019, 3.1 and its create_pretraining_data.py. An item is a run of
     sentences of one document that just fills a row, or with `short_rate` is of random
@@ -124,7 +125,7 @@ class MaskedLM(Dataset):
                 f"{self.title()}: has a single document, and sentences of another are "
                 "needed; take a larger split or set data.next_sentence=False"
             )
-        added = 3 if config.next_sentence else 2
+        added = self.framing.added(2 if config.next_sentence else 1)
         self._runs(config.max_len - added)
         offsets = self.tokens.offsets
         sizes = offsets[self.stop] - offsets[self.start]
@@ -155,12 +156,15 @@ class MaskedLM(Dataset):
         rng = epoch.rng(item)
         length = batch["inputs"].shape[1]
         if self.config.next_sentence:
-            texts, label = self._pair(item, length - 3, rng)
+            texts, label = self._pair(item, length - self.framing.added(2), rng)
             batch["label"][row] = label
             batch["label_weights"][row] = 1
         else:
-            texts = [self._between(self.start[item], self.stop[item])[: length - 2]]
-        positions = write_texts(batch, row, texts, self.tok, self.config.global_tokens)
+            room = length - self.framing.added(1)
+            texts = [self._between(self.start[item], self.stop[item])[:room]]
+        positions = write_texts(
+            batch, row, texts, self.framing, self.config.global_tokens
+        )
         ids = batch["inputs"][row]
         count = max(1, round(self.config.mask_rate * len(positions)))
         if self.config.whole_word:

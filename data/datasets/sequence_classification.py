@@ -9,13 +9,14 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
-from triform.data.codecs.text import Tokenizer
+from triform.data.codecs.framing import Framing
 from triform.data.datasets.base import (
     TARGETS,
     Dataset,
     Epoch,
     TextConfig,
     fitting_batch,
+    framing,
     labels,
 )
 from triform.data.store import Feature
@@ -26,6 +27,7 @@ from triform.runtime.errors import DataError
 class EncoderInputsConfig(TextConfig):
     """Rows for an encoder: [CLS] text [SEP], or two texts."""
 
+    USE: ClassVar[str] = "texts"
     GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first")
 
     # Which positions see all and are seen by all beyond the model's windows (Beltagy
@@ -101,9 +103,10 @@ class SequenceClassificationConfig(EncoderInputsConfig):
 
 
 class SequenceClassification(Dataset):
-    """Row: [CLS] first [SEP] second [SEP], and the label.
+    """Row: one or two texts as the tokenizer frames them, and the label.
 
-    Of a tokenizer without [CLS] and [SEP]: first EOS second EOS.
+    Of a tokenizer that does not: [CLS] first [SEP] second [SEP], or without these first
+    EOS second EOS.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class SequenceClassification(Dataset):
         self.digest = opened.digest
         self.texts = list(opened.tokens.values())
         sizes = np.stack([tokens.sizes() for tokens in self.texts])
-        added = (self.tok.cls is not None) + len(self.texts)
+        added = self.framing.added(len(self.texts))
         self.empty = sizes.min(0) == 0
         self.sizes = {"L": sizes.sum(0) + added}
         self._label = labels(self, "label", opened.values["label"])
@@ -127,6 +130,7 @@ class SequenceClassification(Dataset):
         lines: Sequence[str],
         rows: int,
         codecs: Mapping[str, Codec],
+        sizes: Sizes,
         first: int,
     ) -> Batch:
         """Texts, the second one after a tab; see `request_batch`."""
@@ -138,22 +142,22 @@ class SequenceClassification(Dataset):
                 f"input line {first + short + 1} ({lines[short][:40]!r}): expected two "
                 "texts with a tab between them"
             )
-        ids = [tok.encode_batch(texts) for texts in parts]
-        added = (tok.cls is not None) + count
-        needed = [sum(map(len, texts)) + added for texts in ids]
+        around = framing(config, codecs, sizes)
+        ids = [tok.encode(texts, specials=True) for texts in parts]
+        needed = [sum(map(len, texts)) + around.added(count) for texts in ids]
         batch = fitting_batch(config, "L", needed, lines, rows, first)
         for row, texts in enumerate(ids):
-            write_texts(batch, row, texts, tok, config.global_tokens)
+            write_texts(batch, row, texts, around, config.global_tokens)
         return batch
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """Texts whose sum is too long lose their ends, the longer one first."""
         texts = [tokens[item] for tokens in self.texts]
         length = batch["inputs"].shape[1]
-        room = length - (self.tok.cls is not None) - len(texts)
+        room = length - self.framing.added(len(texts))
         sizes = fitted([len(ids) for ids in texts], room)
         shown = [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
-        write_texts(batch, row, shown, self.tok, self.config.global_tokens)
+        write_texts(batch, row, shown, self.framing, self.config.global_tokens)
         batch["label"][row] = self._label[item]
         batch["label_weights"][row] = 1
 
@@ -183,27 +187,20 @@ def write_texts(
     batch: Batch,
     row: int,
     texts: list[np.ndarray],
-    tok: Tokenizer,
+    around: Framing,
     global_tokens: str,
 ) -> np.ndarray:
-    """[CLS] first [SEP] second [SEP]; the positions of the texts, ascending."""
-    end = tok.eos if tok.sep is None else tok.sep
-    at, question, positions = 0, 0, []
-    if tok.cls is not None:
-        batch["inputs"][row, 0] = tok.cls
-        at = 1
-    for i, ids in enumerate(texts):
-        n = len(ids)
-        batch["inputs"][row, at : at + n] = ids
-        batch["inputs"][row, at + n] = end
-        if i:
-            batch["token_type_ids"][row, at : at + n + 1] = 1
-        else:
-            question = at + n
-        positions.append(np.arange(at, at + n))
-        at += n + 1
-    batch["segments"][row, :at] = 1
+    """Writes a row of one or two texts; the positions of their ids, ascending."""
+    ids, types, starts = around.framed(texts)
+    batch["inputs"][row, : len(ids)] = ids
+    batch["segments"][row, : len(ids)] = 1
+    if "token_type_ids" in batch:
+        batch["token_type_ids"][row, : len(ids)] = types
+    positions = [
+        np.arange(at, at + len(x)) for at, x in zip(starts, texts, strict=True)
+    ]
     if global_tokens != "none":
+        question = starts[0] + len(texts[0])
         batch["global_attention_mask"][
             row, : question if global_tokens == "question" else 1
         ] = 1

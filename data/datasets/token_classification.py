@@ -66,7 +66,7 @@ class TokenClassificationConfig(EncoderInputsConfig):
 
 
 class TokenClassification(Dataset):
-    """Row: [CLS] words [SEP]; targets are the tags.
+    """Row: [CLS] words [SEP], or as the tokenizer frames them; targets are the tags.
 
     A word's tag is at its first piece; other pieces and masked words weigh 0. Each word
     is tokenised by itself.
@@ -95,15 +95,17 @@ class TokenClassification(Dataset):
         self._weights = mask.astype(np.float32)
         sizes = np.diff(self.words.offsets[self.words.first])
         self.empty = sizes == 0
-        self.sizes = {"L": sizes + 1 + (self.tok.cls is not None)}
+        self.sizes = {"L": sizes + self.framing.added(1)}
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """The words, shortened to the row."""
-        room = batch["inputs"].shape[1] - 1 - (self.tok.cls is not None)
+        room = batch["inputs"].shape[1] - self.framing.added(1)
         first, last = self.words.first[item : item + 2]
         begins = self.words.offsets[first : last + 1]
         ids = self.words.ids[begins[0] : begins[-1]][:room]
-        positions = write_texts(batch, row, [ids], self.tok, self.config.global_tokens)
+        positions = write_texts(
+            batch, row, [ids], self.framing, self.config.global_tokens
+        )
         # Words that have a piece, and have it in the row.
         kept = (np.diff(begins) > 0) & (begins[:-1] - begins[0] < len(ids))
         at = positions[0] + begins[:-1][kept] - begins[0]
