@@ -25,7 +25,7 @@ from triform.data.codecs.text import Tokenizer
 from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models.stacking import looped_layers, stacked_layers
-from triform.runtime import metrics, paths
+from triform.runtime import files, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 
@@ -58,10 +58,9 @@ FREE = (
 def saved_config(workdir: str) -> ExperimentConfig | None:
     """The config of a workdir; None if it holds none."""
     path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
+    text = files.read_text(path)
+    if text is None:
         return None
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
     try:
         code = plugins.saved(workdir, json.loads(text).get("plugins", ()))
         config = schema.from_json(text)
@@ -122,10 +121,8 @@ def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -
     """Writes codecs and config.json. Called last, after everything that may fail."""
     codec_files.save(codecs, workdir)
     plugins.save(config.plugins, workdir)
-    path = os.path.join(workdir, "config.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with files.replacing(os.path.join(workdir, "config.json")) as f:
         f.write(schema.to_json(config))
-    os.replace(path + ".tmp", path)
 
 
 def lock(workdir: str) -> Any:
