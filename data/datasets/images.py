@@ -36,6 +36,7 @@ class ImagesConfig(DataConfig):
     channels: int = 3  # 1: grey
     mean: tuple[float, ...] = (0.5,)  # of pixels in [0, 1]: one, or one a channel
     std: tuple[float, ...] = (0.5,)
+    resample: str = "bilinear"  # how another size is computed: augment.RESAMPLES
     # none: all of the image, resized; pad: the same, moved by up to `pad` pixels;
     # resized: a random part, resized, and the middle 7/8 in evaluation.
     crop: str = "none"
@@ -79,6 +80,8 @@ class ImagesConfig(DataConfig):
         self.require(len(self.mean) in (1, self.channels), "mean", many)
         self.require(len(self.std) in (1, self.channels), "std", many)
         self.require(min(self.std) > 0, "std", "must be positive")
+        rule = f"expected one of {', '.join(augment.RESAMPLES)}"
+        self.require(self.resample in augment.RESAMPLES, "resample", rule)
         self.require(self.crop in CROPS, "crop", f"expected one of {', '.join(CROPS)}")
         self.require(self.pad >= 0, "pad", "must be at least 0")
         self.require(
@@ -176,7 +179,7 @@ class Images(Dataset):
                 if epoch.train
                 else augment.central_box(*image.shape[:2], 7 / 8)
             )
-        image = augment.resized(image, config.size, box)
+        image = augment.resized(image, config.size, box, config.resample)
         if not epoch.train:
             return image, label
         if config.crop == "pad":
