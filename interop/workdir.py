@@ -162,7 +162,7 @@ def _beside(source: str, hf: dict[str, Any], config: ExperimentConfig) -> list[s
 
 
 # Special tokens that a model reads: they must have a row.
-READ = ("start", "bos", "cls", "sep", "mask")
+READ = ("bos", "cls", "sep", "mask")
 
 
 def _ids_without_rows(workdir: str, model: ModelConfig) -> list[str]:
@@ -174,7 +174,8 @@ def _ids_without_rows(workdir: str, model: ModelConfig) -> list[str]:
     tok = tokenizer.load(path) if path else None
     if tok is None or not rows:
         return []
-    for role in READ:
+    decoded = ("start",) if "S" in model.longest() else ()
+    for role in (*READ, *decoded):
         if (i := getattr(tok.specials, role)) is not None and i >= rows:
             raise UserError(
                 f"the tokenizer's {role} token has id {i}, the model {rows} rows; add "
@@ -228,8 +229,7 @@ def export_model(
     lora = config.model if isinstance(config.model, LoRAConfig) else None
     model = lora.model if lora else config.model
     original = tokenizers.read_json(workdir, HF_CONFIG)
-    family, hf = _settings(model, original)
-    _require_parameters(config, family)
+    family, hf = _described(config, original)
     if adapter:
         _require_adapter(config, lora)
     with all_or_nothing(target) as partial:
@@ -282,6 +282,28 @@ def _write_beside(
         original = tokenizers.read_json(folder, preprocessor.NAME)
         content = preprocessor.given_back(config.data, original)
         tokenizers.write_json(folder, preprocessor.NAME, content)
+
+
+def exportable(
+    config: ExperimentConfig, original: dict[str, Any] | None = None
+) -> str:
+    """The class of transformers that a run of this config becomes.
+
+    `original` is the config.json that its workdir was imported with. UserError that
+    says what transformers cannot express.
+    """
+    return _described(config, original or {})[1]["architectures"][0]
+
+
+def _described(
+    config: ExperimentConfig, original: dict[str, Any]
+) -> tuple[Family, dict[str, Any]]:
+    """(family, config.json) of a run; UserError if it has none."""
+    model = config.model
+    model = model.model if isinstance(model, LoRAConfig) else model
+    family, hf = _settings(model, original)
+    _require_parameters(config, family)
+    return family, hf
 
 
 def _special_ids(family: Family, known: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from triform.models import MODELS
 from triform.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PARTS = ("__init__", "saving", "schema", "variants")
+PARTS = ("__init__", "architecture", "saving", "schema", "variants")
 FILES = sorted({p.stem for p in (ROOT / "configs").glob("*.py")} - {*PARTS})
 
 
