@@ -325,7 +325,7 @@ def define() -> None:
 
 def cli(argv: Sequence[str], program: str = "generate") -> None:
     """The program, from the command line to the exit code."""
-    launch.launch(main, define, __doc__, argv)
+    launch.launch(main, define, __doc__, argv, answers=True)
 
 
 if __name__ == "__main__":

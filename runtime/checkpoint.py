@@ -150,6 +150,7 @@ class Checkpointer:
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keeps the metrics of a saved step, by which the best step is found."""
+        self.wait()  # a step that could not be saved has none
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
         self._write_scores()
 
