@@ -304,7 +304,8 @@ def main(argv: list[str]) -> None:
             write_line(sampler, line, output, flag.scores)
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """Defines the flags."""
     flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
     flags.DEFINE_multi_string("input", None, "Text, repeatable; none: standard input.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
@@ -320,4 +321,12 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", None, "Instead of decode.temperature.")
     flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
-    launch.launch(main)
+
+
+def cli(argv: Sequence[str], program: str = "generate") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, answers=True)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

@@ -198,10 +198,8 @@ def cached(
 
 def cache_root(config: Any) -> str:
     """Where arrays are kept."""
-    default = os.path.join(os.path.expanduser("~"), ".cache", "triform")
-    return paths.absolute(
-        config.cache_dir or os.environ.get("TRIFORM_CACHE") or default
-    )
+    given = config.cache_dir or os.environ.get("TRIFORM_CACHE")
+    return paths.absolute(given or "~/.cache/triform", setting="TRIFORM_CACHE")
 
 
 def _sweep(directory: str) -> None:

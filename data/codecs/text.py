@@ -32,7 +32,7 @@ KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
 class TokenizerConfig:
     """How text becomes ids. Its size is the model's vocab_size."""
 
-    kind: str = "bpe"
+    kind: str = "bpe"  # trained subwords, or bytes or characters as they are
     lowercase: bool = False  # cannot be undone: decoded text is lower-case too
     path: str = ""  # an existing tokenizer.json or .model, instead of training one
     corpora: tuple[str, ...] = ()  # 'source:feature' to train on besides the data
