@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from triform.data import store
-from triform.data.batch import Batch, Shape, Sizes, Spec, zeros
+from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets.requests import Requests
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
@@ -133,6 +134,7 @@ class Dataset:
     unit = "tokens"  # what `batch.count` counts
     truncates = False  # longer items are shortened in training too, not left out
     metrics: tuple[str, ...] = ()  # what `scalars` gives
+    requests: type[Requests] = Requests  # inputs that are of no split
     sizes: Mapping[str, np.ndarray]  # axis letter -> positions an item needs, int64 [N]
     empty: np.ndarray  # bool [N]: items without text
     digest: str  # equal digests mean equal items
@@ -144,21 +146,6 @@ class Dataset:
         self.model_sizes, self.spec = sizes, config.spec()
         self.tok = codecs.get("text")
         self._raw = functools.cache(self._open_raw)
-
-    @classmethod
-    def request(
-        cls,
-        config: Any,
-        lines: Sequence[str],
-        rows: int,
-        codecs: Mapping[str, Codec],
-        first: int,
-    ) -> Batch:
-        """A batch of texts that are not from a split; see `request_batch`."""
-        raise DataError(
-            f"data={type(config).__name__}: its inputs cannot be given as lines of "
-            "text; score them with evaluate.py"
-        )
 
     def __len__(self) -> int:
         return len(self.empty)
@@ -295,28 +282,3 @@ def labels(
             ) from error
     refuse(~np.isfinite(values), "not finite; correct or remove the example")
     return values.astype(np.float32)
-
-
-def fitting_batch(
-    config: Any,
-    axis: str,
-    needed: Sequence[int],
-    lines: Sequence[str],
-    rows: int,
-    first: int,
-    limit: str = "data.max_len",
-) -> Batch:
-    """A batch of zeros of the shortest shape whose `axis` holds all `needed` positions.
-
-    DataError that names the line if none does.
-    """
-    longest = max(needed)
-    for shape in config.shapes():
-        if shape[axis] >= longest:
-            return zeros(config.spec(), {"B": rows, **shape})
-    where = list(needed).index(longest)
-    raise DataError(
-        f"input line {first + where + 1} ({lines[where][:40]!r}): {longest} tokens, "
-        f"the model reads at most {limit}={config.shapes()[-1][axis]}; shorten or "
-        "split it"
-    )
