@@ -31,6 +31,7 @@ class DecodeConfig:
     top_k: int = 0  # sample among the k likeliest; 0: all
     top_p: float = 1.0  # sample among the likeliest that hold this probability
     max_len: int = 0  # tokens at most; 0: data.max_len
+    banned: tuple[int, ...] = ()  # ids that are never written
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -47,6 +48,8 @@ class DecodeConfig:
         require(self.top_k >= 0, "top_k", "must not be negative; 0 is off")
         require(0 < self.top_p <= 1, "top_p", "must lie in (0, 1]; 1 is off")
         require(self.max_len >= 0, "max_len", "must not be negative; 0: data.max_len")
+        ids = all(isinstance(i, int) and i >= 0 for i in self.banned)
+        require(ids, "banned", "must be a tuple of ids")
 
 
 def generate(
@@ -129,7 +132,7 @@ def advance(
     def body(t: Text) -> Text:
         rests = resting(t)
         logits, cache = extend(t.last[:, None], t.positions[:, None], t.cache)
-        logp = jax.nn.log_softmax(logits[:, 0])
+        logp = without_banned(config, jax.nn.log_softmax(logits[:, 0]))
         keys = jax.vmap(jax.random.fold_in)(t.keys, t.before + t.count)
         token = jnp.where(rests, 0, pick(keys, logp))
         gained = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
@@ -149,6 +152,13 @@ def advance(
 def ends(token: Array, eos: Ends) -> Array:
     """bool like `token`: which of them end a text."""
     return jnp.isin(token, jnp.atleast_1d(jnp.asarray(eos, jnp.int32)))
+
+
+def without_banned(config: DecodeConfig, logp: Array) -> Array:
+    """logp [..., V] with NEVER for the ids that are never written."""
+    if not config.banned:
+        return logp
+    return logp.at[..., np.array(config.banned)].set(NEVER)
 
 
 def greedy(keys: Array, logp: Array) -> Array:
@@ -219,7 +229,8 @@ def beam_search(
     def body(carry):
         i, token, cache, live, live_logp, done, done_score = carry
         logits, cache = extend(token.reshape(-1, 1), (positions + i)[:, None], cache)
-        logp = jax.nn.log_softmax(logits[:, 0]).reshape(batch, beams, -1)
+        logp = without_banned(config, jax.nn.log_softmax(logits[:, 0]))
+        logp = logp.reshape(batch, beams, -1)
         vocab = logp.shape[-1]
         total = (live_logp[..., None] + logp).reshape(batch, beams * vocab)
         # So many candidates that at least `beams` of them do not end.

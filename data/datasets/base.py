@@ -146,6 +146,8 @@ class Dataset:
         self.model_sizes, self.spec = sizes, config.spec()
         self.tok = codecs.get("text")
         self._raw = functools.cache(self._open_raw)
+        # Names of the classes that the source numbers in a field; () if it has none.
+        self.numbered = functools.cache(self._numbered)
 
     def __len__(self) -> int:
         return len(self.empty)
@@ -219,6 +221,10 @@ class Dataset:
         readers = [store.reader(self.config, f) for f in features]
         return store.examples(self.config, self.config.source, self.split), readers
 
+    def _numbered(self, field: str) -> tuple[str, ...]:
+        found = store.origin(self.config, self.config.source)
+        return tuple(found.classes(getattr(self.config, field)))
+
     def _texts(self, item: int) -> list[str]:
         examples, readers = self._raw()
         return [" ".join(read(examples[item])) for read in readers]
@@ -264,13 +270,20 @@ def labels(
                 f"{where}: the names of its classes are unknown; restore classes.json "
                 "in the workdir"
             )
-        ids, size = codec.encode(values), config.classes()[field]
+        size = config.classes()[field]
+        theirs = () if values.dtype.kind == "U" else dataset.numbered(field)
+        ids = codec.encode(values, theirs)
         fix = "correct or remove the example"
         if codec.size == dataset.model_sizes.get(size):
             fix += f" or raise model.{size}"
         if values.dtype.kind == "f":
             fix += ', or set data.target="number" if numbers are to be predicted'
-        refuse(ids < 0, f"none of the {codec.size} classes; {fix}")
+        rule = f"none of the {codec.size} classes"
+        if codec.named:
+            rule += f" {shown(codec.names)}"
+        if theirs and theirs != codec.names:
+            rule += f"; the data number theirs {shown(theirs)}"
+        refuse(ids < 0, f"{rule}; {fix}")
         return ids
     if values.dtype.kind == "U":
         try:
@@ -282,3 +295,9 @@ def labels(
             ) from error
     refuse(~np.isfinite(values), "not finite; correct or remove the example")
     return values.astype(np.float32)
+
+
+def shown(names: Sequence[str], most: int = 8) -> str:
+    """'(0 negative, 1 positive)': names with their numbers, the first few."""
+    listed = [f"{i} {name}" for i, name in enumerate(names[:most])]
+    return f"({', '.join(listed)}{', ...' if len(names) > most else ''})"
