@@ -1,16 +1,15 @@
 """The answer to one request: as an object, a line of text, and a row of JSON."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 import numpy as np
 
-from triform.data.lines import one_line
+from triform.data.lines import one_line, repaired
+from triform.runtime import files
 from triform.runtime.errors import UserError
-from triform.runtime.metrics import strict
 
 
 @dataclasses.dataclass
@@ -64,7 +63,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str, overwrite: bool = False):
-        if not overwrite and os.path.exists(path):
+        if os.path.isfile(path) and not overwrite:
             raise UserError(
                 f"--output={path}: is there already; name another file, or add "
                 "--overwrite"
@@ -73,11 +72,23 @@ class JsonLines:
         self._file: TextIO = open(path, "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds a line, which a reader sees at once."""
-        text = json.dumps(strict(row), ensure_ascii=False, allow_nan=False, default=str)
-        self._file.write(text + "\n")
+        """Adds a line, which a reader of the file sees at once."""
+        self._file.write(files.dumps(plain(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Nothing more is written."""
         self._file.close()
+
+
+def plain(value: Any) -> Any:
+    """The value as what JSON has; text that no encoding has becomes U+FFFD."""
+    if isinstance(value, Mapping):
+        return {str(plain(k)): plain(x) for k, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(plain, value)]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return repaired(str(value))[0]
