@@ -7,7 +7,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from triform.data.lines import one_line, repaired
+from triform.data.codecs.tokenizer import well_formed
+from triform.data.lines import one_line
 from triform.runtime import files
 from triform.runtime.errors import UserError
 
@@ -93,4 +94,4 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if value is None or isinstance(value, bool | int | float):
         return value
-    return repaired(str(value))[0]
+    return well_formed(str(value))

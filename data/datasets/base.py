@@ -11,7 +11,7 @@ from triform.data import store
 from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import TokenizerConfig
-from triform.data.datasets.requests import Requests
+from triform.data.datasets.requests import Requests, framing
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
@@ -68,6 +68,7 @@ class TextConfig(DataConfig):
     """Rows of tokens. Lengths include the tokens that a kind of data adds."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ()  # of a tokenizer trained for it
+    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
     max_len: int = 64  # longer items are left out of training, shortened in evaluation
     # Rows of max_len a batch; shorter buckets hold more rows, of as many tokens in all.
@@ -145,6 +146,7 @@ class Dataset:
         self.config, self.split, self.codecs = config, split, codecs
         self.model_sizes, self.spec = sizes, config.spec()
         self.tok = codecs.get("text")
+        self.framing = framing(config, codecs, sizes)
         self._raw = functools.cache(self._open_raw)
         # Names of the classes that the source numbers in a field; () if it has none.
         self.numbered = functools.cache(self._numbered)
