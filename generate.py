@@ -9,7 +9,7 @@ python generate.py --workdir=DIR --input_file=in.csv --output=out.jsonl
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
