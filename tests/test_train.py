@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from triform import config_flag
 from triform import train as training
 from triform.configs import transformer_cldr
 from triform.data.sources.tfds_source import BUILDERS
@@ -27,7 +28,7 @@ from triform.workdir import checkpoint_dir, saved_config
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "configs/transformer_cldr.py:smoke"
 # Of a line in metrics.jsonl, what depends on the machine and not on the run.
-SPEED = ("train/tokens_per_second", "train/steps_per_second", "train/data_wait")
+SPEED = ("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time")
 
 
 @pytest.fixture(scope="module")
@@ -325,15 +326,7 @@ def test_non_finite_loss_stops_with_step_and_examples(tmp_path, cache):
     assert meta["data"]["step"] == 2
 
 
-CONFIGS = {p.stem for p in (ROOT / "configs").glob("*.py")} - {
-    "saving",
-    "schema",
-    "variants",
-    "__init__",
-}
-
-
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", config_flag.names())
 def test_smoke(name, tmp_path, cache, shared_data, monkeypatch):
     """The smoke variant of every config trains, evaluates, saves and scores."""
     data = importlib.import_module(f"triform.configs.{name}").get_config("smoke").data

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from triform.data.codecs.framing import from_processor
+from triform.data.codecs.pieces import pieces
 from triform.data.codecs.specials import (
     EOS,
     PAD,
@@ -29,13 +30,14 @@ __all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
 
 SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
+MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 
 
 @dataclasses.dataclass
 class TokenizerConfig:
     """How text becomes ids. Its size is the model's vocab_size."""
 
-    kind: str = "bpe"
+    kind: str = "bpe"  # trained subwords, or bytes or characters as they are
     lowercase: bool = False  # cannot be undone: decoded text is lower-case too
     path: str = ""  # an existing tokenizer.json or .model, instead of training one
     corpora: tuple[str, ...] = ()  # 'source:feature' to train on besides the data
@@ -262,8 +264,13 @@ def _train_unigram(
 ) -> Tokenizer:
     out = io.BytesIO()
     _sentencepiece(
-        # Line by line: it leaves out what it takes for too long a sentence.
-        sentence_iterator=(line for t in texts for line in t.splitlines()),
+        # In lines and pieces of them: it leaves out what it takes for too long.
+        sentence_iterator=(
+            piece
+            for t in texts
+            for line in t.splitlines()
+            for piece in pieces(line, MOST_BYTES // 4)
+        ),
         model_writer=out,
         model_type="unigram",
         vocab_size=vocab_size,
@@ -276,7 +283,7 @@ def _train_unigram(
         eos_piece=SPECIALS[EOS],
         unk_piece=SPECIALS[UNK],
         control_symbols=names[len(SPECIALS) :],  # never found in a text
-        max_sentence_length=1 << 20,
+        max_sentence_length=MOST_BYTES,
         normalization_rule_name="nfkc_cf" if config.lowercase else "nfkc",
         remove_extra_whitespaces=False,
         split_digits=True,
