@@ -4,6 +4,7 @@ python evaluate.py --workdir=DIR [--split=test] [--checkpoint=best]
     [--predictions=FILE.jsonl]
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,20 +12,21 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from triform import scores
 from triform import workdir as workdirs
+from triform.answers.writing import Targets
 from triform.data.codecs import Codec
+from triform.data.lines import one_line
 from triform.experiment import Experiment
-from triform.generate import make_generate, one_line
 from triform.input_pipeline import Split
-from triform.runtime import launch, metrics, paths
+from triform.runtime import files, launch, metrics, paths
+from triform.runtime.progress import stage
 
 
 @dataclasses.dataclass
@@ -56,14 +58,22 @@ class Result:
 
 
 class Evaluator:
-    """Evaluates variables on splits; compiled once, called at many steps."""
+    """Evaluates variables on splits; compiled once, called at many steps.
 
-    def __init__(self, experiment: Experiment, codecs: Mapping[str, Codec]):
-        self.experiment, self.codecs = experiment, codecs
+    What it does is said on `log`; None is standard output.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        codecs: Mapping[str, Codec],
+        log: TextIO | None = None,
+    ):
+        self.experiment, self.codecs, self.log = experiment, codecs, log
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
         config = experiment.config
         if config.evaluation.metrics or any(x.scores for x in config.evaluations):
-            self.generate = make_generate(experiment, codecs["text"])
+            self.targets = Targets(experiment, codecs)
 
     def __call__(
         self,
@@ -76,8 +86,8 @@ class Evaluator:
         predictions: bool = False,
         names: tuple[str, ...] | None = None,
     ) -> Result | None:
-        """Losses over the whole split, and scores of what is generated for its first
-        `limit` examples (0: all) of every corpus of a mixture.
+        """Losses, metrics and scores of what is generated, over the whole split or at
+        most `limit` examples of every corpus in it, spread evenly (0: all).
 
         None as soon as `stop()` is true between two batches. `predictions` keeps one
         object per example. `names` are scores in place of config.evaluation.metrics.
@@ -86,28 +96,28 @@ class Evaluator:
         names = config.metrics if names is None else names
         start, dataset = time.perf_counter(), split.dataset
         total, ids, kept, written = None, [], [], {}
-        bar = tqdm(total=len(dataset), desc=prefix, disable=None, leave=False)
-        for items, batch in split.batches.evaluation():
-            if stop():
-                bar.close()
-                return None
-            put = self.experiment.put(batch)
-            measured, rows = self.eval_step(variables, np.int32(step), put)
-            if names:
-                written |= self._written(variables, batch, items, dataset, limit)
-            total = metrics.add(total, metrics.to_host(measured))
-            # Numbers of all examples fit into memory, their images may not.
-            every = predictions or len(ids) < config.samples
-            rows = {k: x for k, x in rows.items() if every or x.ndim == 1}
-            # The batch may have more rows than examples: padding.
-            kept.append({k: np.asarray(x)[: len(items)] for k, x in rows.items()})
-            ids += items.tolist()
-            bar.update(len(items))
-        bar.close()
+        with stage(f"scoring {dataset.title()}", least=math.inf, file=self.log) as note:
+            for items, batch in split.batches.evaluation(limit):
+                if stop():
+                    return None
+                put = self.experiment.put(batch)
+                measured, rows = self.eval_step(variables, np.int32(step), put)
+                if names:
+                    written |= self._written(variables, batch, items)
+                total = metrics.add(total, metrics.to_host(measured))
+                # Numbers of all examples fit into memory, their images may not.
+                every = predictions or len(ids) < config.samples
+                rows = {k: x for k, x in rows.items() if every or x.ndim == 1}
+                # The batch may have more rows than examples: padding.
+                kept.append({k: np.asarray(x)[: len(items)] for k, x in rows.items()})
+                ids += items.tolist()
+                note(f"{len(ids):,} of {limit or len(dataset):,} examples")
         found = self.experiment.values(total, step)
-        found |= dataset.scalars(_nats(total))
+        # Of a sample: what the whole would have if it were all like this.
+        share = len(ids) / max(1, int((~dataset.empty).sum()))
+        found |= dataset.scalars(_nats(total) / share)
         found |= self.experiment.task.score(_columns(kept))
-        found |= {"examples": len(ids), "cut": split.batches.truncated()}
+        found |= {"examples": len(ids), "cut": split.batches.truncated(limit)}
         scored, text = self._score(dataset, dict(sorted(written.items())), names)
         few = itertools.islice(_rows(kept), config.samples)
         shown = dict(zip(ids, few, strict=False))
@@ -116,21 +126,12 @@ class Evaluator:
         lines = self._predictions(split, ids, kept, written) if predictions else []
         return Result(scalars, samples, time.perf_counter() - start, lines)
 
-    def _written(
-        self, variables: Any, batch: Any, items: np.ndarray, dataset: Any, limit: int
-    ) -> dict[int, str]:
+    def _written(self, variables: Any, batch: Any, items: np.ndarray) -> dict[int, str]:
         """Example -> generated text."""
-        chosen = [i for i in items.tolist() if not limit or dataset.group(i)[1] < limit]
-        experiment = self.experiment
-        if not chosen:
-            return {}
-        inputs = experiment.placement.for_generation(
-            variables, batch, experiment.axes()
-        )
-        tokens = np.asarray(self.generate(*inputs, np.uint32(0))[0])
-        texts = map(self.codecs["text"].decode, tokens)
-        every = dict(zip(items.tolist(), texts, strict=False))
-        return {i: every[i] for i in chosen}
+        numbers = np.stack([items, np.zeros_like(items)], 1).astype(np.int32)
+        drafts = self.targets(variables, batch, numbers)
+        texts = (one_line(draft.text) for draft in drafts)
+        return dict(zip(items.tolist(), texts, strict=False))
 
     def _score(
         self, dataset: Any, written: dict[int, str], names: tuple[str, ...]
@@ -142,19 +143,27 @@ class Evaluator:
             config, metrics=names, lowercase=config.lowercase or tok.lowercase
         )
         texts = {i: dataset.text(i) for i in written}
+        # What the model cannot write is no mistake of its: ligatures, say, that the
+        # tokenizer takes apart. Outputs and references are compared as it has them, and
+        # as they are printed.
+        known = {i: one_line(tok.normalize(ref)) for i, (_, ref) in texts.items()}
         groups: dict[str, list[int]] = {}
         for i in written:
             groups.setdefault(dataset.group(i)[0], []).append(i)
         found = {}
         for group, ids in groups.items():
-            ours, references = [written[i] for i in ids], [texts[i][1] for i in ids]
             lead = f"{group}/" if group else ""
-            scored = scores.score(config, ours, references)
+            ours = [tok.normalize(written[i]) for i in ids]
+            scored = scores.score(config, ours, [known[i] for i in ids])
             found |= {f"{lead}{name}": x for name, x in scored.items()}
+        if changed := sum(known[i] != one_line(texts[i][1]) for i in written):
+            found["references"] = (
+                f"{changed} of {len(written)} changed: normalised as the tokenizer does"
+            )
         step = max(1, len(written) // max(1, config.samples))
         samples = "\n".join(
-            f"source     {texts[i][0]}\nreference  {texts[i][1]}\n"
-            f"output     {one_line(written[i])}\n"
+            f"source     {one_line(texts[i][0])}\nreference  {known[i]}\n"
+            f"output     {one_line(tok.normalize(written[i]))}\n"
             for i in [*written][::step][: config.samples]
         )
         return found, samples
@@ -202,11 +211,12 @@ def run(
     *,
     beam_size: int = 0,
     predictions: bool = False,
+    examples: int = 0,
 ) -> Result:
     """Scores a checkpoint of a workdir on a split ('' is data.eval_split).
 
-    `predictions` keeps one object per example. Raises TriformError for a workdir,
-    split or checkpoint that is not there.
+    At most `examples` of it, spread evenly; 0: all. `predictions` keeps one object per
+    example. Raises TriformError for a workdir, split or checkpoint that is not there.
     """
     config = workdirs.open_config(paths.absolute(workdir))
     if beam_size:
@@ -216,84 +226,117 @@ def run(
     name = split or config.data.eval_split
     part = Split.open(config.data, opened.codecs, name, experiment.sizes)
     print(f"{workdir}: {opened.which}, split {name}", file=sys.stderr)
-    evaluator = Evaluator(experiment, opened.codecs)
-    result = evaluator(
-        opened.variables, opened.step, part, name, predictions=predictions
-    )
+    evaluator = Evaluator(experiment, opened.codecs, sys.stderr)
+    inputs = opened.variables, opened.step, part, name, examples
+    result = evaluator(*inputs, predictions=predictions)
     about = {"checkpoint": opened.which, "split": name}
     result.scalars = about | result.scalars
     return result
 
 
-def summary(result: Result) -> str:
-    """'eval/loss 1.234  eval/bleu 40.12'."""
-    return "  ".join(f"{k} {v:.4g}" for k, v in result.numbers().items())
+def summary(scalars: Mapping[str, Any]) -> str:
+    """'eval/loss 1.234  eval/bleu 40.12', without signatures."""
+    numbers = {k: v for k, v in scalars.items() if not isinstance(v, str)}
+    return "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
 
 
 def write_samples(workdir: str, name: str, samples: Samples) -> None:
     """Into samples/NAME.*, replacing what an interrupted evaluation left."""
     os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
-    text = {".txt": samples.text.encode()} if samples.text else {}
+    text = {".txt": samples.text.encode(errors="replace")} if samples.text else {}
     for end, content in (text | dict(samples.files)).items():
-        with open(os.path.join(workdir, "samples", f"{name}{end}"), "wb") as f:
+        path = os.path.join(workdir, "samples", f"{name}{end}")
+        with files.replacing(path, binary=True) as f:
             f.write(content)
-
-
-def strict(value: Any) -> Any:
-    """The value with NaN and infinities as text: JSON has none."""
-    if isinstance(value, Mapping):
-        return {k: strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def write_predictions(path: str, lines: list[dict[str, Any]]) -> None:
     """One JSON object a line; a file that is there is replaced when all is written."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        for line in lines:
-            f.write(json.dumps(strict(line), ensure_ascii=False, allow_nan=False))
-            f.write("\n")
-    os.replace(f"{path}.tmp", path)
+    with files.replacing(path) as f:
+        f.writelines(files.dumps(line) + "\n" for line in lines)
+
+
+def write_report(workdir: str, name: str, report: Mapping[str, Any]) -> str:
+    """Into NAME.json, or NAME.2.json and so on beside other results; returns the name.
+
+    The same result again, which may have taken another time, is not written twice.
+    """
+    names = (f"{name}.{n}" if n > 1 else name for n in itertools.count(1))
+    for chosen in names:
+        path = os.path.join(workdir, f"{chosen}.json")
+        there = files.read_text(path)
+        if there is None:
+            files.write_json(path, report)
+            break
+        with contextlib.suppress(ValueError):
+            if {**json.loads(there), "seconds": 0} == {**report, "seconds": 0}:
+                break
+    return chosen
+
+
+def write_all(writers: Iterable[Callable[[], Any]]) -> None:
+    """Calls all of them; then raises the first OSError that one raised."""
+    failed = None
+    for write in writers:
+        try:
+            write()
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def main(argv: list[str]) -> None:
     """Prints the scores of a checkpoint as one JSON object."""
     flag = flags.FLAGS
     workdir = launch.folder_flag("workdir")
+    target = launch.file_flag("predictions")
     result = run(
         workdir,
         flag.split,
         flag.checkpoint,
         beam_size=flag.beam_size,
-        predictions=bool(flag.predictions),
+        predictions=bool(target),
+        examples=flag.examples,
     )
     print(result.samples, file=sys.stderr)
     config = workdirs.open_config(workdir)
     report = {"seconds": result.seconds, "decode": dataclasses.asdict(config.decode)}
     if flag.beam_size:
         report["decode"] |= {"method": "beam", "beam_size": flag.beam_size}
-    report = strict(report | result.scalars)
-    # Printed first: what was computed is seen even if it cannot be written.
-    print(json.dumps(report, indent=2, ensure_ascii=False), flush=True)
-    if flag.predictions:
-        write_predictions(paths.absolute(flag.predictions), result.predictions)
+    report = files.strict(report | result.scalars)
     beams = f"_beam{flag.beam_size}" if flag.beam_size else ""
     name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}".replace(":", "_")
-    path = os.path.join(workdir, f"{name}.json")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(report, f, indent=2, ensure_ascii=False, allow_nan=False)
-    os.replace(f"{path}.tmp", path)
-    if result.samples:
-        write_samples(workdir, name, result.samples)
+
+    def show() -> None:
+        print(files.dumps(report, indent=2), flush=True)
+
+    def keep() -> None:
+        chosen = write_report(workdir, name, report)
+        if result.samples:
+            write_samples(workdir, chosen, result.samples)
+
+    # Printed first, and each of them even if another cannot be written.
+    writers = [show, keep]
+    if target:
+        writers.append(lambda: write_predictions(target, result.predictions))
+    write_all(writers)
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """Defines the flags."""
     flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
     flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
     flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
+    flags.DEFINE_integer("examples", 0, "Score at most so many, spread evenly; 0: all.")
     flags.DEFINE_string("predictions", "", "File for one JSON object per example.")
-    launch.launch(main)
+
+
+def cli(argv: Sequence[str], program: str = "evaluate") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, answers=True)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

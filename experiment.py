@@ -11,6 +11,7 @@ import optax
 from flax import struct
 
 from triform import models, tasks
+from triform.configs import plugins
 from triform.configs.schema import ExperimentConfig
 from triform.data import batch as batches
 from triform.runtime import optim
@@ -49,6 +50,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         config = self.config
+        plugins.load_all(config)
         rows = (*config.model.PARAMETERS, *ROWS)
         try:
             config.validate()
@@ -195,6 +197,14 @@ class Experiment:
         terms = {name: Mean(totals[name], weights[name]) for name in weights}
         measured = {"terms": terms, **task.metrics(outputs, batch, ctx)}
         return across.sum(measured), task.predict(outputs, batch)
+
+    def predict_step(
+        self, variables: Tree, step: Array, batch: Tree, across: Across
+    ) -> tuple[Metrics, Mapping[str, Array]]:
+        """({}, the task's answers [B, ...]) for rows without truth, pure."""
+        ctx = Context(step, {}, False, across.rows)
+        outputs, _ = self.task.outputs(variables, batch, ctx)
+        return {}, self.task.answer(outputs, batch)
 
     def values(self, measured: Mapping[str, Any], step: int) -> dict[str, float]:
         """{name: value} of what evaluation summed; `loss`: the objective at `step`."""

@@ -1,12 +1,13 @@
 """Everything that a run keeps on disk, and starting from what other runs kept.
 
-A workdir holds config.json, the codecs (tokenizer, class names), checkpoints/, frozen/
-(parameters that are not trained, saved once), scores.json, metrics.jsonl, samples/ and
-what evaluate.py reports.
+A workdir holds config.json, code/ (its plugins), the codecs (tokenizer, class names),
+checkpoints/, frozen/ (parameters that are not trained, saved once), scores.json,
+metrics.jsonl, runs.jsonl (a line per start), samples/ and what evaluate.py reports.
 """
 
 import dataclasses
 import fcntl
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,17 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from triform.configs import schema
+from triform.configs import architecture as architectures
+from triform.configs import plugins, schema
 from triform.configs.schema import ExperimentConfig, InitRule
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
+from triform.data.codecs.text import Tokenizer
 from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
+from triform.models import ModelConfig
 from triform.models.stacking import looped_layers, stacked_layers
-from triform.runtime import metrics, paths
+from triform.runtime import files, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 
@@ -56,17 +60,19 @@ FREE = (
 def saved_config(workdir: str) -> ExperimentConfig | None:
     """The config of a workdir; None if it holds none."""
     path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
+    text = files.read_text(path)
+    if text is None:
         return None
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
     try:
-        return schema.from_json(text)
+        code = plugins.saved(workdir, json.loads(text).get("plugins", ()))
+        config = schema.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not a config of this version of Triform ({error!r}); restore the "
             "file or name another workdir"
         ) from error
+    config.plugins = code
+    return config
 
 
 def open_config(workdir: str) -> ExperimentConfig:
@@ -92,8 +98,11 @@ def for_these_devices(config: ExperimentConfig) -> ExperimentConfig:
     return config
 
 
-def check_config(workdir: str, config: ExperimentConfig) -> None:
-    """On resuming prints what differs, and refuses what may not."""
+def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | None:
+    """The workdir's config before this start, None if it is a new one.
+
+    Prints what differs, and refuses what may not.
+    """
     old = saved_config(workdir)
     changed = schema.differences(old, config) if old is not None else {}
     for name, (before, after) in changed.items():
@@ -107,15 +116,15 @@ def check_config(workdir: str, config: ExperimentConfig) -> None:
                 f"{before!r} there, {after!r} here); name another workdir or change it "
                 "back"
             )
+    return old
 
 
 def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -> None:
     """Writes codecs and config.json. Called last, after everything that may fail."""
     codec_files.save(codecs, workdir)
-    path = os.path.join(workdir, "config.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    plugins.save(config.plugins, workdir)
+    with files.replacing(os.path.join(workdir, "config.json")) as f:
         f.write(schema.to_json(config))
-    os.replace(path + ".tmp", path)
 
 
 def lock(workdir: str) -> Any:
@@ -136,7 +145,8 @@ def tested(workdir: str, step: int) -> dict[str, Any]:
     """The test scores that were written after this step; {} if there are none."""
     lines = metrics.read_lines(workdir)
     found = [x for x in lines if x["step"] == step and "test/loss" in x]
-    return {k: v for k, v in found[-1].items() if k != "step"} if found else {}
+    line = found[-1] if found else {}
+    return {k: v for k, v in line.items() if k.startswith("test/")}
 
 
 # Checkpoints
@@ -281,10 +291,10 @@ class Run:
 class Loaded(NamedTuple):
     """What `load` returns."""
 
-    config: ExperimentConfig
     model: Any  # Linen module: model.apply(params, batch) -> {output name: array}
     params: Tree  # variables: {"params": ...}
-    codecs: Mapping[str, Codec]
+    tokenizer: Tokenizer | None  # None: the data are not text
+    config: ExperimentConfig
 
 
 def open_run(
@@ -301,12 +311,14 @@ def open_run(
 
 
 def load(path: str, checkpoint: str = "best") -> Loaded:
-    """(config, model, params, codecs) of a workdir.
+    """(model, params, tokenizer, config) of a workdir.
 
-    `model.apply(params, batch)` gives the outputs; `codecs["text"]` is the tokenizer.
+    `model.apply(params, batch)` gives the outputs. `open_run` gives all of a run: its
+    codecs, too, and the objects that it was trained with.
     """
     run = open_run(path, checkpoint)
-    return Loaded(run.config, run.experiment.model, run.variables, run.codecs)
+    model, tokenizer = run.experiment.model, run.codecs.get("text")
+    return Loaded(model, run.variables, tokenizer, run.config)
 
 
 # Initialisation from other runs
@@ -322,13 +334,14 @@ class Report:
     copied: dict[str, str]  # from a saved array of another name
     skipped: dict[str, Shape]
     new: dict[str, Shape]
+    mismatches: list[str]  # settings by which the models differ, if that shows
 
     def __str__(self) -> str:
         def size(shapes: Mapping[str, Shape]) -> str:
             return f"{sum(int(np.prod(s)) for s in shapes.values()):,} parameters"
 
         def lines(names: Mapping[str, Any], title: str) -> list[str]:
-            shown = [f"    {name} {how}" for name, how in names.items()]
+            shown = [f"    {name} {how}".rstrip() for name, how in names.items()]
             return [f"  {title}", *shown] if shown else []
 
         return "\n".join(
@@ -341,6 +354,7 @@ class Report:
                 *lines(self.skipped, "skipped, the model has no such parameter:"),
                 f"  newly initialised: {len(self.new)} arrays, {size(self.new)}",
                 *lines(self.new, "newly initialised:"),
+                *lines(dict.fromkeys(self.mismatches, ""), "the models differ:"),
             ]
         )
 
@@ -362,8 +376,17 @@ def init_rules(config: ExperimentConfig) -> tuple[InitRule, ...]:
     return (InitRule(config.init_from),) if config.init_from else config.init
 
 
-def _saved_params(rule: InitRule) -> tuple[dict[str, np.ndarray], str]:
-    """(looped parameters by our names, description) of a rule's source."""
+def architecture(source: str, here: ModelConfig) -> ModelConfig:
+    """The model of WORKDIR with the heads of `here`; UserError if there is none."""
+    return architectures.taken(open_config(parse(source)[0]).model, here)
+
+
+def _saved_params(
+    rule: InitRule, model: ModelConfig
+) -> tuple[dict[str, np.ndarray], str, list[str]]:
+    """(looped parameters by our names, description, mismatches with `model`) of a
+    rule's source.
+    """
     workdir, which = parse(rule.source)
     run = open_run(workdir, which)
     params = looped_layers(jax.device_get(run.variables["params"]))
@@ -378,7 +401,8 @@ def _saved_params(rule: InitRule) -> tuple[dict[str, np.ndarray], str]:
             f"init: no array of {rule.source!r} is left after only={rule.only!r}; "
             f"saved names are such as {next(iter(flatten_dict(params, sep='/')))!r}"
         )
-    return found, f"{workdir}, {run.which}"
+    differing = architectures.mismatches(run.config.model, model)
+    return found, f"{workdir}, {run.which}", differing
 
 
 def _stacked(saved: Tree, wanted: Tree) -> Tree:
@@ -397,19 +421,20 @@ def start(
 
     Later rules replace what earlier ones restored.
     """
-    saved, sources = {}, []
+    saved, sources, differing = {}, [], []
+    model, placement = experiment.config.model, experiment.placement
     for rule in rules:
-        found, source = _saved_params(rule)
+        found, source, mismatches = _saved_params(rule, model)
         saved |= found
         sources.append(source)
-    model, placement = experiment.config.model, experiment.placement
+        differing += mismatches
     shapes = jax.eval_shape(experiment.make_state)
     wanted = shapes.variables()
     tree = _stacked(unflatten_dict(saved, sep="/"), wanted["params"])
     saved = flatten_dict(tree, sep="/")
     shardings = placement.shardings(wanted)
     variables = jax.jit(experiment.init_variables, out_shardings=shardings)()
-    report = Report("; ".join(sources), {}, {}, {}, {}, {})
+    report = Report("; ".join(sources), {}, {}, {}, {}, {}, [])
 
     def choose(path: tuple, fresh: jax.Array) -> jax.Array:
         name = paths.path_name(path)
@@ -432,11 +457,16 @@ def start(
     params = jax.tree_util.tree_map_with_path(choose, variables["params"])
     used = {*report.restored, *report.adapted, *report.copied.values()}
     report.skipped |= {k: x.shape for k, x in saved.items() if k not in used}
-    if not report.restored and not report.adapted:
+    # A saved array of the same name and another shape is not what was asked for.
+    if any(name in saved for name in report.new):
+        report.mismatches = differing
+    if not used:
+        causes = "; ".join(differing) or "their names differ"
         raise UserError(
             f"init_from={rules[0].source!r}: none of its {len(saved)} arrays has a "
-            f"name and shape of model={type(model).__name__}; name a workdir of the "
-            "same family, or rename its arrays with config.init"
+            f"name and shape of model={type(model).__name__}: {causes}; set these, "
+            f"take --config.model=from:{rules[0].source}, or rename its arrays with "
+            "config.init"
         )
     places = placement.shardings(shapes)
     state = jax.jit(experiment.state_of, out_shardings=places)(

@@ -1,44 +1,89 @@
 """What the entry points share: flags, and mistakes answered in one line."""
 
-import dataclasses
+import contextlib
 import difflib
 import errno
-import importlib
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from absl import app, flags
 
-from triform.runtime import host, paths
+from triform.runtime import host, paths, streams
 from triform.runtime.errors import TriformError, UserError
 
+Main = Callable[[list[str]], int | None]
+HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 
-def launch(main: Callable[[list[str]], int | None]) -> None:
+
+def launch(
+    main: Main,
+    define: Callable[[], None],
+    about: str,
+    argv: Sequence[str],
+    *,
+    prepare: Callable[[list[str]], list[str]] = list,
+    answers: bool = False,
+    passes_on: bool = False,
+    arguments: bool = False,
+) -> None:
     """Parses the flags, runs main, exits with its code.
 
     A mistake of the user ends it with one line on standard error and code 1.
+
+    Args:
+      main: gets the name of the program, and what `passes_on` leaves.
+      define: defines the flags.
+      about: what --help shows, before the flags.
+      argv: the name of the program and its flags.
+      prepare: argv -> argv without what is no flag of `define`.
+      answers: standard output is what the program is for; otherwise it is a log, and
+        the program goes on without it.
+      passes_on: the program computes nothing; flags that are not its own are main's
+        arguments, for the programs that it starts.
+      arguments: words that are no flags are main's arguments.
     """
-    host.prepare()
-    # A log file shows the plan while the run compiles, not afterwards.
-    sys.stdout.reconfigure(line_buffering=True)
-    app.run(lambda argv: _answered(lambda: _run(main, argv)), flags_parser=_parse)
+    streams.prepare(needed=answers)
+
+    def parse(given: list[str]) -> list[str]:
+        if not passes_on:
+            host.prepare()
+        known = set(flags.FLAGS)
+        define()
+        if HELP & set(given[1:]):
+            _print_help(about, sorted(set(flags.FLAGS) - known))
+            sys.exit(0)
+        return flags.FLAGS(prepare(given), known_only=passes_on)
+
+    def run(rest: list[str]) -> int | None:
+        if len(rest) > 1 and not (passes_on or arguments):
+            raise UserError(
+                f"unexpected argument {rest[1]!r}: write --config.KEY=VALUE, "
+                "--input='TEXT'"
+            )
+        return main(rest)
+
+    app.run(
+        lambda rest: _answered(lambda: run(rest)),
+        argv=list(argv),
+        flags_parser=lambda given: _answered(lambda: parse(given), fail=True),
+    )
 
 
-def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
-    if len(argv) > 1:
-        raise UserError(
-            f"unexpected argument {argv[1]!r}: write --config.KEY=VALUE, --input='TEXT'"
-        )
-    return main(argv)
+def _print_help(about: str, names: Sequence[str]) -> None:
+    print(f"{about.strip()}\n\nFlags:")
+    for name in names:
+        print(_shown(flags.FLAGS[name]))
 
 
-def _parse(argv: list[str]) -> list[str]:
-    return _answered(lambda: flags.FLAGS(argv), fail=True)
+def _shown(flag: flags.Flag) -> str:
+    """'  --name  what it means (default)'."""
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    default = "" if flag.default in (None, "", False) else f" (default {flag.default})"
+    return f"  {name:22}{flag.help}{default}"
 
 
 def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
@@ -49,13 +94,13 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         return call()
     except KeyboardInterrupt:
         # Not sys.exit: tearing XLA down while it compiles crashes the interpreter.
-        os.write(2, b"\ninterrupted\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\ninterrupted\n")
         os._exit(130)
-    except BrokenPipeError:
-        # Whoever reads our output has enough, as in `generate.py ... | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename == streams.OUTPUT:
+            # Whoever reads our output has enough, as in `generate.py ... | head`.
+            return 0
         text = one_line(error)
         if not text:
             raise
@@ -83,33 +128,19 @@ def one_line(error: Exception) -> str:
             "data.batch_size, raise optim.accumulate or set model.trunk.remat=True"
         )
     if isinstance(error, flags.Error):
-        # A get_config that raised comes with its traceback: the last line says it.
-        lines = [x for x in str(error).strip().splitlines() if x.strip()]
-        text = lines[-1].strip().removeprefix("ValueError: ")
-        named = any(a.startswith("--config=") for a in sys.argv)
-        if "config" in flags.FLAGS and not named:
-            text += "; name an experiment with --config=configs/NAME.py"
-        return text
-    if isinstance(error, (KeyError, AttributeError)):
-        return _config_error(error)
+        return _flag_error(error)
     return ""
 
 
-def _config_error(error: Exception) -> str:
-    """One line for what ml_collections raises on an unknown key; '' for the rest."""
-    found = re.search(r"Field (\w+) not found on dataclass .*'([\w.]+)'", str(error))
-    if found:
-        key, path = found.groups()
-        module, _, name = path.rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
-        names = [f.name for f in dataclasses.fields(kind)]
-        close = difflib.get_close_matches(key, names, 1)
-        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
-        return f"unknown config key {key!r}: no field of {name}; {hint}"
-    if "get_config" in str(error):
-        path = flags.FLAGS["config"].value
-        return f"--config: {path or 'the file'} defines no get_config(variant)"
-    return ""
+def _flag_error(error: flags.Error) -> str:
+    """One line for a flag that is unknown or has a value that it cannot have."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return " ".join(str(error).split())
+    name = error.flagname
+    close = difflib.get_close_matches(name, [*flags.FLAGS], 1)
+    if close:
+        return f"unknown flag --{name}: did you mean --{close[0]}?"
+    return f"unknown flag --{name}: --help lists the flags"
 
 
 def folder_flag(name: str) -> str:
@@ -122,12 +153,16 @@ def folder_flag(name: str) -> str:
     return paths.absolute(value)
 
 
-def config_flag() -> Any:
-    """The value of --config; UserError if its file could not be loaded."""
-    config = flags.FLAGS.config
-    try:
-        config.validate  # noqa: B018  (a file that failed to load raises on any access)
-    except OSError as error:
-        path = " ".join(a for a in sys.argv if a.startswith("--config=")) or "--config"
-        raise UserError(f"{path}: no such file; name one of configs/*.py") from error
-    return config
+def file_flag(name: str) -> str:
+    """The absolute path of a file to write, '' without one; UserError if it cannot be.
+
+    Asked before the work whose result goes there.
+    """
+    value = flags.FLAGS[name].value
+    path = paths.absolute(value) if value else ""
+    folder = os.path.dirname(path)
+    if path and (os.path.isdir(path) or not os.path.isdir(folder)):
+        raise UserError(f"--{name}={value}: name a file in a folder that exists")
+    if path and not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"--{name}={value}: cannot be written; name another file")
+    return path

@@ -112,6 +112,11 @@ class FileSource(Divided):
         )
         return f"files-{self._digest(chosen, facts)}"
 
+    def location(self) -> str:
+        """The files."""
+        first, *others = (file.name for file in self.files)
+        return f"{first} and {len(others):,} more" if others else first
+
     def where(self, split: str, item: int) -> str:
         """'data.csv, line 7'."""
         file, row = Cursor(self.files, self.index)[int(self.numbers(split)[item])]
