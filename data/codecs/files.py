@@ -129,7 +129,7 @@ def _class_names(
     names = store.origin(config, config.source).classes(feature)
     if len(names) == 1:
         raise DataError(
-            f"data.{field}={feature!r}: {config.source} has the class {names[0]!r} only: "
+            f"data.{field}={feature!r}: {config.source} has one class, {names[0]!r}: "
             "nothing can be learned from one class; add the others"
         )
     if names:
