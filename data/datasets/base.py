@@ -131,8 +131,8 @@ class TextConfig(DataConfig):
         if self.tokenizer.path:
             self.tokenizer.path = paths.absolute(self.tokenizer.path)
         named = (x.rpartition(":") for x in self.tokenizer.corpora)
-        self.tokenizer.corpora = tuple(
-            f"{sources.absolute(source)}:{name}" for source, _, name in named
+        self.tokenizer.corpora = tuple(  # one without a source is refused later
+            f"{sources.absolute(source)}{mark}{name}" for source, mark, name in named
         )
 
 
