@@ -22,7 +22,7 @@ from triform.models.decode import METHODS
 from triform.runtime import launch, paths
 from triform.runtime.errors import UserError
 
-__all__ = ["Output", "Sampler", "define", "main"]
+__all__ = ["Output", "Sampler", "cli", "define", "main"]
 
 FLAGS = ("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p")
 NEWS = 20.0  # seconds between two lines on standard error while a file is written

@@ -273,8 +273,10 @@ def test_generate(uninterrupted, cache):
         "generate.py", uninterrupted, cache, *(f"--input={x}" for x in lines if x)
     )
     assert alone.stdout.split("\n")[:3] == [out[0], out[2], out[3]]
-    wrong = run("generate.py", uninterrupted, cache, "--input=" + "3 " * 300, code=1)
-    assert "the model reads at most data.max_len=32" in wrong.stderr
+    long = "--input=" + "3 " * 300
+    assert "tokens left out" in run("generate.py", uninterrupted, cache, long).stderr
+    wrong = run("generate.py", uninterrupted, cache, long, "--strict", code=1)
+    assert "data.max_len=32" in wrong.stderr
 
 
 MISTAKES = [
@@ -320,7 +322,7 @@ def test_non_finite_loss_stops_with_step_and_examples(tmp_path, cache):
     done = train(tmp_path, cache, STEPS, "--config.optim.learning_rate=1e38", code=1)
     assert "error: step" in done.stderr
     assert "on examples" in done.stderr
-    assert "start again from the last checkpoint" in done.stderr
+    assert "the newest checkpoint is 2: lower optim.learning_rate" in done.stderr
     _, meta = saved_state(tmp_path, 2)
     assert meta["data"]["step"] == 2
 
