@@ -7,6 +7,7 @@ LONG = {
     "tests/test_docs.py": "three trainings",
     "tests/test_entry_points.py": "processes",
     "tests/test_interop_workdir.py::test_memory": "a process",
+    "tests/test_own_bert.py": "a training",
     "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
     "tests/test_recovery.py::test_a_run_killed": "processes",
     "tests/test_signals.py::test_a_run_that_fails": "processes",
