@@ -88,10 +88,7 @@ def _folder(full: str, path: str) -> Iterator[Asked]:
         if name.lower().endswith(PICTURES)
     )
     if not found:
-        raise UserError(
-            f"--input_file={path}: a folder without images; name "
-            "a file"
-        )
+        raise UserError(f"--input_file={path}: a folder without images; name a file")
     return (Asked(name, name) for name in found)
 
 

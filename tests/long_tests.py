@@ -3,9 +3,14 @@
 # Start of a test's name as pytest prints it -> why.
 LONG = {
     "tests/test_checkpoint.py::test_sigkill": "processes",
+    "tests/test_console.py": "an installation and processes",
     "tests/test_docs.py": "three trainings",
     "tests/test_entry_points.py": "processes",
     "tests/test_interop_workdir.py::test_memory": "a process",
+    "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
+    "tests/test_recovery.py::test_a_run_killed": "processes",
+    "tests/test_signals.py::test_a_run_that_fails": "processes",
+    "tests/test_signals.py::test_a_sweep": "processes",
     "tests/test_train.py::test_a_mistake_is_one_line": "processes",
     "tests/test_train.py::test_a_run_killed": "processes",
     "tests/test_train.py::test_an_interruption": "processes",

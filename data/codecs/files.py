@@ -100,11 +100,13 @@ def load(workdir: str, config: Any) -> dict[str, Codec]:
     codecs: dict[str, Codec] = {}
     if hasattr(config, "tokenizer"):
         codecs["text"] = _load_tokenizer(workdir)
+    return codecs | load_classes(workdir, config)
+
+
+def load_classes(workdir: str, config: Any) -> dict[str, Classes]:
+    """The classes that a run saved, by field of the data."""
     names = _saved_names(workdir)
-    for field in config.classes():
-        if field in names:
-            codecs[field] = Classes(names[field])
-    return codecs
+    return {f: Classes(names[f]) for f in config.classes() if f in names}
 
 
 def _saved_names(workdir: str) -> dict[str, list[str]]:
