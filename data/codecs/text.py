@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,22 +15,17 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-# The first ids of every tokenizer trained here, as in T5. Other ones have their own.
-PAD, EOS, UNK = 0, 1, 2
-SPECIALS = ("<pad>", "</s>", "<unk>")
-KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
-SIDECAR = "special_tokens.json"
+from triform.data.codecs.specials import (
+    EOS,
+    PAD,
+    SIDECAR,
+    SPECIALS,
+    UNK,
+    Specials,
+    recognise,
+)
 
-# How published tokenizers call their special tokens; the first that is there counts.
-NAMES = {
-    "pad": ("<pad>", "[PAD]", "<|pad|>"),
-    "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
-    "unk": ("<unk>", "[UNK]"),
-    "bos": ("<s>", "<bos>", "<|begin_of_text|>"),
-    "cls": ("[CLS]",),
-    "sep": ("[SEP]",),
-    "mask": ("[MASK]", "<mask>"),
-}
+KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
 
 
 @dataclasses.dataclass
@@ -54,23 +50,8 @@ class TokenizerConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Specials:
-    """Ids that stand for no text; None: the tokenizer has no such."""
-
-    pad: int
-    eos: int
-    start: int  # starts a decoder
-    unk: int | None = None
-    bos: int | None = None
-    cls: int | None = None
-    sep: int | None = None
-    mask: int | None = None
-    sentinels: tuple[int, ...] = ()  # '<extra_id_0>' and so on, as in T5
-
-
 class Tokenizer:
-    """Base: ids of a text, without specials; text of ids, up to the first EOS."""
+    """Base: ids of a text, without specials; text of ids, up to the first end."""
 
     filename = "tokenizer.json"
     joiner = ""  # begins a piece that continues a word, if the kind has such
@@ -84,11 +65,15 @@ class Tokenizer:
         named = dataclasses.asdict(specials)
         for i, special in enumerate(named.pop("sentinels")):
             named[f"<extra_id_{i}>"] = special
+        for i, special in enumerate(named.pop("ends")):
+            named[f"<end_{i}>"] = special
         self.names = {
             i: pieces[i] if i < len(pieces) else name
             for name, i in named.items()
             if i is not None
         }
+        # Every id that ends a generated text.
+        self.ends = specials.ends or (specials.eos,)
         # T5's published model files lack the sentinels, which follow the last piece.
         self.vocab_size = max(len(pieces), *(i + 1 for i in self.names))
 
@@ -122,12 +107,31 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first EOS.
+        """Text of ids up to the first end.
 
         Special ids and those that a larger model has beyond ours vanish.
         """
-        real = itertools.takewhile(lambda i: i != self.eos, map(int, ids))
-        return self._decode([i for i in real if self._is_text(i)])
+        return self._decode(self._until_end(ids))
+
+    def continuation(self, prompt: Iterable[int], new: Iterable[int]) -> str:
+        """The text that `new` ids, up to the first end, add to that of a prompt's.
+
+        Decoded together: alone, a first piece may lose the space before it.
+        """
+        before = [i for i in map(int, prompt) if self._is_text(i)]
+        both = self._decode(before + self._until_end(new))
+        return both[len(os.path.commonprefix([self._decode(before), both])) :]
+
+    def _until_end(self, ids: Iterable[int]) -> list[int]:
+        """The ids of text before the first end."""
+        real = itertools.takewhile(lambda i: i not in self.ends, map(int, ids))
+        return [i for i in real if self._is_text(i)]
+
+    @functools.cached_property
+    def byte_pieces(self) -> frozenset[int]:
+        """Ids of '<0x0A>' and so on, which spell what has no piece of its own."""
+        byte = re.compile("<0x[0-9A-Fa-f]{2}>")
+        return frozenset(i for i, p in enumerate(self.pieces) if byte.fullmatch(p))
 
     def show(self, ids: Iterable[int]) -> str:
         """All ids for the eye: special ones by name, text between them decoded."""
@@ -178,6 +182,36 @@ class Tokenizer:
                 f.write(content)
             os.replace(path + ".tmp", path)
         return path
+
+
+class Stream:
+    """A continuation that grows, as text that is final: joined, it is `continuation`.
+
+    What the next id may change is held back: a character of which bytes are missing,
+    and bytes that are spelled one by one, which decoders join or refuse as a whole.
+    """
+
+    def __init__(self, tok: Tokenizer, prompt: Sequence[int] = ()):
+        self._tok, self._prompt, self._shown = tok, [*prompt], ""
+
+    def __call__(self, new: Sequence[int], last: bool = False) -> str:
+        """What can be shown now that these ids are written, and was not before.
+
+        `last`: no more will come, so that nothing is held back.
+        """
+        new = [*map(int, new)]
+        over = last or not set(self._tok.ends).isdisjoint(new)
+        if not over:
+            while new and new[-1] in self._tok.byte_pieces:
+                new.pop()
+        text = self._tok.continuation(self._prompt, new)
+        text = text if over else text.rstrip("\ufffd")
+        if not text.startswith(self._shown):
+            if not over:
+                return ""
+            self._shown = os.path.commonprefix([self._shown, text])
+        fresh, self._shown = text[len(self._shown) :], text
+        return fresh
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -277,34 +311,6 @@ def _pieces(core: tokenizers.Tokenizer | sentencepiece.SentencePieceProcessor) -
     for piece, i in vocabulary.items():
         pieces[i] = piece
     return pieces
-
-
-def recognise(pieces: Sequence[str], **known) -> Specials:
-    """The special ids by the usual names; `known` ones are given.
-
-    ValueError if nothing ends a text. Without a pad token the end pads, as is usual
-    with GPT-2's.
-    """
-    ids = {p: i for i, p in enumerate(pieces)}
-    found = {
-        role: next((ids[n] for n in names if n in ids), None)
-        for role, names in NAMES.items()
-    }
-    if "<mask>" in ids:  # RoBERTa, BART: the ends of a text are these
-        found |= {"cls": ids.get("<s>"), "sep": ids.get("</s>")}
-    sentinels = itertools.takewhile(
-        ids.__contains__, map("<extra_id_{}>".format, range(len(ids)))
-    )
-    found |= {"sentinels": tuple(ids[s] for s in sentinels), **known}
-    if found["eos"] is None:
-        raise ValueError(
-            f"no token ends a text (expected one of {', '.join(NAMES['eos'])}); write "
-            f'{{"eos": ID}} into {SIDECAR} beside it'
-        )
-    if found["pad"] is None:
-        found["pad"] = found["eos"]
-    found.setdefault("start", found["pad"])
-    return Specials(**found)
 
 
 def train(
@@ -440,8 +446,6 @@ def load(path: str) -> Tokenizer:
         if os.path.exists(beside):
             with open(beside, "rb") as f:
                 known = json.load(f)
-            if "sentinels" in known:
-                known["sentinels"] = tuple(known["sentinels"])
         return _parse(path, content, known)
     except Exception as error:  # the libraries raise bare Exception and RuntimeError
         raise ValueError(f"{path}: not a tokenizer file ({error})") from error
