@@ -256,4 +256,5 @@ def report(train: TrainBatches) -> str:
         lines.append(
             f"  {train.left_out:,} longer than {longest} or empty, left out of training"
         )
+    lines += [f"  {line}" for line in dataset.remarks()]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets import (
     DATASETS,
     CausalLMConfig,
+    ConversationsConfig,
     Corpus,
     Dataset,
     ImagesConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "CausalLMConfig",
     "CheckpointConfig",
     "ClassificationConfig",
+    "ConversationsConfig",
     "Corpus",
     "DecodeConfig",
     "EncoderConfig",

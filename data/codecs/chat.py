@@ -20,12 +20,7 @@ import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from triform.data.codecs.text import (
-    ByteTokenizer,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from triform.data.codecs.text import HuggingFaceTokenizer, Tokenizer
 from triform.runtime.errors import DataError
 
 FILE = "chat_template.jinja"  # in a workdir, and in folders of transformers
@@ -196,13 +191,9 @@ class _Library:
 class _Parts:
     """Of other tokenizers: part by part, and special tokens between them."""
 
-    def __init__(self, tok: ByteTokenizer | SentencePieceTokenizer):
+    def __init__(self, tok: Tokenizer):
         self.tok = tok
-        if isinstance(tok, ByteTokenizer):
-            names = range(tok.first)
-        else:
-            names = filter(tok.core.is_control, range(len(tok.pieces)))
-        self.specials = {tok.pieces[i]: i for i in names}
+        self.specials = {tok.pieces[i]: i for i in tok.names if i < len(tok.pieces)}
         every = sorted(self.specials, key=len, reverse=True)
         self.split = re.compile(f"({MARK}(?:{'|'.join(map(re.escape, every))}))")
 
@@ -274,7 +265,9 @@ class ChatTemplate:
     def _special(self) -> re.Pattern:
         """A special token's name, but no escaped one."""
         names = sorted(self._tokens.specials, key=len, reverse=True)
-        return re.compile(f"(?:{'|'.join(map(re.escape, names)) or '(?!)'})(?!{ESCAPE})")
+        return re.compile(
+            f"(?:{'|'.join(map(re.escape, names)) or '(?!)'})(?!{ESCAPE})"
+        )
 
     def _escaped(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -311,10 +304,11 @@ class ChatTemplate:
         except DataError:
             raise
         except Exception as error:  # a foreign program may raise anything
-            what = " ".join(f"{type(error).__name__}: {error}".split())
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            # The assistant speaks first: it was asked nothing.
+            what = f"these {len(messages)} messages" if messages else "a prompt alone"
             raise DataError(
-                f"the chat template cannot write these {len(messages)} messages "
-                f"({what:.200}); correct the example or set data.template"
+                f"the chat template cannot write {what} ({why:.200}); correct the example or set data.template"
             ) from error
 
     def render(
@@ -325,7 +319,9 @@ class ChatTemplate:
         return self._render(found, tools, prompt).replace(ESCAPE, "")
 
     def _given(self, messages: Any, tools: Any) -> tuple[list, list | None]:
-        return self._escaped(messages_of(messages)), self._escaped(_plain(tools)) or None
+        return self._escaped(messages_of(messages)), self._escaped(
+            _plain(tools)
+        ) or None
 
     def turns(self, messages: Sequence[Message], tools: Any = None) -> list[Turns]:
         """What a conversation gives to read and to train on: texts in parts.
@@ -392,25 +388,20 @@ class ChatTemplate:
         return self.encode_batch([[(text, False)]])[0][0]
 
     def decode(self, ids: np.ndarray) -> str:
-        """Text of an answer up to its end."""
-        ids = np.asarray(ids).tolist()
-        first = next((i for i, x in enumerate(ids) if x in self.ends), len(ids))
-        return self.tokenizer.decode(ids[:first])
+        """Text of ids up to an end."""
+        return self.tokenizer.decode(ids)
 
-    @functools.cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Ids that end an answer: the template's, which follows the words, and EOS."""
+    def end(self) -> tuple[int, ...]:
+        """The id that follows the words of an answer; () if it is no special token."""
         given = [{"role": "user", "content": "?"}]
         given.append({"role": ASSISTANT, "content": "Answer!"})
-        found = ()
         try:
             text = self._render(given, None)
         except DataError:
-            text = ""  # it may want other messages
+            return ()  # it may want other messages
         words, _, rest = text.rpartition("Answer!")
-        if words and (match := self._special.match(rest.lstrip())):
-            found = (self._tokens.specials[match[0]],)
-        return (*found, *(() if self.tokenizer.eos in found else (self.tokenizer.eos,)))
+        match = self._special.match(rest.lstrip())
+        return (self._tokens.specials[match[0]],) if words and match else ()
 
     def digest(self) -> str:
         """Changes whenever an id of a conversation does."""
@@ -458,7 +449,8 @@ def _read(path: str) -> str:
 def choose(name: str, tokenizer: Tokenizer, folder: str, day: str) -> ChatTemplate:
     """The template of that name or file; '': the folder's own, or else chatml.
 
-    DataError if there is none such, or the tokenizer lacks its tokens.
+    What ends its answers then ends all texts that the tokenizer decodes. DataError if
+    there is none such, or the tokenizer lacks its tokens.
     """
     if name in TEMPLATES:
         text = TEMPLATES[name]
@@ -472,11 +464,11 @@ def choose(name: str, tokenizer: Tokenizer, folder: str, day: str) -> ChatTempla
                 f"of {', '.join(TEMPLATES)}, or '' for the tokenizer's own"
             )
     found = ChatTemplate(tokenizer, text or TEMPLATES["chatml"], day)
-    if found.template == TEMPLATES["chatml"] and found.ends == (tokenizer.eos,):
-        if tokenizer.eos != found._tokens.specials.get(CHATML_TOKENS[1]):
-            raise DataError(
-                f"data.template={name!r}: the tokenizer has no template of its own, "
-                f"and no token {CHATML_TOKENS[1]!r}, with which chatml ends a turn; "
-                "set data.template='plain' or name a file in Jinja"
-            )
+    if found.template == TEMPLATES["chatml"] and not found.end():
+        raise DataError(
+            f"data.template={name!r}: the tokenizer has no token {CHATML_TOKENS[1]!r}, "
+            "with which chatml ends a turn; set data.template='plain' or name a file "
+            "in Jinja"
+        )
+    tokenizer.end_at(found.end())
     return found

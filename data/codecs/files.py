@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from triform.data import store
-from triform.data.codecs import Codec, text
+from triform.data.codecs import Codec, chat, text
+from triform.data.codecs.chat import ChatTemplate
 from triform.data.codecs.classes import Classes
 from triform.data.codecs.text import Tokenizer
 from triform.runtime.errors import DataError
@@ -32,6 +33,11 @@ def build(
             codecs["text"] = _load_tokenizer(tokenizer_from)
         else:
             codecs["text"] = _build_tokenizer(config, sizes["vocab_size"])
+            tokenizer_from = os.path.dirname(config.tokenizer.path)
+    if hasattr(config, "template"):
+        codecs["chat"] = chat.choose(
+            config.template, codecs["text"], tokenizer_from, config.day
+        )
     for field, size in config.classes().items():
         known = sizes.get(size, -1)
         names = _class_names(config, field, codecs, known)
@@ -50,10 +56,10 @@ def class_counts(config: Any, codecs: Mapping[str, Codec]) -> dict[str, int]:
 
 
 def save(codecs: Mapping[str, Codec], workdir: str) -> None:
-    """Writes the tokenizer and the names of classes into a workdir."""
+    """Writes tokenizer, chat template and the names of classes into a workdir."""
     names = {k: list(c.names) for k, c in codecs.items() if isinstance(c, Classes)}
     for codec in codecs.values():
-        if isinstance(codec, Tokenizer):
+        if isinstance(codec, Tokenizer | ChatTemplate):
             codec.save(workdir)
     if names:
         path = os.path.join(workdir, CLASSES)
@@ -70,6 +76,12 @@ def load(workdir: str, config: Any) -> dict[str, Codec]:
     codecs: dict[str, Codec] = {}
     if hasattr(config, "tokenizer"):
         codecs["text"] = _load_tokenizer(workdir)
+        if hasattr(config, "template"):
+            codecs["chat"] = chat.choose(
+                config.template, codecs["text"], workdir, config.day
+            )
+        elif template := chat.own(workdir):
+            codecs["chat"] = ChatTemplate(codecs["text"], template)
     path, names = os.path.join(workdir, CLASSES), {}
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:

@@ -122,6 +122,16 @@ class Tokenizer:
         both = self._decode(before + self._until_end(new))
         return both[len(os.path.commonprefix([self._decode(before), both])) :]
 
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Lets these ids end a generated text too."""
+        self.ends = tuple(dict.fromkeys([*self.ends, *ids]))
+        self.specials = dataclasses.replace(self.specials, ends=self.ends)
+        self._name(self.ends)
+
+    def _name(self, ids: Iterable[int]) -> None:
+        """Takes these ids for special ones."""
+        self.names |= {i: self.pieces[i] for i in ids if i < len(self.pieces)}
+
     def _until_end(self, ids: Iterable[int]) -> list[int]:
         """The ids of text before the first end."""
         real = itertools.takewhile(lambda i: i not in self.ends, map(int, ids))
@@ -220,6 +230,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, core: tokenizers.Tokenizer, specials: Specials):
         super().__init__(_pieces(core), specials)
         self.core = core
+        added = core.get_added_tokens_decoder()
+        self._name(i for i, token in added.items() if token.special)
         # '</s>' in a text is text.
         core.encode_special_tokens = True
         # A published file may ask for rows of one length.
@@ -254,6 +266,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = model
         self.core = sentencepiece.SentencePieceProcessor(model_proto=model)
         super().__init__(_pieces(self.core), specials)
+        self._name(filter(self.core.is_control, range(len(self.pieces))))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text."""
@@ -280,6 +293,7 @@ class ByteTokenizer(Tokenizer):
         self.first = len(SPECIALS) + len(specials)  # the id of byte 0
         pieces = [*SPECIALS, *specials, *map(chr, range(256))]
         super().__init__(pieces, recognise(pieces[: self.first]))
+        self._name(range(self.first))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text."""

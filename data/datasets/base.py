@@ -201,6 +201,10 @@ class Dataset:
         """Further metrics of the summed nats of all targets of the split."""
         return {}
 
+    def remarks(self) -> list[str]:
+        """Lines of the report on the training data, besides numbers of rows."""
+        return []
+
     def text(self, item: int) -> tuple[str, str] | None:
         """(source, reference), if what a model generates is scored against one."""
         return None

@@ -161,7 +161,7 @@ class Conversations(Dataset):
         return f"{super().preview(batch)}\n  {'trained':17}{trained:.300}"
 
     def remarks(self) -> list[str]:
-        """What the report of the data says besides numbers of rows."""
+        """Lines of the report on the training data, besides numbers of rows."""
         lines, texts = [], self.store
         if self.lost:
             lines.append(
