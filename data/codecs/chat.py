@@ -1,7 +1,7 @@
 """Conversations <-> token ids, by a chat template in Jinja.
 
 A template is a foreign program that writes messages as one text, usually the one of a
-published tokenizer. What is trained is found without its help: see `ChatTemplate.turns`.
+published tokenizer. What is trained is found without its help: `ChatTemplate.turns`.
 """
 
 import datetime
@@ -308,7 +308,8 @@ class ChatTemplate:
             # The assistant speaks first: it was asked nothing.
             what = f"these {len(messages)} messages" if messages else "a prompt alone"
             raise DataError(
-                f"the chat template cannot write {what} ({why:.200}); correct the example or set data.template"
+                f"the chat template cannot write {what} ({why:.200}); "
+                "correct the example or set data.template"
             ) from error
 
     def render(
