@@ -1,11 +1,9 @@
 """From a Hugging Face folder to a workdir and back; all or nothing."""
 
-import contextlib
 import dataclasses
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,6 +18,7 @@ from triform.data.codecs.classes import Classes
 from triform.experiment import Experiment
 from triform.interop import families, peft, settings, tokenizers
 from triform.interop.mapping import Family
+from triform.interop.staging import all_or_nothing
 from triform.interop.suggest import experiment_config
 from triform.interop.transfer import Import, tensors
 from triform.interop.weights import SHARD, Weights, write
@@ -55,27 +54,6 @@ EXECUTION = {
 }
 
 
-@contextlib.contextmanager
-def _all_or_nothing(target: str) -> Iterator[str]:
-    """A folder that becomes `target` if all goes well, and nothing otherwise.
-
-    UserError if `target` is there and not empty.
-    """
-    target = os.path.abspath(target)
-    if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
-        raise UserError(f"{target}: is there and not empty; name a new folder")
-    partial = f"{target}.part"
-    # Left by one that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    try:
-        yield partial
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def _classes(experiment: ExperimentConfig, hf: dict[str, Any]) -> dict[str, Classes]:
     """The classes that a config.json names, by field of the data."""
     names = hf.get("id2label") or {}
@@ -109,7 +87,7 @@ def import_model(
     hf = tokenizers.read_json(source, "config.json")
     if not hf:
         raise UserError(f"{source}: holds no config.json; name a folder with one")
-    with _all_or_nothing(workdir) as partial, Weights(source) as weights:
+    with all_or_nothing(workdir) as partial, Weights(source) as weights:
         found = Import(weights, hf, scan_layers, ignore)
         model, adapters, kind = found.config, {}, ""
         if adapter:
@@ -186,7 +164,7 @@ def export_model(
     _require_parameters(config, family)
     if adapter:
         _require_adapter(config, lora)
-    with _all_or_nothing(target) as partial:
+    with all_or_nothing(target) as partial:
         params, about, which = _restore(workdir, config, checkpoint)
         if adapter:
             kind = about.get("adapter_dtype") or "F32"

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,20 +26,22 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 
+from triform.runtime import files, read_errors
 from triform.runtime.checksum import checksums
 from triform.runtime.errors import CheckpointError
+from triform.runtime.leaves import (
+    describe,
+    flatten,
+    groups,
+    require_same,
+    some,
+    storage,
+)
+from triform.runtime.read_errors import Corrupt, reason
 
 _log = logging.getLogger(__name__)
 _FULL = ("No space left", "Disk quota exceeded")
-GROUP = 1 << 26  # bytes that are read at a time, or one array
-# What may fail while the stored bytes are fine.
-_NOT_CORRUPT = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE")
-
-
-class _Corrupt(Exception):
-    """What is stored for a step is not what was saved."""
 
 
 def _untold(record: logging.LogRecord) -> bool:
@@ -106,7 +108,6 @@ class Checkpointer:
             ),
         )
         self.directory = self._manager.directory
-        self._corrupt = self.directory.parent / "corrupt"
         self._scores = self.directory.parent / "scores.json"
         self._metrics = self._read_scores()
 
@@ -138,7 +139,7 @@ class Checkpointer:
         """The caller's dict of a finished step; CheckpointError if it is corrupt."""
         try:
             return self._read_meta(step)["user"]
-        except _Corrupt as problem:
+        except Corrupt as problem:
             raise CheckpointError(
                 f"step {step} in {self.directory} is corrupt ({problem})"
             ) from problem
@@ -158,10 +159,12 @@ class Checkpointer:
         return [s for s in steps if s % self._config.every == 0 or s == steps[-1]]
 
     def _read_scores(self) -> dict[int, Mapping[str, float]]:
-        if not self._scores.exists():
+        try:
+            text = self._scores.read_text()
+        except FileNotFoundError:
             return {}
         try:
-            saved = json.loads(self._scores.read_text()).items()
+            saved = json.loads(text).items()
             return {int(s): {k: float(x) for k, x in m.items()} for s, m in saved}
         except (ValueError, AttributeError) as error:
             raise CheckpointError(
@@ -171,11 +174,7 @@ class Checkpointer:
     def _write_scores(self) -> None:
         if jax.process_index() == 0:
             part = self._scores.with_suffix(".tmp")
-            strict = {  # JSON has no infinity
-                step: {k: x if math.isfinite(x) else str(x) for k, x in found.items()}
-                for step, found in self._metrics.items()
-            }
-            part.write_text(json.dumps(strict, indent=1, allow_nan=False))
+            part.write_text(files.dumps(self._metrics, indent=1))
             part.replace(self._scores)
 
     def save(
@@ -192,10 +191,10 @@ class Checkpointer:
         failed in the background.
         """
         self.wait()
-        leaves = _flatten(state)
-        stored = {path: _storage(leaf) for path, leaf in leaves.items() if leaf.size}
+        leaves = flatten(state)
+        stored = {path: storage(leaf) for path, leaf in leaves.items() if leaf.size}
         self._prepare(step, sum(array.nbytes for array in stored.values()))
-        arrays = {path: _describe(leaf) for path, leaf in leaves.items()}
+        arrays = {path: describe(leaf) for path, leaf in leaves.items()}
         for path, checksum in checksums(stored).items():
             arrays[path]["checksum"] = checksum
         body = {"user": dict(meta), "arrays": arrays}
@@ -208,7 +207,7 @@ class Checkpointer:
         try:
             accepted = self._manager.save(step, args=items)
         except Exception as error:
-            raise self._save_failed(_reason(error)) from error
+            raise self._save_failed(reason(error)) from error
         if not accepted:
             raise self._save_failed("orbax refused the step")
         if wait:
@@ -219,7 +218,7 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._save_failed(_reason(error)) from error
+            raise self._save_failed(reason(error)) from error
         self._pending = None
 
     def close(self) -> None:
@@ -247,15 +246,37 @@ class Checkpointer:
         for found in reversed(self.steps()):
             try:
                 return self._read(found, abstract_state)
-            except _Corrupt as problem:
+            except Corrupt as problem:
                 problems.append(f"step {found}: {problem}")
-                self._move_aside(found, problem)
+                target = self._move(found, "corrupt")
+                _log.warning("checkpoint %s: %s; moved to %s", found, problem, target)
         if problems:
             raise CheckpointError(
                 f"no intact checkpoint in {self.directory} ({'; '.join(problems)}); "
-                f"look into {self._corrupt}, or start in a new directory"
+                f"look into {self._beside('corrupt')}, or start in a new directory"
             )
+        self._check_nothing_was_lost()
         return None
+
+    def set_aside(self, steps: Sequence[int]) -> list[Any]:
+        """Moves finished steps to `<directory>/../set_aside/`; returns their folders.
+
+        They count as never saved: their scores go, and their numbers are free.
+        """
+        self.wait()
+        return [self._move(step, "set_aside") for step in steps]
+
+    def _check_nothing_was_lost(self) -> None:
+        """CheckpointError if steps were saved here once and none is left."""
+        folders = [self._beside(name) for name in ("corrupt", "set_aside")]
+        kept = [str(x) for folder in folders for x in _listed(folder)]
+        if kept or self._metrics:
+            scored = f"{self._scores} knows {', '.join(map(str, self._metrics))}"
+            where = ", ".join(kept) or scored
+            raise CheckpointError(
+                f"no checkpoint in {self.directory}, but steps were saved once "
+                f"({where}); move one back, or start in a new directory"
+            )
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """The parameters alone (default: of the newest step), checksums verified.
@@ -304,7 +325,8 @@ class Checkpointer:
             # Only a writer may do this: a reader would ruin a save in progress.
             if jax.process_index() == 0:
                 for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                    path.rmtree()
+                    if _ours(path.name):
+                        path.rmtree()
             self._wrote = True
         if (free := self._free()) < size:
             self._pending = step
@@ -329,27 +351,31 @@ class Checkpointer:
             f"the newest intact step is {self.latest()}; {fix}"
         )
 
-    def _move_aside(self, step: int, problem: _Corrupt) -> None:
-        """Move a corrupt step out of the way, so that its number can be saved again."""
+    def _beside(self, name: str) -> Any:
+        return self.directory.parent / name
+
+    def _move(self, step: int, folder: str) -> Any:
+        """Moves a step out of the way, so that its number can be saved again."""
         names = (f"{step}.{copy}" if copy else str(step) for copy in itertools.count())
-        target = next(p for p in map(self._corrupt.joinpath, names) if not p.exists())
+        there = {path.name for path in _listed(self._beside(folder))}
+        target = self._beside(folder) / next(x for x in names if x not in there)
         if jax.process_index() == 0:
-            self._corrupt.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             self._path(step).rename(target)
         multihost_utils.sync_global_devices(f"moved checkpoint {step}")
         self._manager.reload()
         if self._metrics.pop(step, None):
             self._write_scores()
-        _log.warning("checkpoint %s: %s; moved to %s", step, problem, target)
+        return target
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
             meta = ocp.JsonCheckpointHandler().restore(self._path(step) / "meta")
             body, intact = meta["body"], meta["crc32"] == _crc(meta["body"])
-        except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
-            raise _Corrupt(f"meta is unreadable: {_reason(error)}") from error
+        except Exception as error:
+            raise read_errors.classify(error, step, self.directory) from error
         if not intact:
-            raise _Corrupt("meta does not match its checksum")
+            raise Corrupt("meta does not match its checksum")
         return body
 
     def _read_or_fail(self, step: int | None, abstract: Any, prefix: str = "") -> Any:
@@ -361,7 +387,7 @@ class Checkpointer:
             )
         try:
             return self._read(step, abstract, prefix)
-        except _Corrupt as problem:
+        except Corrupt as problem:
             raise CheckpointError(
                 f"step {step} in {self.directory} is corrupt ({problem}); "
                 f"use another step of {self.steps()}"
@@ -369,45 +395,43 @@ class Checkpointer:
 
     def _read(self, step: int, abstract: Any, prefix: str = "") -> tuple[Any, Any]:
         """(tree, user meta) of a step, verified; the leaves are under `prefix`."""
-        wanted = _flatten(abstract, prefix)
+        wanted = flatten(abstract, prefix)
         leaves, body, problem = {}, {"user": None}, None
         try:
             body = self._read_meta(step)
             saved = {p: d for p, d in body["arrays"].items() if p.startswith(prefix)}
-            _require_same(step, saved, wanted)
+            require_same(step, saved, wanted)
             leaves = self._read_arrays(step, saved, wanted)
-        except _Corrupt as error:
+        except Corrupt as error:
             problem = error
         if jax.process_count() > 1:  # all processes go on with the same step
             intact = multihost_utils.process_allgather(np.array(problem is None))
             if not intact.all() and problem is None:
-                problem = _Corrupt("another process found it corrupt")
+                problem = Corrupt("another process found it corrupt")
         if problem is not None:
             raise problem
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), body["user"]
 
     def _read_arrays(self, step: int, saved: dict, wanted: dict) -> list[jax.Array]:
-        stored = {path: _storage(leaf) for path, leaf in wanted.items()}
+        stored = {path: storage(leaf) for path, leaf in wanted.items()}
         items = {p: x for p, x in stored.items() if x.size}  # orbax refuses empty ones
         arrays = {}
         try:
-            for part in _groups(items):
+            for part in groups(items):
                 how = [ocp.ArrayRestoreArgs(sharding=x.sharding) for x in part.values()]
                 how = dict(zip(part, how, strict=True))
                 what = {"item": part, "restore_args": how, "partial_restore": True}
                 request = ocp.args.Composite(state=ocp.args.PyTreeRestore(**what))
                 arrays |= self._manager.restore(step, args=request)["state"]
                 jax.block_until_ready(arrays)
-        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # the machine's fault, not the checkpoint's
+        except jax.errors.JaxRuntimeError:
+            raise  # the device's fault
         except Exception as error:
-            if any(sign in _reason(error) for sign in _NOT_CORRUPT):
-                raise
-            raise _Corrupt(f"unreadable: {_reason(error)}") from error
+            raise read_errors.classify(error, step, self.directory) from error
         sums = checksums(arrays)
         bad = [path for path in arrays if sums[path] != saved[path]["checksum"]]
         if bad:
-            raise _Corrupt(f"checksum mismatch in {_some(bad)}")
+            raise Corrupt(f"checksum mismatch in {some(bad)}")
         for path, x in stored.items():
             if not x.size:
                 arrays[path] = jnp.zeros(x.shape, x.dtype, device=x.sharding)
@@ -416,83 +440,17 @@ class Checkpointer:
         return [arrays[path] for path in wanted]
 
 
-def _groups(arrays: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parts of about GROUP bytes: what is read is in memory twice until it is placed.
-
-    Large ones come first, while little else is there.
-    """
-    groups, size = [{}], 0
-    for path, x in sorted(arrays.items(), key=lambda item: -item[1].size):
-        size += x.size * x.dtype.itemsize
-        if size > GROUP and groups[-1]:
-            groups.append({})
-            size = x.size * x.dtype.itemsize
-        groups[-1][path] = x
-    return groups
+def _ours(name: str) -> bool:
+    """Is it the temporary folder of a step?"""
+    return name.partition(ocp.utils.TMP_DIR_SUFFIX)[0].isdigit()
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{path: leaf}, the paths as they are named in a checkpoint."""
-    flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in flat:
-            raise CheckpointError(f"two leaves have the path {name}; rename one")
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            rule = "a state holds jax.Arrays only; convert it with jnp.asarray"
-            raise CheckpointError(f"{name} is a {type(leaf).__name__}: {rule}")
-        flat[name] = leaf
-    return flat
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _storage(leaf: Any) -> Any:
-    """The array that is stored for a leaf: a typed key's raw data, else the leaf."""
-    if isinstance(leaf, jax.Array):
-        return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
-
-
-def _describe(leaf: Any) -> dict[str, Any]:
-    described = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    if isinstance(leaf, jax.Array) and _is_key(leaf):
-        described["key"] = str(jax.random.key_impl(leaf))
-    return described
-
-
-def _require_same(step: int, saved: dict, wanted: dict) -> None:
-    """Raise CheckpointError, naming the first leaves, if other arrays were saved."""
-    show = "{dtype}{shape}".format
-    new = {path: show(**_describe(leaf)) for path, leaf in wanted.items()}
-    old = {path: show(**described) for path, described in saved.items()}
-    differ = [
-        f"{path} (saved {old.get(path, 'nothing')}, wanted {new.get(path, 'nothing')})"
-        for path in {**new, **old}
-        if old.get(path) != new.get(path)
-    ]
-    if differ:
-        raise CheckpointError(
-            f"step {step} was saved by another model or optimiser: {_some(differ)}; "
-            "restore with the config it was saved with, or use a new directory"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
-
-
-def _reason(error: BaseException) -> str:
-    """What first went wrong, in one line, without tensorstore's specification."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    line = line.partition(" [tensorstore_spec=")[0]
-    return line if len(line) < 500 else f"{line[:290]} ... {line[-200:]}"
+def _listed(folder: Any) -> list[Any]:
+    """What is in a folder, sorted; nothing if it does not exist."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _crc(body: Any) -> int:

@@ -1,8 +1,16 @@
 """What must be said to the host's allocator and compiler before arrays are made."""
 
 import ctypes
+import functools
+import mmap
 import os
+import pathlib
 import sys
+
+import jaxlib
+
+from triform.runtime import files
+from triform.runtime.errors import UserError
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -60,12 +68,44 @@ COMPILER_FLAGS = {
 }
 
 
+SUFFIXES = (".so", ".dylib", ".pyd", ".dll")  # of libraries
+
+
 def set_compiler_flags() -> None:
-    """Adds COMPILER_FLAGS to XLA_FLAGS, which the first backend to start reads."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    given = {flag.partition("=")[0] for flag in flags}
-    flags += [f"{k}={v}" for k, v in COMPILER_FLAGS.items() if k not in given]
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+    """Adds COMPILER_FLAGS to XLA_FLAGS, which the first backend to start reads.
+
+    XLA_FLAGS may be the name of a file with flags: its content is taken in its place.
+    What this jaxlib does not know is left out, since an unknown flag ends the process.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if given.strip() and not given.lstrip().startswith("-"):
+        text = files.read_text(given)
+        if text is None:
+            raise UserError(
+                f"XLA_FLAGS={given!r}: no such file, and flags start with '-'; mend or "
+                "unset it"
+            )
+        given = text
+    names = {flag.partition("=")[0] for flag in given.split()}
+    missing = {k: v for k, v in COMPILER_FLAGS.items() if k not in names}
+    ours = [f"{k}={v}" for k, v in missing.items() if _known(k, v)]
+    os.environ["XLA_FLAGS"] = " ".join([given.strip(), *ours]).strip()
+
+
+@functools.cache
+def _known(flag: str, value: str) -> bool:
+    """Does this jaxlib's library have the words of a flag and its value?"""
+    words = flag.lstrip("-").encode(), value.encode()
+    folder = pathlib.Path(jaxlib.__file__).parent
+    libraries = [x for x in folder.iterdir() if x.suffix in SUFFIXES]
+    largest = max(libraries, key=lambda x: x.stat().st_size, default=None)
+    if largest is None:
+        return False
+    with (
+        open(largest, "rb") as f,
+        mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return all(content.find(word) >= 0 for word in words)
 
 
 def prepare() -> None:

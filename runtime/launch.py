@@ -1,5 +1,6 @@
 """What the entry points share: flags, and mistakes answered in one line."""
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -14,31 +15,42 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from triform.runtime import host, paths
+from triform.runtime import host, paths, streams
 from triform.runtime.errors import TriformError, UserError
 
 
-def launch(main: Callable[[list[str]], int | None]) -> None:
+def launch(
+    main: Callable[[list[str]], int | None],
+    *,
+    answers: bool = False,
+    passes_on: bool = False,
+) -> None:
     """Parses the flags, runs main, exits with its code.
 
     A mistake of the user ends it with one line on standard error and code 1.
+    `answers`: standard output is what the program is for; otherwise it is a log, and
+    the program goes on without it. `passes_on`: the program computes nothing; flags
+    that are not its own are main's arguments, for the programs that it starts.
     """
-    host.prepare()
-    # A log file shows the plan while the run compiles, not afterwards.
-    sys.stdout.reconfigure(line_buffering=True)
-    app.run(lambda argv: _answered(lambda: _run(main, argv)), flags_parser=_parse)
+    streams.prepare(needed=answers)
 
+    def parse(argv: list[str]) -> list[str]:
+        if not passes_on:
+            host.prepare()
+        return flags.FLAGS(argv, known_only=passes_on)
 
-def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
-    if len(argv) > 1:
-        raise UserError(
-            f"unexpected argument {argv[1]!r}: write --config.KEY=VALUE, --input='TEXT'"
-        )
-    return main(argv)
+    def run(argv: list[str]) -> int | None:
+        if len(argv) > 1 and not passes_on:
+            raise UserError(
+                f"unexpected argument {argv[1]!r}: write --config.KEY=VALUE, "
+                "--input='TEXT'"
+            )
+        return main(argv)
 
-
-def _parse(argv: list[str]) -> list[str]:
-    return _answered(lambda: flags.FLAGS(argv), fail=True)
+    app.run(
+        lambda argv: _answered(lambda: run(argv)),
+        flags_parser=lambda argv: _answered(lambda: parse(argv), fail=True),
+    )
 
 
 def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
@@ -49,13 +61,13 @@ def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
         return call()
     except KeyboardInterrupt:
         # Not sys.exit: tearing XLA down while it compiles crashes the interpreter.
-        os.write(2, b"\ninterrupted\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\ninterrupted\n")
         os._exit(130)
-    except BrokenPipeError:
-        # Whoever reads our output has enough, as in `generate.py ... | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename == streams.OUTPUT:
+            # Whoever reads our output has enough, as in `generate.py ... | head`.
+            return 0
         text = one_line(error)
         if not text:
             raise

@@ -7,6 +7,7 @@ devices, hosts and batches, and divided once, at the end.
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
+from triform.runtime import files
+
+FILE = "metrics.jsonl"
 Array = jax.Array
 
 
@@ -97,15 +103,12 @@ def values(metrics: Metrics, prefix: str) -> dict[str, float]:
 
 
 def read_lines(workdir: str) -> list[dict[str, Any]]:
-    """The objects of a workdir's metrics.jsonl.
+    """The objects of a workdir's metrics.jsonl; a file that is not there has none.
 
     Lines that are none are passed over: a kill may have torn the last one.
     """
-    path = os.path.join(workdir, "metrics.jsonl")
-    if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        found = [_parse(line) for line in f if line.endswith("\n")]
+    text = files.read_text(os.path.join(workdir, FILE), errors="replace") or ""
+    found = [_parse(line) for line in text.split("\n")[:-1]]
     return [line for line in found if line]
 
 
@@ -117,10 +120,6 @@ def _parse(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and "step" in value else None
 
 
-def _text(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
-
-
 class MetricWriter:
     """Scalars to `metrics.jsonl`, one object a line, and to TensorBoard event files.
 
@@ -129,29 +128,34 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str, step: int):
-        path = os.path.join(workdir, "metrics.jsonl")
+        path = os.path.join(workdir, FILE)
         kept = [line for line in read_lines(workdir) if line["step"] <= step]
-        with open(path + ".tmp", "w") as f:
-            f.writelines(_text(line) for line in kept)
-        os.replace(path + ".tmp", path)
-        self._file = open(path, "a")  # noqa: SIM115  (closed by close)
-        self._events = SummaryWriter(
-            os.path.join(workdir, "tensorboard"), purge_step=step + 1
-        )
+        with files.replacing(path) as f:
+            f.writelines(files.dumps(line) + "\n" for line in kept)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (see close)
+        # Not SummaryWriter: its thread dies of a full disk, and the next call to it
+        # waits for that thread for ever.
+        folder = os.path.join(workdir, "tensorboard")
+        os.makedirs(folder, exist_ok=True)
+        self._events = EventsWriter(os.path.join(folder, "events"))
+        start = SessionLog(status=SessionLog.START)  # later steps of before are hidden
+        self._add(step + 1, session_log=start)
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """One line; values that are not numbers (a signature) go to the file only."""
-        line = {"step": step}
-        for name, value in scalars.items():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            # JSON has no NaN: a reader in another language would choke on the line.
-            line[name] = value if finite else str(value)
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(name, value, step)
-        self._file.write(_text(line))
+        self._file.write(files.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
+        for name, value in scalars.items():
+            if isinstance(value, (int, float)):
+                self._add(step, summary=scalar(name, value))
+        self._events.flush()
 
     def close(self) -> None:
         """Flushes both."""
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()

@@ -52,7 +52,7 @@ def coded(config, tok=TOK, **sizes):
     sizes = SIZES | sizes
     with tempfile.TemporaryDirectory() as folder:
         tok.save(folder)
-        return files.build(config, sizes, tokenizer_from=folder), sizes
+        return files.build(config, sizes, earlier=folder), sizes
 
 
 def opened(config, split="train", tok=TOK, **sizes):

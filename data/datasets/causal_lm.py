@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from triform.data import store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
+from triform.data.datasets.requests import Item, Requests
 from triform.data.store import Feature
+from triform.runtime.errors import DataError
 
 DOCUMENTS = ("joined", "separate")
 
@@ -55,6 +57,53 @@ class CausalLMConfig(TextConfig):
         )
 
 
+class Prompts(Requests):
+    """Texts to be continued. Ids are taken as they are; messages are answered."""
+
+    columns, continues = ("text",), True
+
+    def read(self, request: Any) -> Item:
+        """A text begins as documents do; a prompt without a mark of its own goes on."""
+        if isinstance(request, list | tuple) and request:
+            if isinstance(request[0], Mapping):
+                return self.messages(request)
+        if isinstance(request, Sequence | np.ndarray) and not isinstance(request, str):
+            ids = np.asarray(request, np.int32)
+            return Item([ids], self.tok.decode(ids))
+        (text,), notes = self.texts(request)
+        ids = self.tok.encode_batch([text])[0]
+        if self.tok.bos is not None:
+            ids = np.concatenate([[self.tok.bos], ids]).astype(np.int32)
+        elif not len(ids):
+            ids = np.array([self.tok.eos], np.int32)
+        return Item([ids], text, notes)
+
+    def messages(self, request: Sequence[Mapping[str, Any]], tools: Any = None) -> Item:
+        """What the assistant answers; DataError without a chat template."""
+        if "chat" not in self.codecs:
+            raise DataError(
+                "messages need a chat template, and the workdir has none; put a "
+                "chat_template.jinja into it, or give a text"
+            )
+        return Item([self.codecs["chat"].prompt(request, tools)])
+
+    def size(self, item: Item) -> int:
+        """All of it."""
+        return len(item.parts[0])
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """Its last tokens."""
+        (ids,) = item.parts
+        left_out = max(0, len(ids) - batch["inputs"].shape[1])
+        ids = ids[left_out:]
+        n = len(ids)
+        batch["inputs"][row, :n], batch["weights"][row, :n] = ids, 1
+        if "segments" in batch:
+            batch["segments"][row, :n] = 1
+            batch["positions"][row, :n] = np.arange(n)
+        return left_out
+
+
 class CausalLM(Dataset):
     """Row: L positions of the stream, each with the token that follows it.
 
@@ -69,7 +118,7 @@ class CausalLM(Dataset):
     `eval_stride`, each of which has seen at least L - eval_stride tokens.
     """
 
-    metrics = ("word_perplexity", "bits_per_byte")
+    metrics, requests = ("word_perplexity", "bits_per_byte"), Prompts
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes

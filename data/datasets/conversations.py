@@ -22,6 +22,9 @@ from triform.data.codecs.chat import (
     messages_of,
 )
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
+from triform.data.datasets.causal_lm import Prompts
+from triform.data.datasets.requests import Item
+from triform.data.lines import repaired
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
@@ -70,6 +73,37 @@ class ConversationsConfig(TextConfig):
             self.require(False, "day", "must be a day such as '2026-01-31'")
 
 
+class Chats(Prompts):
+    """Messages to be answered; a text is what a user asks."""
+
+    columns = ("messages",)
+
+    def read(self, request: Any) -> Item:
+        """Messages up to the next answer, or a row of training without its answer."""
+        notes: list[str] = []
+        if isinstance(request, str):
+            text, count = repaired(request)
+            notes += [f"replaced: {count} lone surrogates"] if count else []
+            if not text:
+                return Item([], "")
+            request = [{"role": "user", "content": text}]
+        if not isinstance(request, Mapping):
+            item = super().read(request)
+            return dataclasses.replace(item, notes=notes)
+        name = self.config.prompt or self.config.messages
+        if name not in request:
+            raise DataError(
+                f"it has no {name!r} but {', '.join(map(repr, request)) or 'nothing'}; "
+                "name the columns as in training"
+            )
+        if self.config.prompt:
+            return self.read(request[name])
+        found = messages_of(request[name])
+        while found and found[-1]["role"] == ASSISTANT:
+            found.pop()
+        return self.messages(found, request.get("tools"))
+
+
 class Conversations(Dataset):
     """Row: conversations one after another, each a segment with its own positions.
 
@@ -79,7 +113,7 @@ class Conversations(Dataset):
     conversation is several texts, each packed as one.
     """
 
-    truncates = True
+    truncates, requests = True, Chats
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes

@@ -1,0 +1,68 @@
+"""Files that are written whole or not at all, and JSON that every reader accepts."""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` once all is written.
+
+    If that fails, what was there is still there. Devices and pipes are written to
+    directly: /dev/stdout must stay what it is.
+    """
+    special = os.path.exists(path) and not os.path.isfile(path)
+    if special or path.startswith(("/dev/", "/proc/")):
+        with open(path, "w", encoding="utf-8") as f:
+            yield f
+        return
+    path = os.path.realpath(path)  # a link stays a link
+    # A name that nobody else has: two programs may write the same file at once.
+    part = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(part, "x", encoding="utf-8") as f:
+            yield f
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def strict(value: Any) -> Any:
+    """The value with NaN and infinities as text: JSON has none."""
+    if isinstance(value, Mapping):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Strict JSON."""
+    return json.dumps(strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Replaces the file by the value, indented."""
+    with replacing(path) as f:
+        f.write(dumps(value, indent=2) + "\n")
+
+
+def read_text(path: str, errors: str = "strict") -> str | None:
+    """The content; None only if there is no such file: a read error is raised.
+
+    `errors` is what bytes become that are no UTF-8, as for `open`.
+    """
+    try:
+        with open(path, encoding="utf-8", errors=errors) as f:
+            return f.read()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,77 @@
+"""Signals that ask a program to save and leave."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+INTERRUPTED = 75  # exit code EX_TEMPFAIL: try again
+# From a user, a launcher, a closed terminal, a batch system before its time limit.
+SAVING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+PARENT = "TRIFORM_PARENT"  # environment: the process that ours must not outlive
+_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def install(handler: Callable[[int, Any], None]) -> None:
+    """Calls `handler` for the signals of SAVING.
+
+    SIGHUP stays ignored if it is: the user started the program with nohup.
+    """
+    for name in SAVING:
+        number = getattr(signal, name, None)  # not all systems have all
+        kept = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        if number is not None and not kept:
+            signal.signal(number, handler)
+
+
+class Interrupt:
+    """Turns a signal of SAVING into a request to save and leave.
+
+    Until `listening` there is nothing to save: signals end the process at once. After
+    the first, only the keyboard's (Ctrl-C, Ctrl-\\) end it without saving, a second
+    later or more: launchers, timeout(1) and batch systems send several at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = ""  # the signal's name
+        self.listening = False
+        self._since = 0.0
+        install(self._request)
+        _follow_parent()
+
+    def __call__(self) -> str:
+        """The signal's name, '' before one came."""
+        return self.requested
+
+    def _request(self, number: int, frame: Any) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        # Not print or raise: the signal may have arrived inside one, or inside XLA.
+        if not self.listening:
+            _tell(f"\n{name} before the first step\n")
+            os._exit(INTERRUPTED)
+        if not self.requested:
+            self.requested, self._since = name, now
+            _tell(f"\n{name}: saving before leaving\n")
+        elif name in ("SIGINT", "SIGQUIT") and now - self._since > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, text.encode())
+
+
+def _follow_parent() -> None:
+    """Asks the kernel for a SIGTERM when the process named by PARENT ends (Linux)."""
+    parent = os.environ.pop(PARENT, "")
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it ended before that
+        os.kill(os.getpid(), signal.SIGTERM)
