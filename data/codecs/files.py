@@ -18,9 +18,7 @@ from triform.runtime.errors import DataError
 CLASSES = "classes.json"  # {field: [names]}
 
 
-def build(
-    config: Any, sizes: Mapping[str, int], earlier: str = ""
-) -> dict[str, Codec]:
+def build(config: Any, sizes: Mapping[str, int], earlier: str = "") -> dict[str, Codec]:
     """The codecs of a new run, by field of the data ("text" is the tokenizer).
 
     A tokenizer is the one that the config names, else that of the workdir

@@ -57,6 +57,12 @@ class CausalLMConfig(TextConfig):
         )
 
 
+def is_messages(request: Any) -> bool:
+    """Whether a request is a conversation: a list of mappings."""
+    is_list = isinstance(request, list | tuple) and len(request) > 0
+    return is_list and isinstance(request[0], Mapping)
+
+
 class Prompts(Requests):
     """Texts to be continued. Ids are taken as they are; messages are answered."""
 
@@ -64,9 +70,8 @@ class Prompts(Requests):
 
     def read(self, request: Any) -> Item:
         """A text begins as documents do; a prompt without a mark of its own goes on."""
-        if isinstance(request, list | tuple) and request:
-            if isinstance(request[0], Mapping):
-                return self.messages(request)
+        if is_messages(request):
+            return self.messages(request)
         if isinstance(request, Sequence | np.ndarray) and not isinstance(request, str):
             ids = np.asarray(request, np.int32)
             return Item([ids], self.tok.decode(ids))
