@@ -20,6 +20,7 @@ from triform.configs import schema
 from triform.configs.schema import ExperimentConfig, InitRule
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
+from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models.stacking import looped_layers, stacked_layers
 from triform.runtime import metrics, paths
@@ -98,6 +99,8 @@ def check_config(workdir: str, config: ExperimentConfig) -> None:
     for name, (before, after) in changed.items():
         print(f"config: {name} was {before!r}, is now {after!r}")
     for name, (before, after) in changed.items():
+        if name == "data.source" and is_path(before) and is_path(after):
+            continue  # files may move: a run knows them by their content
         if name == "seed" or (name.startswith(FIXED) and name not in FREE):
             raise UserError(
                 f"workdir={workdir!r}: it belongs to another experiment ({name} is "

@@ -7,7 +7,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from triform.configs import saving
@@ -28,6 +28,7 @@ from triform.data.datasets import (
     SpanCorruptionConfig,
     TokenClassificationConfig,
 )
+from triform.data.sources import absolute
 from triform.models import (
     MODELS,
     EncoderConfig,
@@ -184,13 +185,17 @@ class ExperimentConfig:
         return UNKNOWN in self.model.sizes().values()
 
     def resolved(self, classes: Mapping[str, int] | None = None) -> "ExperimentConfig":
-        """A copy in which values that are left to the data are set.
+        """A copy in which values that are left to the data are set, and paths absolute.
 
         These are trunk.max_len=0, an image's image_size=0 and channels=0, and numbers
         of classes of -1. `classes` holds the latter by name: {"num_labels": 150}. What
         remains open, `validate` refuses.
         """
         config = copy.deepcopy(self)
+        config.data.make_absolute()
+        config.evaluations = tuple(
+            replace(x, source=absolute(x.source)) for x in config.evaluations
+        )
         try:
             config.data.validate()
         except ValueError:

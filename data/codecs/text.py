@@ -15,6 +15,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from triform.data.codecs.pieces import pieces
 from triform.data.codecs.specials import (
     EOS,
     PAD,
@@ -25,6 +26,7 @@ from triform.data.codecs.specials import (
     recognise,
 )
 
+MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
 
 
@@ -411,8 +413,13 @@ def _train_unigram(
 ) -> Tokenizer:
     out = io.BytesIO()
     _sentencepiece(
-        # Line by line: it leaves out what it takes for too long a sentence.
-        sentence_iterator=(line for t in texts for line in t.splitlines()),
+        # In lines and pieces of them: it leaves out what it takes for too long.
+        sentence_iterator=(
+            piece
+            for t in texts
+            for line in t.splitlines()
+            for piece in pieces(line, MOST_BYTES // 4)
+        ),
         model_writer=out,
         model_type="unigram",
         vocab_size=vocab_size,
@@ -425,7 +432,7 @@ def _train_unigram(
         eos_piece=SPECIALS[EOS],
         unk_piece=SPECIALS[UNK],
         control_symbols=names[len(SPECIALS) :],  # never found in a text
-        max_sentence_length=1 << 20,
+        max_sentence_length=MOST_BYTES,
         normalization_rule_name="nfkc_cf" if config.lowercase else "nfkc",
         remove_extra_whitespaces=False,
         split_digits=True,

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from tqdm import tqdm
 
-from triform.data import store
+from triform.data import progress, store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.chat import (
     ASSISTANT,
     CHATML_TOKENS,
+    TEMPLATES,
     ChatTemplate,
     Message,
     contents,
@@ -26,6 +26,7 @@ from triform.data.datasets.causal_lm import Prompts
 from triform.data.datasets.requests import Item
 from triform.data.lines import repaired
 from triform.data.store import Feature
+from triform.runtime import paths
 from triform.runtime.errors import DataError
 
 CHUNK = 256  # conversations encoded together
@@ -61,6 +62,12 @@ class ConversationsConfig(TextConfig):
             "inputs": Field("BL", below="vocab_size", counts="segments"),
             "weights": Field("BL", "float32"),
         }
+
+    def make_absolute(self) -> None:
+        """Makes paths absolute, so that the config means the same from any folder."""
+        super().make_absolute()
+        if self.template and self.template not in TEMPLATES:
+            self.template = paths.absolute(self.template)
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -144,9 +151,9 @@ class Conversations(Dataset):
         silent = np.flatnonzero(self.store.answer < 0)
         if len(silent):
             raise DataError(
-                f"{self.title()}, example {self.store.example[silent[0]]}: no turn of "
-                f"the role {ASSISTANT!r}, so that nothing is trained; correct it or "
-                "set data.drop_empty=True"
+                f"{self._place(self.store.example[silent[0]])}: no turn of the role "
+                f"{ASSISTANT!r}, so that nothing is trained; correct it or set "
+                "data.drop_empty=True"
             )
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
@@ -163,11 +170,14 @@ class Conversations(Dataset):
             batch["positions"][row, to] = np.arange(n)
             at += n
 
+    def _place(self, example: int) -> str:
+        return store.place(self.config, self.config.source, self.split, int(example))
+
     def describe(self, item: int) -> str:
         """'chats.jsonl train, example 7', or examples that share a row."""
         numbers = list(dict.fromkeys(self.store.example[self.rows[item]].tolist()))
         if len(numbers) == 1:
-            return f"{self.title()}, example {numbers[0]}"
+            return self._place(numbers[0])
         more = ", ..." if len(numbers) > 8 else ""
         return f"{self.title()}, examples {', '.join(map(str, numbers[:8]))}{more}"
 
@@ -283,7 +293,7 @@ def _mapped(path: str, dtype: np.dtype) -> np.ndarray:
 def _open_store(config: Any, split: str, chat: ChatTemplate) -> _Store:
     keys = [chat.digest(), *(feature.key() for feature in config.features())]
 
-    def write(path: str) -> None:
+    def write(path: str, parts: str) -> None:
         _write(config, split, chat, path)
 
     return _Store(store.cached(config, "chats", config.source, split, keys, write))
@@ -317,14 +327,15 @@ def _encoded(
     """(number of the example, ids, trained) of every text."""
     raw = store.examples(config, config.source, split)
     read = conversation_reader(config)
-    stream = enumerate(tqdm(raw, f"tokenising {split}", disable=None, leave=False))
+    counted = progress.counted(raw, f"tokenising {split}", len(raw))
+    stream = enumerate(counted)
     while chunk := list(itertools.islice(stream, CHUNK)):
         numbers, texts = [], []
         for number, example in chunk:
             try:
                 found = chat.turns(*read(example))
             except DataError as error:
-                where = f"{config.source} {split}, example {number}"
+                where = store.place(config, config.source, split, number)
                 raise DataError(f"{where}: {error}") from error
             texts += found
             numbers += [number] * len(found)

@@ -1,5 +1,6 @@
 """What a source of examples is, and where corpora that are kept on disk lie."""
 
+import dataclasses
 import os
 import pathlib
 import types
@@ -30,12 +31,44 @@ class Source(Protocol):
         """Names of the classes that a feature numbers; () if it numbers none."""
         ...
 
+    def where(self, split: str, item: int) -> str:
+        """File and line of an example; '' if it has none."""
+        ...
+
+    def report(self, split: str) -> list[str]:
+        """What a reader of the log should know of a split, a line each."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column that a config reads."""
+
+    key: str  # of the config: 'label' of data.label
+    name: str
+    is_text: bool = True  # else labels: numbers or names
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files are read; sources that are no files ignore it."""
+
+    columns: tuple[Column, ...] = ()
+    txt_example: str = "file"  # what of a text file is an example: formats.TXT_EXAMPLES
+    held_out: float = 0.05  # share of each split that has no files of its own
+    cache: str = ""  # folder for what is found out about files; '': nowhere
+
 
 class Embedded:
     """A generator: a module with SPLITS, examples(split) and version()."""
 
     def __init__(
-        self, module: types.ModuleType, name: str, data_dir: str, manual_dir: str
+        self,
+        module: types.ModuleType,
+        name: str,
+        data_dir: str,
+        manual_dir: str,
+        reading: Reading,
     ):
         self.module, self.name = module, name  # no folder: nothing is on disk
 
@@ -54,6 +87,14 @@ class Embedded:
     def classes(self, feature: str) -> tuple[str, ...]:
         """None is named."""
         return ()
+
+    def where(self, split: str, item: int) -> str:
+        """Nowhere: it is generated."""
+        return ""
+
+    def report(self, split: str) -> list[str]:
+        """Nothing."""
+        return []
 
     def _checked(self, split: str) -> str:
         if split not in self.splits():

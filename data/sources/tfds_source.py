@@ -42,6 +42,7 @@ class Records(Sequence):
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
         self._features = builder.info.features
+        self._title = f"{builder.info.name} {split}"
         self._records = builder.as_data_source(split)
 
     def __len__(self) -> int:
@@ -51,12 +52,22 @@ class Records(Sequence):
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index {index}: the split has {size} examples")
-        return _as_text(self._records[index % size], self._features)
+        return self._text(index % size, self._records[index % size])
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Several examples by one read; the name is the one PyTorch and Grain use."""
         records = self._records.__getitems__(list(indices))
-        return [_as_text(record, self._features) for record in records]
+        return [self._text(*x) for x in zip(indices, records, strict=True)]
+
+    def _text(self, index: int, record: dict) -> dict:
+        try:
+            return _as_text(record, self._features)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self._title}, example {index}: holds the byte "
+                f"0x{error.object[error.start]:02x}, which is not UTF-8; correct the "
+                "corpus and prepare it again"
+            ) from error
 
     def __iter__(self) -> Iterator[dict]:
         for start in range(0, len(self), BULK):
@@ -108,6 +119,14 @@ class TfdsSource:
         facts = (builder.info.full_name, split, sizes, getattr(builder, "content", ""))
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         return re.sub(r"[^\w.]+", "-", f"{builder.info.full_name}-{split}-{digest}")
+
+    def where(self, split: str, item: int) -> str:
+        """Nowhere: its files hold records, not lines."""
+        return ""
+
+    def report(self, split: str) -> list[str]:
+        """Nothing."""
+        return []
 
     @functools.cached_property
     def builder(self) -> tfds.core.DatasetBuilder:
