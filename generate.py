@@ -19,12 +19,11 @@ from triform.answers import chat, inputs
 from triform.answers.inputs import Asked
 from triform.answers.output import JsonLines, Output
 from triform.answers.sampler import Sampler
-from triform.data.lines import for_terminal
 from triform.models.decode import METHODS
 from triform.runtime import launch, paths
 from triform.runtime.errors import UserError
 
-__all__ = ["Output", "Sampler", "cli", "define", "main"]
+__all__ = ["Output", "Sampler", "define", "main"]
 
 FLAGS = ("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p")
 NEWS = 20.0  # seconds between two lines on standard error while a file is written
@@ -72,8 +71,8 @@ class Report:
         if self.warned > 1:
             where = self.path or "--output=FILE.jsonl"
             print(
-                f"warning: {self.warned} of {self.answers} inputs were empty, cut or "
-                f"changed; the rows of {where} say which and how",
+                f"warning: {self.warned} of {self.answers} answers have warnings; the "
+                f"rows of {where} hold them",
                 file=sys.stderr,
             )
         if self.path:
@@ -85,28 +84,21 @@ def asked_nothing(output: Output) -> bool:
     return output.warnings[0].startswith("empty")
 
 
-def shown(
-    sampler: Sampler, asked: Asked, output: Output, scores: bool
-) -> Iterator[str]:
+def shown(output: Output, scores: bool) -> Iterator[str]:
     """The lines of one answer: one, or one for every sample."""
-    prompt = ""
-    if sampler.continues and not asked.fault:
-        prompt = str(sampler.kind.read(asked.value).shown)
     for sample in output.samples or [output]:
-        text = sample.line(prompt)
+        text = sample.line()
         yield f"{sample.score:.4f}\t{text}" if scores else text
 
 
 def write_live(sampler: Sampler, asked: Asked, number: int, options: dict) -> Output:
     """Prints a prompt and its continuation as it is written."""
-    prompt = sampler.kind.read(asked.value).shown if not asked.fault else ""
-    print(for_terminal(prompt), end="", flush=True)
-    for part in sampler.live(asked, number=number, **options):
-        if isinstance(part, Output):
-            print()
-            return part
-        print(part, end="", flush=True)
-    raise AssertionError("the last part is an output")
+    *_, output = (
+        part if isinstance(part, Output) else print(part, end="", flush=True)
+        for part in sampler.live(asked, number=number, **options)
+    )
+    print(flush=True)
+    return output
 
 
 def answered(
@@ -170,7 +162,7 @@ def main(argv: list[str]) -> None:
         if file is not None:
             file.write({"input": one.value, **output.row(sampler.gives)})
             continue
-        for line in shown(sampler, one, output, flag.scores):
+        for line in shown(output, flag.scores):
             print(line, flush=True)
     if file is not None:
         file.close()

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-from triform.data.lines import repaired
 from triform.data.sources.files import TABLES, read_rows, suffix
 from triform.data.sources.streams import BOM, opened
 from triform.runtime import paths
@@ -30,11 +29,8 @@ class Asked:
 def of_flags(values: Iterable[str]) -> Iterator[Asked]:
     """Texts of the command line, which may hold bytes that are no text."""
     for number, value in enumerate(values, 1):
-        text, count = repaired(value)
-        if count:
-            raw = value.encode("utf-8", "surrogateescape")
-            text, count = decoded(raw)
-        yield Asked(text, f"input {number}", count)
+        text, notes = decoded(value.encode("utf-8", "surrogateescape"))
+        yield Asked(text, f"input {number}", notes)
 
 
 def decoded(line: bytes) -> tuple[str, tuple[str, ...]]:

@@ -7,7 +7,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from triform.data.lines import one_line, repaired
+from triform.data.codecs.tokenizer import well_formed
+from triform.data.lines import one_line
 from triform.runtime import files
 from triform.runtime.errors import UserError
 
@@ -17,6 +18,7 @@ class Output:
     """The answer to one request. Which fields mean something depends on the model."""
 
     text: str = ""  # written by the model; prompts are not repeated
+    prompt: str = ""  # that the text continues
     score: float = 0.0  # log-probability of the text, or probability of the label
     finish: str = ""  # why a text ends: "end", "stop" (--stop) or "length"
     tokens: list[str] = dataclasses.field(default_factory=list)  # if scores are asked
@@ -31,13 +33,13 @@ class Output:
     samples: list["Output"] = dataclasses.field(default_factory=list)  # if several
     warnings: tuple[str, ...] = ()  # "cut: 131 of 700 tokens left out"
 
-    def line(self, prompt: str = "") -> str:
+    def line(self) -> str:
         """The answer in one line, after the prompt that it continues."""
         if self.tags:
             return one_line(" ".join(f"{word}/{tag}" for word, tag in self.tags))
         if self.label is not None:
             return one_line(str(self.label))
-        return one_line(prompt + self.text)
+        return one_line(self.prompt + self.text)
 
     def row(self, gives: Iterable[str]) -> dict[str, Any]:
         """The fields `gives`, and others that are set."""
@@ -45,7 +47,8 @@ class Output:
         found = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in shown or (field.name != "score" and not _unset(value)):
+            hidden = field.name in ("score", "prompt")
+            if field.name in shown or not (hidden or _unset(value)):
                 found[field.name] = value
         if self.samples:
             found["samples"] = [x.row(gives) for x in self.samples]
@@ -91,4 +94,4 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if value is None or isinstance(value, bool | int | float):
         return value
-    return repaired(str(value))[0]
+    return well_formed(str(value))

@@ -117,14 +117,15 @@ class Sampler:
     def live(
         self, request: Any, *, number: int = 0, **options: Any
     ) -> Iterator[str | Output]:
-        """The text of a continuation while it is written, in the end its output.
+        """A prompt and its continuation while it is written, in the end the output.
 
         `number` is that of the request: it decides what is drawn. Joined, the parts are
-        the output's text, but for what would move a terminal's cursor.
+        the output's prompt and text, but for what would move a terminal's cursor.
         """
         how = Options(**{k: _tuple(k, v) for k, v in options.items()})
         asked = _asked(request, number + 1)
-        _, draft, notes = self._draft(asked, how)
+        item, draft, notes = self._draft(asked, how)
+        yield for_terminal(item.shown)
         stream = Stream(self.codecs["text"], draft.prompt)
         sure = shown = ""
         numbers = np.array([[number, 0]], np.int32)
@@ -137,7 +138,8 @@ class Sampler:
         if draft.text.startswith(shown):
             yield for_terminal(draft.text[len(shown) :])
         notes += self._outgrown(draft)
-        yield dataclasses.replace(self._output(draft, how), warnings=tuple(notes))
+        output = self._output(draft, how, item.shown)
+        yield dataclasses.replace(output, warnings=tuple(notes))
 
     # Requests
 
@@ -279,8 +281,12 @@ class Sampler:
         ]
         for _ in self._continue(copies, numbers, how):
             pass
-        outputs = [self._output(draft, how) for draft in copies]
-        for i, draft in enumerate(copies[:: how.num_samples]):
+        n = how.num_samples
+        outputs = [
+            self._output(draft, how, read[i // n][0].shown)
+            for i, draft in enumerate(copies)
+        ]
+        for i, draft in enumerate(copies[::n]):
             read[i][2].extend(self._outgrown(draft))
         notes = [notes for _, _, notes in read]
         return self._joined(outputs, notes, [item for item, _, _ in read], how)
@@ -316,8 +322,8 @@ class Sampler:
         options = how.seed, numbers, how.max_tokens, how.stop, live
         return self.continuation(self.run.variables, drafts, *options)
 
-    def _output(self, draft: Draft, how: Options) -> Output:
-        output = Output(draft.text, draft.score, draft.finish)
+    def _output(self, draft: Draft, how: Options, prompt: str = "") -> Output:
+        output = Output(draft.text, prompt, draft.score, draft.finish)
         if how.scores:
             output.tokens = [self.codecs["text"].show([i]) for i in draft.ids]
             output.token_scores = draft.logp

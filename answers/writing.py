@@ -211,7 +211,9 @@ class Continuation:
         ids = draft.prompt + draft.ids
         count, room = plan(len(ids), limit - len(draft.ids), self.context)
         # What begins a text stays: models are lost without it.
-        lead = ids[:1] if ids[0] == self.tokenizer.bos and 1 < count < len(ids) else []
+        lead = [*self.tokenizer.framing("prompt").lead()]
+        if count == len(ids) or len(lead) >= count or ids[: len(lead)] != lead:
+            lead = []
         return lead + ids[len(ids) - count + len(lead) :], room
 
     def _special(self, stop: Sequence[str]) -> list[int]:

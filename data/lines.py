@@ -1,4 +1,4 @@
-"""Text as it is printed and compared: what breaks a line, and what is no text."""
+"""Text as it is printed and compared: without what breaks a line."""
 
 import re
 
@@ -7,8 +7,6 @@ import re
 # Python's tables are text.
 BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 MOVING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tab and LF
-SURROGATES = re.compile("[\ud800-\udfff]")
-REPLACEMENT = "\ufffd"
 
 
 def one_line(text: str) -> str:
@@ -22,8 +20,3 @@ def one_line(text: str) -> str:
 def for_terminal(text: str) -> str:
     """The text with a space for what would move a cursor; its lines and tabs stay."""
     return MOVING.sub(" ", text)
-
-
-def repaired(text: str) -> tuple[str, int]:
-    """(the text with U+FFFD for lone surrogates, which no encoding has; how many)."""
-    return SURROGATES.subn(REPLACEMENT, text)

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from triform.data.codecs.framing import Framing, around
+
 # The first ids of every tokenizer trained here, as in T5. Other ones have their own.
 PAD, EOS, UNK = 0, 1, 2
 SPECIALS = ("<pad>", "</s>", "<unk>")
@@ -35,6 +37,23 @@ class Specials:
     mask: int | None = None
     sentinels: tuple[int, ...] = ()  # '<extra_id_0>' and so on, as in T5
     ends: tuple[int, ...] = ()  # all that end a generated text; (): eos alone
+    template: Framing | None = None  # what the tokenizer itself puts around texts
+
+    def framing(self, use: str) -> Framing:
+        """What stands around texts: as the tokenizer says, else by their use.
+
+        For a use of framing.USES: "texts" are [CLS] A [SEP] and [CLS] A [SEP] B [SEP],
+        or end with EOS where there are no such; a "source" ends with EOS; a "prompt" is
+        bare.
+        """
+        if self.template is not None:
+            return self.template
+        if use == "prompt":
+            return Framing()
+        if use == "source":
+            return around((), [self.eos], [self.eos])
+        end = [self.eos if self.sep is None else self.sep]
+        return around(() if self.cls is None else [self.cls], end, end, second=1)
 
 
 def recognise(pieces: Sequence[str], **known) -> Specials:
@@ -55,6 +74,8 @@ def recognise(pieces: Sequence[str], **known) -> Specials:
     )
     found |= {"sentinels": tuple(ids[s] for s in sentinels), **known}
     found |= {k: tuple(found[k]) for k in ("sentinels", "ends") if k in found}
+    if isinstance(found.get("template"), dict):
+        found["template"] = Framing.of(found["template"])
     if found["eos"] is None:
         raise ValueError(
             f"no token ends a text (expected one of {', '.join(NAMES['eos'])}); write "

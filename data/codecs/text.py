@@ -2,19 +2,18 @@
 
 import dataclasses
 import functools
-import hashlib
 import io
-import itertools
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from triform.data.codecs.framing import from_processor
 from triform.data.codecs.pieces import pieces
 from triform.data.codecs.specials import (
     EOS,
@@ -25,7 +24,11 @@ from triform.data.codecs.specials import (
     Specials,
     recognise,
 )
+from triform.data.codecs.tokenizer import Stream, Tokenizer, well_formed
 
+__all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
+
+SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
 MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
 
@@ -52,188 +55,14 @@ class TokenizerConfig:
             )
 
 
-class Tokenizer:
-    """Base: ids of a text, without specials; text of ids, up to the first end."""
-
-    filename = "tokenizer.json"
-    joiner = ""  # begins a piece that continues a word, if the kind has such
-
-    def __init__(self, pieces: Sequence[str], specials: Specials):
-        self.pieces, self.specials = pieces, specials
-        self.pad, self.eos, self.start = specials.pad, specials.eos, specials.start
-        self.unk, self.bos, self.mask = specials.unk, specials.bos, specials.mask
-        self.cls, self.sep = specials.cls, specials.sep
-        # id: name, of all that are no text.
-        named = dataclasses.asdict(specials)
-        for i, special in enumerate(named.pop("sentinels")):
-            named[f"<extra_id_{i}>"] = special
-        for i, special in enumerate(named.pop("ends")):
-            named[f"<end_{i}>"] = special
-        self.names = {
-            i: pieces[i] if i < len(pieces) else name
-            for name, i in named.items()
-            if i is not None
-        }
-        # Every id that ends a generated text.
-        self.ends = specials.ends or (specials.eos,)
-        # T5's published model files lack the sentinels, which follow the last piece.
-        self.vocab_size = max(len(pieces), *(i + 1 for i in self.names))
-
-    @property
-    def lowercase(self) -> bool:
-        """Whether all text becomes lower-case."""
-        return self._normalized("A") == "a"
-
-    def _normalized(self, text: str) -> str:
-        """The text as it is encoded."""
-        raise NotImplementedError
-
-    @property
-    def size(self) -> int:
-        """Number of ids."""
-        return self.vocab_size
-
-    def encode(self, values: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array per text."""
-        return self.encode_batch(values)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text."""
-        raise NotImplementedError
-
-    def to_bytes(self) -> bytes:
-        """The file's content; equal tokenizers give equal bytes."""
-        raise NotImplementedError
-
-    def _decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first end.
-
-        Special ids and those that a larger model has beyond ours vanish.
-        """
-        return self._decode(self._until_end(ids))
-
-    def continuation(self, prompt: Iterable[int], new: Iterable[int]) -> str:
-        """The text that `new` ids, up to the first end, add to that of a prompt's.
-
-        Decoded together: alone, a first piece may lose the space before it.
-        """
-        before = [i for i in map(int, prompt) if self._is_text(i)]
-        both = self._decode(before + self._until_end(new))
-        return both[len(os.path.commonprefix([self._decode(before), both])) :]
-
-    def end_at(self, ids: Iterable[int]) -> None:
-        """Lets these ids end a generated text too."""
-        self.ends = tuple(dict.fromkeys([*self.ends, *ids]))
-        self.specials = dataclasses.replace(self.specials, ends=self.ends)
-        self._name(self.ends)
-
-    def _name(self, ids: Iterable[int]) -> None:
-        """Takes these ids for special ones."""
-        self.names |= {i: self.pieces[i] for i in ids if i < len(self.pieces)}
-
-    def _until_end(self, ids: Iterable[int]) -> list[int]:
-        """The ids of text before the first end."""
-        real = itertools.takewhile(lambda i: i not in self.ends, map(int, ids))
-        return [i for i in real if self._is_text(i)]
-
-    @functools.cached_property
-    def byte_pieces(self) -> frozenset[int]:
-        """Ids of '<0x0A>' and so on, which spell what has no piece of its own."""
-        byte = re.compile("<0x[0-9A-Fa-f]{2}>")
-        return frozenset(i for i, p in enumerate(self.pieces) if byte.fullmatch(p))
-
-    def show(self, ids: Iterable[int]) -> str:
-        """All ids for the eye: special ones by name, text between them decoded."""
-        parts = []
-        for is_text, run in itertools.groupby(map(int, ids), self._is_text):
-            if is_text:
-                parts.append(self._decode(list(run)))
-            else:
-                parts += [self.names.get(i, f"<{i}>") for i in run]
-        return " ".join(parts)
-
-    def _is_text(self, i: int) -> bool:
-        return i < len(self.pieces) and i not in self.names
-
-    def sentinels(self) -> np.ndarray:
-        """The ids of '<extra_id_0>', '<extra_id_1>' ..., int32."""
-        return np.array(self.specials.sentinels, np.int32)
-
-    @functools.cached_property
-    def continues(self) -> np.ndarray:
-        """bool [vocab_size]: which ids continue the word of the one before.
-
-        WordPiece marks those; other kinds mark the beginning of a word, by a space or
-        what stands for it, so that punctuation belongs to the word it follows.
-        """
-        table = np.zeros(self.vocab_size, bool)
-        if self.joiner:
-            table[: len(self.pieces)] = [p.startswith(self.joiner) for p in self.pieces]
-        else:
-            marks = ("\u0120", "\u2581", " ")  # byte-level, SentencePiece, characters
-            firsts = {p[:1] for p in self.pieces}
-            mark = next((m for m in marks if m in firsts), "")
-            table[: len(self.pieces)] = [not p.startswith(mark) for p in self.pieces]
-        table[list(self.names)] = False
-        return table
-
-    def digest(self) -> str:
-        """Changes whenever an id of a text or a special id does."""
-        content = self.to_bytes() + repr(self.specials).encode()
-        return hashlib.sha256(content).hexdigest()
-
-    def save(self, directory: str) -> str:
-        """Writes the file, and one that names its specials; returns the file's path."""
-        specials = json.dumps(dataclasses.asdict(self.specials), indent=2).encode()
-        for name, content in ((SIDECAR, specials), (self.filename, self.to_bytes())):
-            path = os.path.join(directory, name)
-            with open(path + ".tmp", "wb") as f:
-                f.write(content)
-            os.replace(path + ".tmp", path)
-        return path
-
-
-class Stream:
-    """A continuation that grows, as text that is final: joined, it is `continuation`.
-
-    What the next id may change is held back: a character of which bytes are missing,
-    and bytes that are spelled one by one, which decoders join or refuse as a whole.
-    """
-
-    def __init__(self, tok: Tokenizer, prompt: Sequence[int] = ()):
-        self._tok, self._prompt, self._shown = tok, [*prompt], ""
-
-    def __call__(self, new: Sequence[int], last: bool = False) -> str:
-        """What can be shown now that these ids are written, and was not before.
-
-        `last`: no more will come, so that nothing is held back.
-        """
-        new = [*map(int, new)]
-        over = last or not set(self._tok.ends).isdisjoint(new)
-        if not over:
-            while new and new[-1] in self._tok.byte_pieces:
-                new.pop()
-        text = self._tok.continuation(self._prompt, new)
-        text = text if over else text.rstrip("\ufffd")
-        if not text.startswith(self._shown):
-            if not over:
-                return ""
-            self._shown = os.path.commonprefix([self._shown, text])
-        fresh, self._shown = text[len(self._shown) :], text
-        return fresh
-
-
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json: byte-level BPE, WordPiece, characters, or a published one."""
 
     def __init__(self, core: tokenizers.Tokenizer, specials: Specials):
         super().__init__(_pieces(core), specials)
+        added = core.get_added_tokens_decoder().items()
+        self.names |= {i: token.content for i, token in added if token.special}
         self.core = core
-        added = core.get_added_tokens_decoder()
-        self._name(i for i, token in added.items() if token.special)
         # '</s>' in a text is text.
         core.encode_special_tokens = True
         # A published file may ask for rows of one length.
@@ -242,14 +71,30 @@ class HuggingFaceTokenizer(Tokenizer):
         if isinstance(core.model, models.WordPiece):
             self.joiner = core.model.continuing_subword_prefix
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text; encoded in parallel."""
-        out = self.core.encode_batch(list(texts), add_special_tokens=False)
-        return [np.asarray(e.ids, np.int32) for e in out]
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Encoded in parallel."""
+        return _ids(self.core, texts)
 
-    def _normalized(self, text: str) -> str:
+    def _read(self, texts: list[str]) -> list[np.ndarray]:
+        return _ids(self._reading, texts)
+
+    @functools.cached_property
+    def _reading(self) -> tokenizers.Tokenizer:
+        """The same, but it finds special tokens in a text."""
+        core = tokenizers.Tokenizer.from_str(self.core.to_str())
+        core.encode_special_tokens = False
+        core.add_special_tokens(list(self.names.values()))
+        return core
+
+    def normalize(self, text: str) -> str:
+        """Without the mark of a space that some put into the text."""
         normalizer = self.core.normalizer
-        return normalizer.normalize_str(text) if normalizer else text
+        if normalizer is None:
+            return text
+        found = normalizer.normalize_str(text)
+        if SPACE in found and SPACE not in text:
+            found = found.replace(SPACE, " ").removeprefix(" " * (text[:1] != " "))
+        return found
 
     def to_bytes(self) -> bytes:
         """The tokenizer.json."""
@@ -268,14 +113,14 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = model
         self.core = sentencepiece.SentencePieceProcessor(model_proto=model)
         super().__init__(_pieces(self.core), specials)
-        self._name(filter(self.core.is_control, range(len(self.pieces))))
+        self.name(filter(self.core.is_control, range(len(self.pieces))))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text."""
-        return [np.asarray(x, np.int32) for x in self.core.encode(list(texts))]
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.asarray(x, np.int32) for x in self.core.encode(texts)]
 
-    def _normalized(self, text: str) -> str:
-        return self.core.normalize(text).strip("\u2581")
+    def normalize(self, text: str) -> str:
+        """Without the space that it puts before a text."""
+        return self.core.normalize(text).replace(SPACE, " ").removeprefix(" ")
 
     def to_bytes(self) -> bytes:
         """The model file."""
@@ -290,23 +135,26 @@ class ByteTokenizer(Tokenizer):
 
     filename = "tokenizer.bytes"
 
-    def __init__(self, lowercase: bool = False, specials: Sequence[str] = ()):
-        self._lower = lowercase
+    def __init__(
+        self, lowercase: bool = False, specials: Sequence[str] = (), **known: Any
+    ):
+        # As every other kind does it, and as an exported one will.
+        self._lower = normalizers.Lowercase() if lowercase else None
         self.first = len(SPECIALS) + len(specials)  # the id of byte 0
         pieces = [*SPECIALS, *specials, *map(chr, range(256))]
-        super().__init__(pieces, recognise(pieces[: self.first]))
-        self._name(range(self.first))
+        super().__init__(pieces, recognise(pieces[: self.first], **known))
+        self.name(range(self.first))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text."""
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
         return [
-            np.frombuffer(self._normalized(t).encode(), np.uint8).astype(np.int32)
+            np.frombuffer(self.normalize(t).encode(), np.uint8).astype(np.int32)
             + self.first
             for t in texts
         ]
 
-    def _normalized(self, text: str) -> str:
-        return text.lower() if self._lower else text
+    def normalize(self, text: str) -> str:
+        """Lower-case, if so set."""
+        return self._lower.normalize_str(text) if self._lower else text
 
     def to_bytes(self) -> bytes:
         """Its settings, one a line."""
@@ -316,6 +164,11 @@ class ByteTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(i - self.first for i in ids).decode(errors="replace")
+
+
+def _ids(core: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    found = core.encode_batch(texts, add_special_tokens=False)
+    return [np.asarray(e.ids, np.int32) for e in found]
 
 
 def _pieces(core: tokenizers.Tokenizer | sentencepiece.SentencePieceProcessor) -> list:
@@ -472,14 +325,17 @@ def load(path: str) -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer file ({error})") from error
 
 
-def _parse(path: str, content: bytes, known: dict) -> Tokenizer:
+def _parse(path: str, content: bytes, known: dict[str, Any]) -> Tokenizer:
     if path.endswith(".bytes"):
         case, *specials = content.decode().split("\n")
-        return ByteTokenizer(case == "lowercase", specials)
+        return ByteTokenizer(case == "lowercase", specials, **known)
     if path.endswith(".model"):
         core = sentencepiece.SentencePieceProcessor(model_proto=content)
         return SentencePieceTokenizer(content, recognise(_pieces(core), **known))
     core = tokenizers.Tokenizer.from_str(content.decode())
+    if "template" not in known and core.post_processor is not None:
+        processor = json.loads(core.post_processor.__getstate__())
+        known = known | {"template": from_processor(processor)}
     return HuggingFaceTokenizer(core, recognise(_pieces(core), **known))
 
 

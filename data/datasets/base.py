@@ -11,7 +11,7 @@ from triform.data import sources, store
 from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import TokenizerConfig
-from triform.data.datasets.requests import Requests
+from triform.data.datasets.requests import Requests, framing
 from triform.data.sources.formats import TXT_EXAMPLES
 from triform.data.store import Feature
 from triform.runtime import paths
@@ -85,6 +85,7 @@ class TextConfig(DataConfig):
     """Rows of tokens. Lengths include the tokens that a kind of data adds."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ()  # of a tokenizer trained for it
+    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
     max_len: int = 64  # longer items are left out of training, shortened in evaluation
     # Rows of max_len a batch; shorter buckets hold more rows, of as many tokens in all.
@@ -172,6 +173,7 @@ class Dataset:
         self.config, self.split, self.codecs = config, split, codecs
         self.model_sizes, self.spec = sizes, config.spec()
         self.tok = codecs.get("text")
+        self.framing = framing(config, codecs, sizes)
         self._raw = functools.cache(self._open_raw)
         # Names of the classes that the source numbers in a field; () if it has none.
         self.numbered = functools.cache(self._numbered)
@@ -301,7 +303,6 @@ def labels(
                 f"{where}: the names of its classes are unknown; restore classes.json "
                 "in the workdir"
             )
-        size = config.classes()[field]
         theirs = () if values.dtype.kind == "U" else dataset.numbered(field)
         ids = codec.encode(values, theirs)
         fix = "correct or remove the example"

@@ -69,19 +69,14 @@ class Prompts(Requests):
     columns, continues = ("text",), True
 
     def read(self, request: Any) -> Item:
-        """A text begins as documents do; a prompt without a mark of its own goes on."""
+        """A text begins as the tokenizer begins documents; an empty one after EOS."""
         if is_messages(request):
             return self.messages(request)
         if isinstance(request, Sequence | np.ndarray) and not isinstance(request, str):
             ids = np.asarray(request, np.int32)
             return Item([ids], self.tok.decode(ids))
         (text,), notes = self.texts(request)
-        ids = self.tok.encode_batch([text])[0]
-        if self.tok.bos is not None:
-            ids = np.concatenate([[self.tok.bos], ids]).astype(np.int32)
-        elif not len(ids):
-            ids = np.array([self.tok.eos], np.int32)
-        return Item([ids], text, notes)
+        return Item(self.tok.prompts([text]), text, notes)
 
     def messages(self, request: Sequence[Mapping[str, Any]], tools: Any = None) -> Item:
         """What the assistant answers; DataError without a chat template."""
@@ -112,8 +107,8 @@ class Prompts(Requests):
 class CausalLM(Dataset):
     """Row: L positions of the stream, each with the token that follows it.
 
-    The stream is FIRST document EOS document EOS ... document EOS. FIRST is the
-    tokenizer's token for a beginning, else EOS; every later token is a target.
+    The stream is FIRST document EOS document EOS ... document EOS. FIRST is what the
+    tokenizer puts before a text, else EOS; every later token is a target.
 
     Training: the stream is a ring, divided into rows from a position drawn every epoch:
     no target comes twice in an epoch and fewer than L do not come.
@@ -156,8 +151,8 @@ class CausalLM(Dataset):
             n = min(length, self.targets - start)
         positions = np.arange(start, start + n) % self.targets
         inputs = self.store.ids[positions - 1]  # before the first: the last one's EOS
-        if self.tok.bos is not None:
-            inputs = np.where(positions == 0, self.tok.bos, inputs)
+        if lead := self.framing.lead():
+            inputs = np.where(positions == 0, lead[-1], inputs)
         batch["inputs"][row, :n] = inputs
         batch["targets"][row, :n] = self.store.ids[positions]
         seen = 0 if epoch.train or item == 0 else length - self.stride

@@ -24,7 +24,6 @@ from triform.data.codecs.chat import (
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
 from triform.data.datasets.causal_lm import Prompts
 from triform.data.datasets.requests import Item
-from triform.data.lines import repaired
 from triform.data.store import Feature
 from triform.runtime import paths
 from triform.runtime.errors import DataError
@@ -89,8 +88,7 @@ class Chats(Prompts):
         """Messages up to the next answer, or a row of training without its answer."""
         notes: list[str] = []
         if isinstance(request, str):
-            text, count = repaired(request)
-            notes += [f"replaced: {count} lone surrogates"] if count else []
+            (text,), notes = self.texts(request)
             if not text:
                 return Item([], "")
             request = [{"role": "user", "content": text}]

@@ -12,10 +12,9 @@ from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.datasets.base import Dataset, Epoch
-from triform.data.datasets.requests import Item, Requests, marked
+from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.sequence_classification import (
     EncoderInputsConfig,
-    added,
     fitted,
     shortened,
     write_texts,
@@ -23,6 +22,7 @@ from triform.data.datasets.sequence_classification import (
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
+MASK = "[MASK]"  # in a request, whatever the tokenizer calls it
 # The end of a sentence: a mark and closing quotes or brackets, then space, then a
 # capital letter, which may be quoted; but not after a title or an initial.
 _END = re.compile(
@@ -103,16 +103,15 @@ class Blanks(Requests):
     def read(self, request: Any) -> Item:
         """Ids of a text with its masks."""
         (text,), notes = self.texts(request)
-        self.marks = dict.fromkeys(("[MASK]", self.tok.names[self.tok.mask]))
-        marks = dict.fromkeys(self.marks, self.tok.mask)
-        ids = [marked(self.tok, text, marks)] if text.strip() else []
+        own = text.replace(MASK, self.tok.names[self.tok.mask])
+        ids = self.tok.encode([own], specials=True) if text.strip() else []
         if ids and self.tok.mask not in ids[0]:
             notes.append("no [MASK] in it: nothing was filled")
         return Item(ids, text, notes)
 
     def size(self, item: Item) -> int:
         """The text and what stands around it."""
-        return sum(map(len, item.parts)) + added(self.tok, item.parts)
+        return sum(map(len, item.parts)) + self.framing.added(1)
 
     def shape(self, items: Sequence[Item]) -> dict[str, int]:
         """With as many masked positions as a request has."""
@@ -123,9 +122,9 @@ class Blanks(Requests):
 
     def write(self, batch: Batch, row: int, item: Item) -> int:
         """A text shortened to the row; `at` is the number of its masks in it."""
-        texts = shortened(item.parts, batch["inputs"].shape[1], self.tok)
+        texts = shortened(item.parts, batch["inputs"].shape[1], self.framing)
         if texts:
-            write_texts(batch, row, texts, self.tok, self.config.global_tokens)
+            write_texts(batch, row, texts, self.framing, self.config.global_tokens)
         chosen = np.flatnonzero(batch["inputs"][row] == self.tok.mask)
         chosen = chosen[batch["segments"][row, chosen] > 0]
         item.at = len(chosen)
@@ -145,7 +144,7 @@ class Blanks(Requests):
 
     def _text(self, text: str, best: list[str]) -> str:
         """The text with its first masks replaced; a piece of a word joins it."""
-        pattern = "|".join(map(re.escape, self.marks))
+        pattern = "|".join(map(re.escape, (MASK, self.tok.names[self.tok.mask])))
         parts = re.split(f"({pattern})", text)
         for i, name in enumerate(best):
             joiner = self.tok.joiner
@@ -156,7 +155,8 @@ class Blanks(Requests):
 
 
 class MaskedLM(Dataset):
-    """Row: [CLS] A [SEP] B [SEP], and the ids at its masked positions.
+    """Row: A and B as the tokenizer frames them, as [CLS] A [SEP] B [SEP], and the ids
+    at the masked positions.
 
     Devlin et al. 2019, 3.1 and its create_pretraining_data.py. An item is a run of
     sentences of one document that just fills a row, or with `short_rate` is of random
@@ -189,7 +189,7 @@ class MaskedLM(Dataset):
                 f"{self.title()}: has a single document, and sentences of another are "
                 "needed; take a larger split or set data.next_sentence=False"
             )
-        added = 3 if config.next_sentence else 2
+        added = self.framing.added(2 if config.next_sentence else 1)
         self._runs(config.max_len - added)
         offsets = self.tokens.offsets
         sizes = offsets[self.stop] - offsets[self.start]
@@ -220,12 +220,15 @@ class MaskedLM(Dataset):
         rng = epoch.rng(item)
         length = batch["inputs"].shape[1]
         if self.config.next_sentence:
-            texts, label = self._pair(item, length - 3, rng)
+            texts, label = self._pair(item, length - self.framing.added(2), rng)
             batch["label"][row] = label
             batch["label_weights"][row] = 1
         else:
-            texts = [self._between(self.start[item], self.stop[item])[: length - 2]]
-        positions = write_texts(batch, row, texts, self.tok, self.config.global_tokens)
+            room = length - self.framing.added(1)
+            texts = [self._between(self.start[item], self.stop[item])[:room]]
+        positions = write_texts(
+            batch, row, texts, self.framing, self.config.global_tokens
+        )
         ids = batch["inputs"][row]
         count = max(1, round(self.config.mask_rate * len(positions)))
         if self.config.whole_word:

@@ -1,7 +1,6 @@
 """Inputs that are of no split: what a trained model is asked, and what it answers."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,8 +8,8 @@ import numpy as np
 
 from triform.data.batch import Batch, Sizes, resolved, zeros
 from triform.data.codecs import Codec
-from triform.data.codecs.text import Tokenizer
-from triform.data.lines import repaired
+from triform.data.codecs.framing import Framing
+from triform.data.codecs.tokenizer import well_formed
 from triform.runtime.errors import DataError
 
 
@@ -45,6 +44,7 @@ class Requests:
     def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
         self.config, self.codecs, self.sizes = config, codecs, sizes
         self.tok = codecs.get("text")
+        self.framing = framing(config, codecs, sizes)
 
     # What a kind of data says
 
@@ -105,13 +105,11 @@ class Requests:
                 f"{type(request).__name__} {request!r:.40} is no request; give a text "
                 f"or a mapping with {', '.join(n or f for f, n in names.items())}"
             )
-        notes, repairs = [], 0
+        notes = []
         for i, value in enumerate(found):
-            if isinstance(value, str):
-                found[i], count = repaired(value)
-                repairs += count
-        if repairs:
-            notes.append(f"replaced: {repairs} lone surrogates, which are no text")
+            if isinstance(value, str) and (text := well_formed(value)) != value:
+                found[i] = text
+                notes.append("replaced: halves of surrogate pairs, which are no text")
         return found, notes
 
     def texts(self, request: Any) -> tuple[list[str], list[str]]:
@@ -146,17 +144,9 @@ def _column(request: Mapping[str, Any], field: str, name: str) -> Any:
     )
 
 
-def marked(tok: Tokenizer, text: str, marks: Mapping[str, int]) -> np.ndarray:
-    """Ids of a text in which the keys of `marks` stand for special ids, int32 [N].
-
-    The space before a mark belongs to it.
-    """
-    if not marks:
-        return tok.encode_batch([text])[0]
-    pattern = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
-    parts = re.split(f" ?({pattern})", text)
-    found = tok.encode_batch(parts[::2])
-    pieces = [found[0]]
-    for mark, ids in zip(parts[1::2], found[1:], strict=True):
-        pieces += [np.array([marks[mark]], np.int32), ids]
-    return np.concatenate(pieces)
+def framing(config: Any, codecs: Mapping[str, Codec], sizes: Sizes) -> Framing | None:
+    """What stands around the texts of a row, with types that the model has."""
+    if "text" not in codecs:
+        return None
+    found = codecs["text"].framing(config.USE)
+    return found.bounded(sizes["num_types"]) if "num_types" in sizes else found

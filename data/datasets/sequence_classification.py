@@ -9,7 +9,7 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
-from triform.data.codecs.text import Tokenizer
+from triform.data.codecs.framing import Framing
 from triform.data.datasets.base import (
     TARGETS,
     Dataset,
@@ -25,6 +25,7 @@ from triform.data.store import Feature
 class EncoderInputsConfig(TextConfig):
     """Rows for an encoder: [CLS] text [SEP], or two texts."""
 
+    USE: ClassVar[str] = "texts"
     GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first")
 
     # Which positions see all and are seen by all beyond the model's windows (Beltagy
@@ -113,18 +114,18 @@ class Classified(Requests):
         """Ids of the texts."""
         texts, notes = self.texts(request)
         shown = "\t".join(texts)
-        ids = self.tok.encode_batch(texts) if shown.strip() else []
+        ids = self.tok.encode(texts, specials=True) if shown.strip() else []
         return Item(ids, shown, notes)
 
     def size(self, item: Item) -> int:
         """The texts and what stands around them."""
-        return sum(map(len, item.parts)) + added(self.tok, item.parts)
+        return sum(map(len, item.parts)) + self.framing.added(len(item.parts) or 1)
 
     def write(self, batch: Batch, row: int, item: Item) -> int:
         """Shortened as in evaluation."""
-        texts = shortened(item.parts, batch["inputs"].shape[1], self.tok)
+        texts = shortened(item.parts, batch["inputs"].shape[1], self.framing)
         if texts:
-            write_texts(batch, row, texts, self.tok, self.config.global_tokens)
+            write_texts(batch, row, texts, self.framing, self.config.global_tokens)
         return sum(map(len, item.parts)) - sum(map(len, texts))
 
     def answer(self, item: Item, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -133,9 +134,10 @@ class Classified(Requests):
 
 
 class SequenceClassification(Dataset):
-    """Row: [CLS] first [SEP] second [SEP], and the label.
+    """Row: one or two texts as the tokenizer frames them, and the label.
 
-    Of a tokenizer without [CLS] and [SEP]: first EOS second EOS.
+    Of a tokenizer that does not: [CLS] first [SEP] second [SEP], or without these first
+    EOS second EOS.
     """
 
     requests = Classified
@@ -150,14 +152,14 @@ class SequenceClassification(Dataset):
         self.texts = list(opened.tokens.values())
         sizes = np.stack([tokens.sizes() for tokens in self.texts])
         self.empty = sizes.min(0) == 0
-        self.sizes = {"L": sizes.sum(0) + added(self.tok, self.texts)}
+        self.sizes = {"L": sizes.sum(0) + self.framing.added(len(self.texts))}
         self._label = labels(self, "label", opened.values["label"])
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """Texts whose sum is too long lose their ends, the longer one first."""
         texts = [tokens[item] for tokens in self.texts]
-        texts = shortened(texts, batch["inputs"].shape[1], self.tok)
-        write_texts(batch, row, texts, self.tok, self.config.global_tokens)
+        texts = shortened(texts, batch["inputs"].shape[1], self.framing)
+        write_texts(batch, row, texts, self.framing, self.config.global_tokens)
         batch["label"][row] = self._label[item]
         batch["label_weights"][row] = 1
 
@@ -172,18 +174,13 @@ class SequenceClassification(Dataset):
         return "\t".join(self._texts(item))
 
 
-def added(tok: Tokenizer, texts: Sequence) -> int:
-    """Special tokens in a row of these texts."""
-    return (tok.cls is not None) + len(texts)
-
-
 def shortened(
-    texts: Sequence[np.ndarray], length: int, tok: Tokenizer
+    texts: Sequence[np.ndarray], length: int, around: Framing
 ) -> list[np.ndarray]:
     """One or two texts that fit into a row of this length."""
     if not texts:
         return []
-    sizes = fitted([len(ids) for ids in texts], length - added(tok, texts))
+    sizes = fitted([len(ids) for ids in texts], length - around.added(len(texts)))
     return [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
 
 
@@ -202,27 +199,20 @@ def write_texts(
     batch: Batch,
     row: int,
     texts: list[np.ndarray],
-    tok: Tokenizer,
+    around: Framing,
     global_tokens: str,
 ) -> np.ndarray:
-    """[CLS] first [SEP] second [SEP]; the positions of the texts, ascending."""
-    end = tok.eos if tok.sep is None else tok.sep
-    at, question, positions = 0, 0, []
-    if tok.cls is not None:
-        batch["inputs"][row, 0] = tok.cls
-        at = 1
-    for i, ids in enumerate(texts):
-        n = len(ids)
-        batch["inputs"][row, at : at + n] = ids
-        batch["inputs"][row, at + n] = end
-        if i:
-            batch["token_type_ids"][row, at : at + n + 1] = 1
-        else:
-            question = at + n
-        positions.append(np.arange(at, at + n))
-        at += n + 1
-    batch["segments"][row, :at] = 1
+    """Writes a row of one or two texts; the positions of their ids, ascending."""
+    ids, types, starts = around.framed(texts)
+    batch["inputs"][row, : len(ids)] = ids
+    batch["segments"][row, : len(ids)] = 1
+    if "token_type_ids" in batch:
+        batch["token_type_ids"][row, : len(ids)] = types
+    positions = [
+        np.arange(at, at + len(x)) for at, x in zip(starts, texts, strict=True)
+    ]
     if global_tokens != "none":
+        question = starts[0] + len(texts[0])
         batch["global_attention_mask"][
             row, : question if global_tokens == "question" else 1
         ] = 1

@@ -9,14 +9,13 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
+from triform.data.codecs.tokenizer import well_formed
 from triform.data.datasets.base import TARGETS, Dataset, Epoch, labels
 from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.sequence_classification import (
     EncoderInputsConfig,
-    added,
     write_texts,
 )
-from triform.data.lines import repaired
 from triform.data.store import Feature, each
 from triform.runtime.errors import DataError
 
@@ -85,22 +84,24 @@ class Tagged(Requests):
         if isinstance(value, str):
             by_character = self.config.tokenizer.kind == "chars"
             value = list(value.strip()) if by_character else value.split()
-        words = [repaired(str(word))[0] for word in each(value)]
+        words = [well_formed(str(word)) for word in each(value)]
         ids = self.tok.encode_batch(words)
         begins = np.cumsum([0, *map(len, ids)])
         return Item([np.concatenate(ids)] if words else [], words, notes, begins)
 
     def size(self, item: Item) -> int:
         """The words and what stands around them."""
-        return sum(map(len, item.parts)) + added(self.tok, [item.parts])
+        return sum(map(len, item.parts)) + self.framing.added(1)
 
     def write(self, batch: Batch, row: int, item: Item) -> int:
         """Words shortened to the row; `at` becomes the position of each, -1: none."""
-        room = batch["inputs"].shape[1] - added(self.tok, [item.parts])
+        room = batch["inputs"].shape[1] - self.framing.added(1)
         if not item.parts:
             return 0
         ids, begins = item.parts[0][:room], item.at
-        positions = write_texts(batch, row, [ids], self.tok, self.config.global_tokens)
+        positions = write_texts(
+            batch, row, [ids], self.framing, self.config.global_tokens
+        )
         kept = (np.diff(begins) > 0) & (begins[:-1] < len(ids))
         item.at = np.where(kept, positions[0] + begins[:-1], -1)
         batch["weights"][row, item.at[kept]] = 1
@@ -114,7 +115,7 @@ class Tagged(Requests):
 
 
 class TokenClassification(Dataset):
-    """Row: [CLS] words [SEP]; targets are the tags.
+    """Row: [CLS] words [SEP], or as the tokenizer frames them; targets are the tags.
 
     A word's tag is at its first piece; other pieces and masked words weigh 0. Each word
     is tokenised by itself.
@@ -145,15 +146,17 @@ class TokenClassification(Dataset):
         self._weights = mask.astype(np.float32)
         sizes = np.diff(self.words.offsets[self.words.first])
         self.empty = sizes == 0
-        self.sizes = {"L": sizes + 1 + (self.tok.cls is not None)}
+        self.sizes = {"L": sizes + self.framing.added(1)}
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """The words, shortened to the row."""
-        room = batch["inputs"].shape[1] - 1 - (self.tok.cls is not None)
+        room = batch["inputs"].shape[1] - self.framing.added(1)
         first, last = self.words.first[item : item + 2]
         begins = self.words.offsets[first : last + 1]
         ids = self.words.ids[begins[0] : begins[-1]][:room]
-        positions = write_texts(batch, row, [ids], self.tok, self.config.global_tokens)
+        positions = write_texts(
+            batch, row, [ids], self.framing, self.config.global_tokens
+        )
         # Words that have a piece, and have it in the row.
         kept = (np.diff(begins) > 0) & (begins[:-1] - begins[0] < len(ids))
         at = positions[0] + begins[:-1][kept] - begins[0]
