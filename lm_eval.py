@@ -9,7 +9,7 @@ transformers on the exported folder.
 """
 
 import functools
-import json
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,16 +40,13 @@ def harness() -> Any:
     ours = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != ours]
     try:
-        import lm_eval
-        import lm_eval.api.model
-        import lm_eval.evaluator
-        import lm_eval.tasks
-        import lm_eval.utils
+        for part in ("api.model", "evaluator", "tasks", "utils"):
+            importlib.import_module(f"lm_eval.{part}")
     except ImportError as error:
         raise UserError(
             f'the harness is not installed ({error}); pip install "triform[lm_eval]"'
         ) from error
-    return lm_eval
+    return importlib.import_module("lm_eval")
 
 
 class Workdir:
@@ -127,7 +124,7 @@ class Workdir:
         return found
 
     def _scored(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of every row (log-probability of each id after the first, is it likeliest)."""
+        """Of every row (log-probability of each id but the first, is it likeliest)."""
         length = max(len(row) - 1 for row in rows)
         length = min(self.max_length, 1 << (length - 1).bit_length())
         padded = np.zeros((2, self.batch_size, length), np.int32)
@@ -288,13 +285,13 @@ def main(argv: list[str]) -> None:
     )
     print(harness().utils.make_table(found), flush=True)
     if flag.output:
-        path = paths.absolute(flag.output)
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(files.dumps(found["results"], indent=2) + "\n")
+        files.write_json(paths.absolute(flag.output), found["results"])
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "A workdir of a language model.", required=True)
+    flags.DEFINE_string(
+        "workdir", None, "A workdir of a language model.", required=True
+    )
     flags.DEFINE_list("tasks", None, "Names of tasks, with commas.", required=True)
     flags.DEFINE_string("include_path", "", "A folder with tasks of your own (YAML).")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")

@@ -162,7 +162,8 @@ def give(workdir: str, target: str, length: int) -> dict[str, Any]:
         write_json(target, KEPT[0], settings)
     return {
         "pad_token_id": found.pad,
-        "eos_token_id": found.eos,
+        # All that end a text, such as a chat template's.
+        "eos_token_id": found.eos if len(tok.ends) == 1 else [*tok.ends],
         "bos_token_id": found.bos,
         "decoder_start_token_id": found.start,
     }

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 IMPORTS = {
     "train": ("evaluate",),
     "evaluate": ("answers", "input_pipeline"),
+    "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
     "sweep": ("runtime",),
