@@ -11,12 +11,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from triform import scores
 from triform import workdir as workdirs
@@ -26,6 +25,7 @@ from triform.data.lines import one_line
 from triform.experiment import Experiment
 from triform.input_pipeline import Split
 from triform.runtime import launch, metrics, paths
+from triform.runtime.progress import stage
 
 
 @dataclasses.dataclass
@@ -57,10 +57,18 @@ class Result:
 
 
 class Evaluator:
-    """Evaluates variables on splits; compiled once, called at many steps."""
+    """Evaluates variables on splits; compiled once, called at many steps.
 
-    def __init__(self, experiment: Experiment, codecs: Mapping[str, Codec]):
-        self.experiment, self.codecs = experiment, codecs
+    What it does is said on `log`; None is standard output.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        codecs: Mapping[str, Codec],
+        log: TextIO | None = None,
+    ):
+        self.experiment, self.codecs, self.log = experiment, codecs, log
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
         config = experiment.config
         if config.evaluation.metrics or any(x.scores for x in config.evaluations):
@@ -77,8 +85,8 @@ class Evaluator:
         predictions: bool = False,
         names: tuple[str, ...] | None = None,
     ) -> Result | None:
-        """Losses over the whole split, and scores of what is generated for its first
-        `limit` examples (0: all) of every corpus of a mixture.
+        """Losses, metrics and scores of what is generated, over the whole split or at
+        most `limit` examples of every corpus in it, spread evenly (0: all).
 
         None as soon as `stop()` is true between two batches. `predictions` keeps one
         object per example. `names` are scores in place of config.evaluation.metrics.
@@ -87,28 +95,28 @@ class Evaluator:
         names = config.metrics if names is None else names
         start, dataset = time.perf_counter(), split.dataset
         total, ids, kept, written = None, [], [], {}
-        bar = tqdm(total=len(dataset), desc=prefix, disable=None, leave=False)
-        for items, batch in split.batches.evaluation():
-            if stop():
-                bar.close()
-                return None
-            put = self.experiment.put(batch)
-            measured, rows = self.eval_step(variables, np.int32(step), put)
-            if names:
-                written |= self._written(variables, batch, items, dataset, limit)
-            total = metrics.add(total, metrics.to_host(measured))
-            # Numbers of all examples fit into memory, their images may not.
-            every = predictions or len(ids) < config.samples
-            rows = {k: x for k, x in rows.items() if every or x.ndim == 1}
-            # The batch may have more rows than examples: padding.
-            kept.append({k: np.asarray(x)[: len(items)] for k, x in rows.items()})
-            ids += items.tolist()
-            bar.update(len(items))
-        bar.close()
+        with stage(f"scoring {dataset.title()}", least=math.inf, file=self.log) as note:
+            for items, batch in split.batches.evaluation(limit):
+                if stop():
+                    return None
+                put = self.experiment.put(batch)
+                measured, rows = self.eval_step(variables, np.int32(step), put)
+                if names:
+                    written |= self._written(variables, batch, items)
+                total = metrics.add(total, metrics.to_host(measured))
+                # Numbers of all examples fit into memory, their images may not.
+                every = predictions or len(ids) < config.samples
+                rows = {k: x for k, x in rows.items() if every or x.ndim == 1}
+                # The batch may have more rows than examples: padding.
+                kept.append({k: np.asarray(x)[: len(items)] for k, x in rows.items()})
+                ids += items.tolist()
+                note(f"{len(ids):,} of {limit or len(dataset):,} examples")
         found = self.experiment.values(total, step)
-        found |= dataset.scalars(_nats(total))
+        # Of a sample: what the whole would have if it were all like this.
+        share = len(ids) / max(1, int((~dataset.empty).sum()))
+        found |= dataset.scalars(_nats(total) / share)
         found |= self.experiment.task.score(_columns(kept))
-        found |= {"examples": len(ids), "cut": split.batches.truncated()}
+        found |= {"examples": len(ids), "cut": split.batches.truncated(limit)}
         scored, text = self._score(dataset, dict(sorted(written.items())), names)
         few = itertools.islice(_rows(kept), config.samples)
         shown = dict(zip(ids, few, strict=False))
@@ -117,18 +125,12 @@ class Evaluator:
         lines = self._predictions(split, ids, kept, written) if predictions else []
         return Result(scalars, samples, time.perf_counter() - start, lines)
 
-    def _written(
-        self, variables: Any, batch: Any, items: np.ndarray, dataset: Any, limit: int
-    ) -> dict[int, str]:
+    def _written(self, variables: Any, batch: Any, items: np.ndarray) -> dict[int, str]:
         """Example -> generated text."""
-        chosen = [i for i in items.tolist() if not limit or dataset.group(i)[1] < limit]
-        if not chosen:
-            return {}
         numbers = np.stack([items, np.zeros_like(items)], 1).astype(np.int32)
         drafts = self.targets(variables, batch, numbers)
         texts = (one_line(draft.text) for draft in drafts)
-        every = dict(zip(items.tolist(), texts, strict=False))
-        return {i: every[i] for i in chosen}
+        return dict(zip(items.tolist(), texts, strict=False))
 
     def _score(
         self, dataset: Any, written: dict[int, str], names: tuple[str, ...]
@@ -201,11 +203,12 @@ def run(
     *,
     beam_size: int = 0,
     predictions: bool = False,
+    examples: int = 0,
 ) -> Result:
     """Scores a checkpoint of a workdir on a split ('' is data.eval_split).
 
-    `predictions` keeps one object per example. Raises TriformError for a workdir,
-    split or checkpoint that is not there.
+    At most `examples` of it, spread evenly; 0: all. `predictions` keeps one object per
+    example. Raises TriformError for a workdir, split or checkpoint that is not there.
     """
     config = workdirs.open_config(paths.absolute(workdir))
     if beam_size:
@@ -215,18 +218,18 @@ def run(
     name = split or config.data.eval_split
     part = Split.open(config.data, opened.codecs, name, experiment.sizes)
     print(f"{workdir}: {opened.which}, split {name}", file=sys.stderr)
-    evaluator = Evaluator(experiment, opened.codecs)
-    result = evaluator(
-        opened.variables, opened.step, part, name, predictions=predictions
-    )
+    evaluator = Evaluator(experiment, opened.codecs, sys.stderr)
+    inputs = opened.variables, opened.step, part, name, examples
+    result = evaluator(*inputs, predictions=predictions)
     about = {"checkpoint": opened.which, "split": name}
     result.scalars = about | result.scalars
     return result
 
 
-def summary(result: Result) -> str:
-    """'eval/loss 1.234  eval/bleu 40.12'."""
-    return "  ".join(f"{k} {v:.4g}" for k, v in result.numbers().items())
+def summary(scalars: Mapping[str, Any]) -> str:
+    """'eval/loss 1.234  eval/bleu 40.12', without signatures."""
+    numbers = {k: v for k, v in scalars.items() if not isinstance(v, str)}
+    return "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
 
 
 def write_samples(workdir: str, name: str, samples: Samples) -> None:
@@ -268,6 +271,7 @@ def main(argv: list[str]) -> None:
         flag.checkpoint,
         beam_size=flag.beam_size,
         predictions=bool(flag.predictions),
+        examples=flag.examples,
     )
     print(result.samples, file=sys.stderr)
     config = workdirs.open_config(workdir)
@@ -289,10 +293,20 @@ def main(argv: list[str]) -> None:
         write_samples(workdir, name, result.samples)
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """Defines the flags."""
     flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
     flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
     flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
+    flags.DEFINE_integer("examples", 0, "Score at most so many, spread evenly; 0: all.")
     flags.DEFINE_string("predictions", "", "File for one JSON object per example.")
-    launch.launch(main)
+
+
+def cli(argv: Sequence[str], program: str = "evaluate") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

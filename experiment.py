@@ -11,6 +11,7 @@ import optax
 from flax import struct
 
 from triform import models, tasks
+from triform.configs import plugins
 from triform.configs.schema import ExperimentConfig
 from triform.data import batch as batches
 from triform.runtime import optim
@@ -49,6 +50,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         config = self.config
+        plugins.load_all(config)
         rows = (*config.model.PARAMETERS, *ROWS)
         try:
             config.validate()

@@ -10,7 +10,7 @@ python generate.py --workdir=DIR --chat
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -23,7 +23,7 @@ from triform.models.decode import METHODS
 from triform.runtime import launch, paths
 from triform.runtime.errors import UserError
 
-__all__ = ["Output", "Sampler", "define", "main"]
+__all__ = ["Output", "Sampler", "cli", "define", "main"]
 
 FLAGS = ("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p")
 NEWS = 20.0  # seconds between two lines on standard error while a file is written
@@ -204,6 +204,10 @@ def define() -> None:
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
 
 
+def cli(argv: Sequence[str], program: str = "generate") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, answers=True)
+
+
 if __name__ == "__main__":
-    define()
-    launch.launch(main, answers=True)
+    cli(sys.argv)

@@ -87,18 +87,39 @@ class Batches:
         """Number of tokens (or images) that are no padding."""
         return batches.count(batch, self.dataset.spec)
 
-    def truncated(self) -> int:
+    def truncated(self, limit: int = 0) -> int:
         """How many items are longer than the longest row: evaluation shortens them."""
-        return int((~self._fits(self.config.shapes()[-1]) & ~self.dataset.empty).sum())
+        longer = ~self._fits(self.config.shapes()[-1]) & ~self.dataset.empty
+        return int((longer & self._spread(limit)).sum())
 
-    def evaluation(self) -> Iterator[tuple[np.ndarray, Batch]]:
-        """(items, batch) in a fixed order, every item exactly once."""
-        shapes = self.config.shapes()
+    def evaluation(self, limit: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        """(items, batch) in a fixed order, every item exactly once.
+
+        Of every corpus at most `limit` items, spread evenly; 0: all.
+        """
+        shapes, chosen = self.config.shapes(), self._spread(limit)
         for index, items in self.buckets(truncate=True).items():
+            items = items[chosen[items]]
             rows = self.config.rows(shapes[index])
             for start in range(0, len(items), rows):
                 part = items[start : start + rows]
                 yield part, self.collate(index, part, EVALUATION)
+
+    def _spread(self, limit: int) -> np.ndarray:
+        """bool [N]: at most `limit` items of every corpus, spread evenly; 0: all.
+
+        The first ones would not do: files are often sorted, by class for instance.
+        """
+        if not limit:
+            return np.ones(len(self.dataset), bool)
+        corpora: dict[str, list[int]] = {}
+        for item in np.flatnonzero(~self.dataset.empty).tolist():
+            corpora.setdefault(self.dataset.group(item)[0], []).append(item)
+        chosen = np.zeros(len(self.dataset), bool)
+        for items in corpora.values():
+            count = min(limit, len(items))
+            chosen[np.array(items)[np.arange(count) * len(items) // count]] = True
+        return chosen
 
 
 @dataclasses.dataclass
@@ -228,6 +249,41 @@ class Prefetch:
         """Stops the thread."""
         self._stop.set()
         self._thread.join()
+
+
+def moved(old: TrainBatches, new: TrainBatches, step: int) -> str:
+    """What becomes of the running epoch if `new` follows `old` after `step` batches.
+
+    '' if nothing changes: the batches still to come are the ones that `old` had.
+    """
+    (epoch, position), (other, start) = (divmod(step, x.per_epoch) for x in (old, new))
+    before, after = old.plan(epoch), new.plan(other)
+    if step == 0 or (epoch == other and _same(before, after)):
+        return ""
+    where = f"epoch {epoch + 1} was {position / len(before):.0%} done"
+    if epoch != other or position != start:
+        where += f", and epoch {other + 1} begins {start / len(after):.0%} in"
+    if len(old.batches.dataset) != len(new.batches.dataset):
+        # Other rows of the same text: shares of it are all that can be compared.
+        seen, rest = position / len(before), 1 - start / len(after)
+        twice, never = f"about {seen * rest:.0%}", f"{(1 - seen) * (1 - rest):.0%}"
+        return f"{where}: {twice} of it come twice and {never} never in this epoch"
+    seen, rest = (
+        np.concatenate([np.zeros(0, np.int64), *(items for _, items in part)])
+        for part in (before[:position], after[start:])
+    )
+    everything = np.concatenate([items for _, items in (*before, *after)])
+    twice = np.intersect1d(seen, rest)
+    never = np.setdiff1d(everything, np.concatenate([seen, rest]))
+    return (
+        f"{where}: of {len(np.unique(everything)):,} items {len(twice):,} come twice "
+        f"and {len(never):,} never in this epoch"
+    )
+
+
+def _same(a: list[tuple[int, np.ndarray]], b: list[tuple[int, np.ndarray]]) -> bool:
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(np.array_equal(x, y) for (_, x), (_, y) in pairs)
 
 
 def report(train: TrainBatches) -> str:

@@ -15,11 +15,12 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from triform.runtime import metrics
+from triform.runtime import launch, metrics
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 
@@ -54,7 +55,11 @@ def last_test(workdir: str) -> dict[str, float]:
     """The numbers of the last test of a run; empty if there is none."""
     lines = [x for x in metrics.read_lines(workdir) if "test/loss" in x]
     last = lines[-1] if lines else {}
-    return {k: v for k, v in last.items() if k != "step" and isinstance(v, int | float)}
+    return {
+        k: v
+        for k, v in last.items()
+        if k.startswith("test/") and isinstance(v, int | float)
+    }
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,13 +114,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Our flags; what is not ours (--config.key=value) is for train.py."""
-    return flags.FLAGS(argv, known_only=True)
+def define() -> None:
+    """Defines the flags; those of train.py are passed on to it."""
+    about = "As for train.py; a workdir: its config."
+    flags.DEFINE_string("config", None, about, required=True)
+    flags.DEFINE_string("workdir", None, "Holds a folder a run.", required=True)
+    flags.DEFINE_multi_string("sweep", None, "KEY=VALUE,VALUE,...", required=True)
+
+
+def cli(argv: Sequence[str], program: str = "sweep") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, passes_on=True)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "As for train.py.", required=True)
-    flags.DEFINE_string("workdir", None, "Holds a folder a run.", required=True)
-    flags.DEFINE_multi_string("sweep", None, "KEY=VALUE,VALUE,...", required=True)
-    app.run(main, flags_parser=parse_flags)
+    cli(sys.argv)

@@ -2,6 +2,10 @@
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
         [--config.any.key=value] [--dry_run]
+    python train.py --workdir=DIR     goes on with the config that is in DIR
+
+--config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
+--keys lists what can be set. `triform train` is the same from any folder.
 
 Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTERM,
 Ctrl-C) after saving: start the same command again. From Python: `run(config, workdir)`.
@@ -10,57 +14,32 @@ Ctrl-C) after saving: start the same command again. From Python: `run(config, wo
 import contextlib
 import copy
 import os
-import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
+from triform import config_flag, plan
 from triform import workdir as workdirs
-from triform.configs import schema
+from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
 from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
-from triform.input_pipeline import Prefetch, Split, TrainBatches, report
-from triform.runtime import launch, metrics, paths
+from triform.input_pipeline import Prefetch, TrainBatches
+from triform.runtime import commands, history, launch, metrics, paths
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
-from triform.runtime.partition import parameter_table
-from triform.runtime.progress import Progress
+from triform.runtime.progress import SOON, Progress, stage
 
 INTERRUPTED = 75  # EX_TEMPFAIL: try again
 Stop = Callable[[], str]  # why to save and leave, '' to go on
-
-
-def print_plan(experiment: Experiment) -> None:
-    """Devices, placement, parameters and batches, from abstract shapes."""
-    config = experiment.config
-    devices = jax.devices()
-    print(f"devices: {len(devices)} x {devices[0].device_kind}")
-    print(f"placement: {experiment.placement.describe()}")
-    state = jax.eval_shape(experiment.make_state)
-    print("parameters:")
-    print(parameter_table(state.params, experiment.placement))
-    if jax.tree.leaves(state.frozen):
-        print("frozen parameters:")
-        print(parameter_table(state.frozen, experiment.placement))
-    k = config.optim.accumulate
-    for shape in config.data.shapes():
-        batch = experiment.empty_batch(shape)
-        arrays = ", ".join(f"{k} {list(x.shape)}" for k, x in batch.items())
-        print(f"batch: {arrays}, in {k} micro-batches")
-    if experiment.task.couples_rows and k > 1:
-        print("a term compares rows with one another: with those of a micro-batch only")
-    print(f"steps: {config.steps:,}, optimiser {config.optim.name}")
 
 
 class Interrupt:
@@ -120,14 +99,12 @@ def compile_steps(
     """The train step compiled for every shape of a batch, before the first step."""
     compiled, shapes = {}, experiment.config.data.shapes()
     for index in train.shapes():
-        start = time.perf_counter()
-        batch = experiment.put(experiment.empty_batch(shapes[index]))
-        compiled[index] = experiment.placement.compile_train(
-            experiment.train_step, state, batch
-        )
-        took = time.perf_counter() - start
         axes = ", ".join(f"{k}={n}" for k, n in shapes[index].items())
-        print(f"compiled the step for {axes or 'rows'} in {took:.1f} s", flush=True)
+        batch = experiment.put(experiment.empty_batch(shapes[index]))
+        with stage(f"compiling the step for {axes or 'rows'}"):
+            compiled[index] = experiment.placement.compile_train(
+                experiment.train_step, state, batch
+            )
     return compiled
 
 
@@ -144,14 +121,14 @@ def train_loop(
     """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
     steps = compile_steps(experiment, train, state)
-    unit = train.batches.dataset.unit
     progress = Progress(
         start,
         config.steps,
         config.log_every,
         experiment.schedule,
         meta["window"],
-        unit,
+        train.batches.dataset.unit,
+        meta["seen"],
     )
     source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
     pending = None
@@ -163,13 +140,17 @@ def train_loop(
             measured = metrics.to_host(measured)
             check_finite(metrics.values(measured, "train"), number, train)
             if line := progress.update(number, measured, real):
-                writer.write(number, line)
+                writer.write(number, line, progress.seen)
 
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch, index, real = next(source)
-            state, measured = steps[index](state, batch)
+            if step == start + 1:
+                with stage("first step"):
+                    state, measured = jax.block_until_ready(steps[index](state, batch))
+            else:
+                state, measured = steps[index](state, batch)
             settle()
             pending = (step, measured, real)
             due = evaluation_due(config, step)
@@ -181,8 +162,10 @@ def train_loop(
                 # Batch t is a function of (seed, t): the step is the whole position.
                 meta["data"]["step"] = step
                 meta["window"] = progress.saved_window()
-                saved = experiment.placement.unload(state).replace(frozen={})
-                checkpointer.save(step, saved, meta=meta)
+                meta["seen"] = progress.seen
+                with stage(f"saving step {step}", least=SOON):
+                    saved = experiment.placement.unload(state).replace(frozen={})
+                    checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
             if stop():
@@ -190,7 +173,8 @@ def train_loop(
     finally:
         source.close()
         progress.close()
-    checkpointer.wait()
+    with stage("saving the last step", least=SOON):
+        checkpointer.wait()
     return state
 
 
@@ -199,44 +183,35 @@ def evaluation_due(config: ExperimentConfig, step: int) -> bool:
     return step > 0 and (step % config.evaluation.every == 0 or step >= config.steps)
 
 
-def finish(
+def test(
     experiment: Experiment,
     evaluator: Evaluator,
-    test: Split,
+    splits: plan.Splits,
     checkpointer: Checkpointer,
-    writer: MetricWriter,
-    workdir: str,
+    scored: Mapping[int, Mapping[str, Mapping[str, Any]]],
     stop: Stop,
-) -> dict[str, Any]:
-    """Scores the test split with the best or averaged parameters; says what is next."""
-    config = experiment.config
-    average = config.evaluation.average
-    chosen = f"average:{average}" if average else "best"
+) -> dict[str, Any] | None:
+    """Scores of the test split with the best or averaged parameters; None if stopped.
+
+    Taken from `scored` ({step: {prefix: scalars}}) if the same parameters were scored
+    on the same examples there.
+    """
+    chosen = plan.best_of(experiment.config)
+    workdir = str(checkpointer.directory.parent)
+    if (prefix := splits.tests()) and chosen == "best":
+        step = workdirs.steps_of(checkpointer, chosen, ())[0]
+        if found := scored.get(step, {}).get(prefix):
+            named = {k.replace(f"{prefix}/", "test/", 1): x for k, x in found.items()}
+            return named | {"test/checkpoint": f"step {step}"}
     loaded = workdirs.load_variables(experiment, checkpointer, chosen)
     variables, trained, which = loaded
-    result = evaluator(variables, trained, test, "test", stop=stop)
+    result = evaluator(variables, trained, splits.test, "test", stop=stop)
     if result is None:
-        return {}
-    step = checkpointer.latest()
-    scores = result.scalars | {"test/checkpoint": which}
-    writer.write(step, scores)
+        return None
     if result.samples:
         write_samples(workdir, "test", result.samples)
         print(f"\n{result.samples}")
-    print(f"test ({which}): {summary(result)}")
-    shown = shlex.quote(os.path.relpath(workdir))
-    python = shlex.quote(os.path.relpath(sys.executable))
-    print(f"finished: {step} steps in {shown}. Next:")
-    flag = f"--checkpoint={chosen}"
-    if config.model.generates():
-        print(f'  {python} generate.py --workdir={shown} {flag} --input="..."')
-    print(
-        f"  {python} evaluate.py --workdir={shown} {flag} "
-        f"--split={shlex.quote(test.name)}\n"
-        f"  {python} -m tensorboard.main --logdir={shown}\n"
-        f"  {python} train.py ... --config.steps={2 * step}   to go on"
-    )
-    return scores
+    return result.scalars | {"test/checkpoint": which}
 
 
 def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
@@ -250,7 +225,8 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
         source = workdir  # imported weights: their classes have no names yet
     elif rules:
         source = workdirs.parse(rules[0].source)[0]
-    return codec_files.build(data, config.model.sizes(), earlier=source)
+    with stage(f"tokenizer and classes of {data.source!r}"):
+        return codec_files.build(data, config.model.sizes(), earlier=source)
 
 
 def restore_or_init(
@@ -263,14 +239,18 @@ def restore_or_init(
     if workdirs.is_imported(checkpointer):
         rules = (schema.InitRule(f"{checkpointer.directory.parent}:0"),)
     else:
-        restored = workdirs.restore(experiment, checkpointer)
+        with stage("looking for a checkpoint", least=SOON):
+            restored = workdirs.restore(experiment, checkpointer)
     if restored is None:
-        meta = {"data": data | {"step": 0}, "window": {}}
+        meta = {"data": data | {"step": 0}, "window": {}, "seen": 0}
         if rules:
-            state, found = workdirs.start(experiment, rules)
+            with stage("parameters of other runs"):
+                state, found = workdirs.start(experiment, rules)
             print(found)
         else:
-            state = experiment.placement.init(experiment.make_state)
+            with stage("initialising parameters"):
+                state = experiment.placement.init(experiment.make_state)
+                jax.block_until_ready(state)
     else:
         saved, meta = restored
         if meta["data"]["tokens"] != data["tokens"]:
@@ -296,6 +276,7 @@ def resolve(
 
     Only numbers of classes that the config leaves to the data need the data.
     """
+    plugins.load_all(config)
     if not config.needs_classes():
         return config.resolved(), None
     codecs = find_codecs(config, workdir)
@@ -318,54 +299,42 @@ def run(
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.lock(workdir))
-        workdirs.check_config(workdir, config)
+        before = workdirs.check_config(workdir, config)
+        start = stack.enter_context(history.Start(workdir))
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         done = checkpointer.latest() or 0
         if done >= config.steps and (scores := workdirs.tested(workdir, done)):
             print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
             return scores
-        print_plan(experiment)
+        print(plan.describe(experiment))
+        print(plan.export(config))
+        print(plan.sources(config), flush=True)
         codecs = codecs or find_codecs(config, workdir)
-        splits = open_splits(experiment, codecs)
-        state, meta = restore_or_init(experiment, splits[0], checkpointer)
+        splits = plan.Splits.open(experiment, codecs)
+        splits.print()
+        state, meta = restore_or_init(experiment, splits.train, checkpointer)
+        if before is not None:
+            step = meta["data"]["step"]
+            if text := plan.changes(before, config, codecs, splits.train, step):
+                print(text)
         workdirs.claim(workdir, config, codecs)
         workdirs.save_frozen(workdir, experiment.placement.unload(state))
-        writer = MetricWriter(workdir, meta["data"]["step"])
+        unit = splits.train.batches.dataset.unit
+        writer = MetricWriter(workdir, meta["data"]["step"], unit)
         stack.enter_context(contextlib.closing(writer))
         evaluator = Evaluator(experiment, codecs)
-        return _train_and_test(
+        scores = train_and_test(
             experiment, splits, state, meta, evaluator, checkpointer, writer, stop
         )
+        if not scores:
+            start.outcome = f"interrupted by {stop()}"
+        return scores
 
 
-def open_splits(
-    experiment: Experiment, codecs: Mapping[str, Codec]
-) -> tuple[TrainBatches, dict[str, tuple[Split, int, tuple[str, ...]]], Split]:
-    """(training batches, what is evaluated by prefix, test split).
-
-    Each evaluation is (split, number of examples to generate for, names of scores).
-    """
-    config, sizes = experiment.config, experiment.sizes
-    train = Split.open(config.data, codecs, config.data.train_split, sizes)
-    batches = TrainBatches(train.batches, config.seed)
-    first = Split.open(config.data, codecs, config.data.eval_split, sizes)
-    main = config.evaluation
-    evaluated = {"eval": (first, main.examples, main.metrics)}
-    for other in config.evaluations:
-        data = copy.deepcopy(config.data)
-        data.source = other.source or data.source
-        split = Split.open(data, codecs, other.split, sizes)
-        evaluated[other.name] = (split, other.examples, other.scores)
-    test = Split.open(config.data, codecs, config.data.test_split, sizes)
-    print(report(batches))
-    print(f"first batch:\n{train.dataset.preview(batches[0])}")
-    return batches, evaluated, test
-
-
-def _train_and_test(
+def train_and_test(
     experiment: Experiment,
-    splits: tuple[TrainBatches, dict[str, tuple[Split, int, tuple[str, ...]]], Split],
+    splits: plan.Splits,
     state: TrainState,
     meta: dict[str, Any],
     evaluator: Evaluator,
@@ -373,24 +342,28 @@ def _train_and_test(
     writer: MetricWriter,
     stop: Stop,
 ) -> dict[str, Any]:
-    config, (train, evaluated, test) = experiment.config, splits
-    workdir = str(checkpointer.directory.parent)
+    """The test scores, after the steps that are left; {} if it was stopped."""
+    config, workdir = experiment.config, str(checkpointer.directory.parent)
+    scored: dict[int, dict[str, Any]] = {}  # step -> prefix -> scalars
 
     def evaluate(state: TrainState, step: int) -> None:
         variables, numbers = experiment.evaluation_variables(state), {}
-        for prefix, (split, limit, names) in evaluated.items():
+        limit, found = config.evaluation.examples, {}
+        for prefix, (split, names) in splits.evaluated.items():
             result = evaluator(variables, step, split, prefix, limit, stop, names=names)
             if result is None:
                 return
-            writer.write(step, result.scalars)
+            writer.write(step, result.scalars, meta["seen"])
             numbers |= result.numbers()
+            found[prefix] = result.scalars
             if result.samples:
                 name = f"step_{step:08d}"
                 name = name if prefix == "eval" else f"{name}_{prefix}"
                 write_samples(workdir, name, result.samples)
-            seconds = f"({result.seconds:.0f} s)"
-            print(f"step {step}: {summary(result)} {seconds}", flush=True)
+            seconds = f"({result.seconds:.1f} s)"
+            print(f"step {step}: {summary(result.scalars)} {seconds}", flush=True)
         checkpointer.record(step, numbers)
+        scored[step] = found
 
     if isinstance(stop, Interrupt):
         stop.listening = True
@@ -400,7 +373,7 @@ def _train_and_test(
     if step < config.steps and not stop():
         state = train_loop(
             experiment,
-            train,
+            splits.train,
             state,
             meta,
             evaluate,
@@ -410,14 +383,27 @@ def _train_and_test(
         )
     if stop():
         return {}
-    return finish(experiment, evaluator, test, checkpointer, writer, workdir, stop)
+    scores = test(experiment, evaluator, splits, checkpointer, scored, stop)
+    if scores is None:
+        return {}
+    step = checkpointer.latest()
+    writer.write(step, scores, meta["seen"])
+    print(f"test ({scores['test/checkpoint']}): {summary(scores)}")
+    print(plan.what_next(config, workdir, step))
+    return scores
 
 
 def main(argv: list[str]) -> int:
     """Reads the flags, trains; the exit code."""
-    config = launch.config_flag()
+    config = config_flag.value()
+    if flags.FLAGS.keys is not None:
+        print("\n".join(map(str, keys.listing(config, flags.FLAGS.keys))))
+        return 0
     if flags.FLAGS.dry_run:
-        print_plan(Experiment(resolve(config)[0]))
+        config = resolve(config)[0]
+        print(plan.describe(Experiment(config)))
+        print(plan.export(config))
+        print(plan.sources(config, read=True))
         return 0
     workdir = launch.folder_flag("workdir")
     interrupt = Interrupt()
@@ -428,13 +414,24 @@ def main(argv: list[str]) -> int:
         ) as checkpointer:
             saved = checkpointer.latest()
         print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+        print(f"to go on: {commands.line('train', workdir=workdir)}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:variant]")
+def define() -> None:
+    """Defines the flags but for --config."""
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
-    flags.mark_flag_as_required("config")
-    launch.launch(main)
+    flags.DEFINE_string(
+        "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."
+    )
+
+
+def cli(argv: Sequence[str], program: str = "train") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, prepare=config_flag.define)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

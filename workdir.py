@@ -1,12 +1,13 @@
 """Everything that a run keeps on disk, and starting from what other runs kept.
 
-A workdir holds config.json, the codecs (tokenizer, class names), checkpoints/, frozen/
-(parameters that are not trained, saved once), scores.json, metrics.jsonl, samples/ and
-what evaluate.py reports.
+A workdir holds config.json, code/ (its plugins), the codecs (tokenizer, class names),
+checkpoints/, frozen/ (parameters that are not trained, saved once), scores.json,
+metrics.jsonl, runs.jsonl (a line per start), samples/ and what evaluate.py reports.
 """
 
 import dataclasses
 import fcntl
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from triform.configs import schema
+from triform.configs import plugins, schema
 from triform.configs.schema import ExperimentConfig, InitRule
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
+from triform.data.codecs.text import Tokenizer
 from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models.stacking import looped_layers, stacked_layers
@@ -61,12 +63,15 @@ def saved_config(workdir: str) -> ExperimentConfig | None:
     with open(path, encoding="utf-8") as f:
         text = f.read()
     try:
-        return schema.from_json(text)
+        code = plugins.saved(workdir, json.loads(text).get("plugins", ()))
+        config = schema.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not a config of this version of Triform ({error!r}); restore the "
             "file or name another workdir"
         ) from error
+    config.plugins = code
+    return config
 
 
 def open_config(workdir: str) -> ExperimentConfig:
@@ -92,8 +97,11 @@ def for_these_devices(config: ExperimentConfig) -> ExperimentConfig:
     return config
 
 
-def check_config(workdir: str, config: ExperimentConfig) -> None:
-    """On resuming prints what differs, and refuses what may not."""
+def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | None:
+    """The workdir's config before this start, None if it is a new one.
+
+    Prints what differs, and refuses what may not.
+    """
     old = saved_config(workdir)
     changed = schema.differences(old, config) if old is not None else {}
     for name, (before, after) in changed.items():
@@ -107,11 +115,13 @@ def check_config(workdir: str, config: ExperimentConfig) -> None:
                 f"{before!r} there, {after!r} here); name another workdir or change it "
                 "back"
             )
+    return old
 
 
 def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -> None:
     """Writes codecs and config.json. Called last, after everything that may fail."""
     codec_files.save(codecs, workdir)
+    plugins.save(config.plugins, workdir)
     path = os.path.join(workdir, "config.json")
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.write(schema.to_json(config))
@@ -136,7 +146,8 @@ def tested(workdir: str, step: int) -> dict[str, Any]:
     """The test scores that were written after this step; {} if there are none."""
     lines = metrics.read_lines(workdir)
     found = [x for x in lines if x["step"] == step and "test/loss" in x]
-    return {k: v for k, v in found[-1].items() if k != "step"} if found else {}
+    line = found[-1] if found else {}
+    return {k: v for k, v in line.items() if k.startswith("test/")}
 
 
 # Checkpoints
@@ -281,10 +292,10 @@ class Run:
 class Loaded(NamedTuple):
     """What `load` returns."""
 
-    config: ExperimentConfig
     model: Any  # Linen module: model.apply(params, batch) -> {output name: array}
     params: Tree  # variables: {"params": ...}
-    codecs: Mapping[str, Codec]
+    tokenizer: Tokenizer | None  # None: the data are not text
+    config: ExperimentConfig
 
 
 def open_run(
@@ -301,12 +312,14 @@ def open_run(
 
 
 def load(path: str, checkpoint: str = "best") -> Loaded:
-    """(config, model, params, codecs) of a workdir.
+    """(model, params, tokenizer, config) of a workdir.
 
-    `model.apply(params, batch)` gives the outputs; `codecs["text"]` is the tokenizer.
+    `model.apply(params, batch)` gives the outputs. `open_run` gives all of a run: its
+    codecs, too, and the objects that it was trained with.
     """
     run = open_run(path, checkpoint)
-    return Loaded(run.config, run.experiment.model, run.variables, run.codecs)
+    model, tokenizer = run.experiment.model, run.codecs.get("text")
+    return Loaded(model, run.variables, tokenizer, run.config)
 
 
 # Initialisation from other runs

@@ -5,6 +5,7 @@ An experiment file imports everything it needs from here.
 
 import copy
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -43,10 +44,11 @@ from triform.models.config import ModelConfig, RopeConfig, TransformerConfig
 from triform.models.decode import DecodeConfig
 from triform.models.feed_forward import FFNS
 from triform.models.layers import INITS
+from triform.models.positions import POSITIONS
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
 from triform.runtime.partition import BATCH_AXES, PLACEMENTS, MeshConfig
-from triform.scores.text import METRICS, EvaluationConfig
+from triform.scores.text import SCORES, EvaluationConfig
 from triform.tasks import (
     TASKS,
     ClassificationConfig,
@@ -135,8 +137,7 @@ class EvaluationSplit:
     name: str  # of its metrics: 'name/loss'
     split: str
     source: str = ""  # empty: that of the training data
-    scores: tuple[str, ...] = ()  # names in scores.METRICS; none: losses only
-    examples: int = 0  # generate for so many; 0: all
+    scores: tuple[str, ...] = ()  # names in scores.SCORES; none: losses only
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -147,15 +148,10 @@ class EvaluationSplit:
             )
         if not self.split:
             raise ValueError(f"evaluations: {self.name} has split='': name a split")
-        if unknown := [name for name in self.scores if name not in METRICS]:
+        if unknown := [name for name in self.scores if name not in SCORES]:
             raise ValueError(
                 f"evaluations: {self.name} has scores={self.scores}: {unknown[0]!r} is "
-                f"unknown, expected some of {', '.join(METRICS)}"
-            )
-        if self.examples < 0:
-            raise ValueError(
-                f"evaluations: {self.name} has examples={self.examples}: must be at "
-                "least 0; 0: all"
+                f"unknown, expected some of {', '.join(SCORES)}"
             )
 
 
@@ -174,11 +170,12 @@ class ExperimentConfig:
     # Parameters to start from: a workdir, or WORKDIR:best|latest|average:K|STEP.
     init_from: str = ""
     init: tuple[InitRule, ...] = ()  # in place of init_from: of several runs, by name
-    placement: str = "mesh"
+    placement: str = "mesh"  # jit over a device mesh, or pmap
     mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 100_000  # updates in all
     seed: int = 0  # of parameters, dropout and data order
-    log_every: int = 100  # steps
+    plugins: tuple[str, ...] = ()  # Python files with tables of your own
+    log_every: int = 100  # steps between two progress lines
 
     def needs_classes(self) -> bool:
         """Whether `resolved` needs the data: a number of classes is left to them."""
@@ -362,12 +359,6 @@ class ExperimentConfig:
                     f"references, and data={type(self.data).__name__} has none; set ()"
                 )
             names.append(split.name)
-        if self.evaluation.every % self.checkpoint.every:
-            raise ValueError(
-                f"evaluation.every={self.evaluation.every}: must be a multiple of "
-                f"checkpoint.every={self.checkpoint.every}, so that what was scored is "
-                "what was saved"
-            )
 
     def _validate_checkpoint(self) -> None:
         most = min(self.checkpoint.keep_newest, -(-self.steps // self.checkpoint.every))
@@ -393,6 +384,7 @@ def _validate_trunk(trunk: TransformerConfig, where: str) -> None:
     for name, table in (
         ("block", BLOCKS),
         ("attention", ALGORITHMS),
+        ("positions", POSITIONS),
         ("ffn", FFNS),
         ("init", INITS),
     ):
@@ -445,9 +437,12 @@ CHOICES = {"model": MODELS, "task": TASKS, "data": DATASETS}
 def to_json(config: ExperimentConfig) -> str:
     """The config as text; `from_json` of it is equal.
 
-    Where the schema leaves the type open, the text has a key "type".
+    Where the schema leaves the type open, the text has a key "type". Of plugins it has
+    the names: a workdir keeps copies.
     """
-    return json.dumps(saving.tree_of(config, ExperimentConfig), indent=2)
+    tree = saving.tree_of(config, ExperimentConfig)
+    tree["plugins"] = [os.path.basename(path) for path in config.plugins]
+    return json.dumps(tree, indent=2)
 
 
 def from_json(text: str) -> ExperimentConfig:

@@ -6,8 +6,6 @@ python -m triform.interop export WORKDIR DIR [--checkpoint=best] [--adapter]
 """
 
 import argparse
-import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from triform.interop.workdir import export_model, import_model
-from triform.runtime import host
+from triform.runtime import commands, host
 from triform.runtime.errors import UserError
 from triform.runtime.launch import one_line
 from triform.workdir import open_config
@@ -78,16 +76,13 @@ def run(argv: Sequence[str]) -> list[str]:
 
 def _next(workdir: str) -> list[str]:
     """The commands that go on from here."""
-    config, shown = open_config(workdir), shlex.quote(workdir)
-    python = shlex.quote(os.path.relpath(sys.executable))
-    lines = ["next:"]
-    if config.model.generates():
-        lines.append(f'  {python} generate.py --workdir={shown} --input="..."')
-    lines.append(
-        f"  {python} train.py --config=configs/NAME.py --config.init_from={shown} "
-        "--workdir=DIR"
-    )
-    lines.append(f"  {python} -m triform.interop export {shown} HF_DIR")
+    shown, lines = commands.path(workdir), ["next:"]
+    if open_config(workdir).model.generates():
+        line = commands.line("generate", workdir=workdir)
+        lines.append(f'  {line} --input="..."')
+    start = commands.line("train", "--config=NAME", **{"config.init_from": shown})
+    lines.append(f"  {start} --workdir=DIR")
+    lines.append(f"  {commands.line('export', shown, 'HF_DIR')}")
     return lines
 
 
@@ -107,9 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def cli(argv: Sequence[str], program: str = "") -> int:
+    """The program, from the command line to the exit code."""
     host.return_freed_memory()
     # Weights are moved, not computed with: an accelerator stays free.
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    return main([program, *argv[1:]] if program else argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv))

@@ -25,7 +25,7 @@ class AutoencoderConfig(ModelConfig):
     image_size: int = 0  # pixels; 0 follows the data
     channels: int = 0  # of an image; 0 follows the data
     width: int = 32  # channels of the first stage, each next one has twice as many
-    stages: int = 2
+    stages: int = 2  # how many times height and width are halved
     latent: int = 4  # channels of the latent image
     dtype: str = "float32"  # of activations
 

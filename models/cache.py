@@ -15,6 +15,7 @@ from flax import struct
 from triform.models.algorithms import STATES
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
+from triform.models.positions import POSITIONS
 
 Array = jax.Array
 
@@ -141,7 +142,7 @@ class Cache:
                 kind = STATES[config.attention]
                 own = kind.empty(shape, config.dtype, **config.options())
             # A relative bias has one column for each slot: keys must stay in them.
-            elif window and config.positions != "relative":
+            elif window and not POSITIONS[config.positions].biased:
                 slots = min(config.reach(window), length)
                 own = RingCache.empty((*lead, batch, slots, *rest), config.dtype)
             else:

@@ -11,7 +11,6 @@ from triform.models.patterns import PATTERNS, is_pattern
 
 NORMS = ("layer", "rms")
 NORM_POSITIONS = ("pre", "post")
-POSITIONS = ("sinusoidal", "learned", "rotary", "relative", "none")
 BIASES = ("all", "qkv", "none")
 # Scaling of rotary positions: the fields of RopeConfig that it reads.
 ROPE_SCALINGS = {
@@ -48,14 +47,14 @@ class RopeConfig:
     """
 
     base: float = 10_000.0  # slowest wavelength / 2 pi
-    scaling: str = "none"
-    factor: float = 1.0
+    scaling: str = "none"  # how longer rows are reached; see above
+    factor: float = 1.0  # how many times longer
     length: int = 0  # positions that the model was first trained on
-    low: float = 1.0  # turns
-    high: float = 4.0  # turns
-    fast: float = 32.0  # turns
-    slow: float = 1.0  # turns
-    attention: float = 0.0
+    low: float = 1.0  # turns over `length`; below: divided by `factor` (llama3)
+    high: float = 4.0  # turns over `length`; above: kept (llama3)
+    fast: float = 32.0  # turns over `length`; above: kept (yarn)
+    slow: float = 1.0  # turns over `length`; below: divided by `factor` (yarn)
+    attention: float = 0.0  # factor on cosines and sines (yarn); 0: derived
 
     def validate(self, where: str) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -92,12 +91,12 @@ class TransformerConfig:
     """
 
     # Sizes
-    num_layers: int = 6
-    d_model: int = 512
-    num_heads: int = 8
+    num_layers: int = 6  # blocks of the trunk
+    d_model: int = 512  # width D of what passes from block to block
+    num_heads: int = 8  # query heads H
     num_kv_heads: int = 0  # fewer than num_heads: grouped-query attention
-    head_dim: int = 0
-    d_ff: int = 2048
+    head_dim: int = 0  # width E of a head; 0: d_model // num_heads
+    d_ff: int = 2048  # width F inside the feed-forward sublayer
     max_len: int = 512  # longest sequence, in tokens
     # Parts
     block: str = "standard"  # a name in models.blocks.BLOCKS
@@ -110,11 +109,11 @@ class TransformerConfig:
     # Cycled over layers: "none", or a name in models.patterns.PATTERNS and its number,
     # "strided:8". A layer sees what both its window and its pattern allow.
     patterns: tuple[str, ...] = ()
-    positions: str = "sinusoidal"
+    positions: str = "sinusoidal"  # a name in models.positions.POSITIONS
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
-    norm: str = "layer"
-    norm_position: str = "post"
-    norm_eps: float = 1e-6
+    norm: str = "layer"  # LayerNorm, or RMSNorm without mean and bias
+    norm_position: str = "post"  # after each sublayer, or before it on its branch
+    norm_eps: float = 1e-6  # added to the variance
     ffn: str = "relu"  # a name in models.feed_forward.FFNS
     bias: str = "all"  # of kernels and norms; "qkv": queries, keys and values only
     init: str = "xavier"  # a name in models.layers.INITS, of every kernel
@@ -171,7 +170,6 @@ class TransformerConfig:
         for name in ("num_layers", "d_model", "num_heads", "d_ff", "max_len"):
             require(getattr(self, name) >= 1, name, "must be at least 1")
         for name, choices in (
-            ("positions", POSITIONS),
             ("bias", BIASES),
             ("norm", NORMS),
             ("norm_position", NORM_POSITIONS),

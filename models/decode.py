@@ -24,8 +24,8 @@ NEVER = -1e9  # finite, so that sums of it stay finite
 class DecodeConfig:
     """How text is generated."""
 
-    method: str = "beam"
-    beam_size: int = 4  # 1: greedy search
+    method: str = "beam"  # how a text is chosen
+    beam_size: int = 4  # hypotheses kept at each step; 1: greedy search
     length_penalty: float = 0.6  # alpha of Wu et al. 2016, eq. 14
     temperature: float = 1.0  # the rest: sampling only
     top_k: int = 0  # sample among the k likeliest; 0: all

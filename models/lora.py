@@ -28,9 +28,10 @@ class LoRAConfig(ModelConfig):
     """
 
     model: ModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
-    rank: int = 8
+    rank: int = 8  # inner width of the two matrices of an adapter
     alpha: float = 16.0  # the adapter's product is scaled by alpha / rank
     rslora: bool = False  # by alpha / sqrt(rank) instead (Kalajdzievski 2023)
+    # Regular expressions, searched in the paths of parameters: those that get adapters.
     targets: tuple[str, ...] = (r"/(query|value)/kernel$",)
     # (pattern, rank): other ranks than `rank`; the first that matches counts.
     ranks: tuple[tuple[str, int], ...] = ()

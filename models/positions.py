@@ -1,6 +1,11 @@
-"""Position encodings: sinusoidal and learned tables, rotary, T5's relative bias."""
+"""Position encodings: sinusoidal and learned tables, rotary, T5's relative bias.
+
+To add one: its functions here and a row in POSITIONS; trunk.positions names it.
+"""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +14,7 @@ from flax import linen as nn
 from flax import struct
 
 from triform.models.config import TransformerConfig
+from triform.models.mask import Mask
 
 Array = jax.Array
 
@@ -38,26 +44,30 @@ class PositionEmbedding(nn.Module):
     def __call__(self, x: Array, positions: Array) -> Array:
         """x [B, L, D] plus the encoding of positions int32 [B or 1, L]."""
         cfg = self.config
-        if x.shape[1] > cfg.max_len and cfg.positions in ("sinusoidal", "learned"):
+        embed = POSITIONS[cfg.positions].embed
+        if embed is None:
+            return x
+        if x.shape[1] > cfg.max_len:
             raise ValueError(
                 f"a sequence of {x.shape[1]} tokens exceeds model.trunk.max_len="
                 f"{cfg.max_len}; raise it or shorten the data"
             )
         # Empty slots have negative positions; their values are never seen.
         positions = jnp.clip(positions, 0, cfg.max_len - 1)
-        if cfg.positions == "sinusoidal":
-            table = jnp.asarray(sinusoidal_table(cfg.max_len, cfg.d_model))
-            return x + jnp.take(table, positions, axis=0).astype(x.dtype)
-        if cfg.positions == "learned":
-            table = nn.Embed(
-                cfg.max_len,
-                cfg.d_model,
-                dtype=x.dtype,
-                embedding_init=nn.initializers.normal(0.02),
-                name="table",
-            )
-            return x + table(positions)
-        return x
+        return x + embed(cfg, positions, x.dtype)
+
+
+def _sinusoidal(config: TransformerConfig, positions: Array, dtype: jnp.dtype) -> Array:
+    table = jnp.asarray(sinusoidal_table(config.max_len, config.d_model))
+    return jnp.take(table, positions, axis=0).astype(dtype)
+
+
+def _learned(config: TransformerConfig, positions: Array, dtype: jnp.dtype) -> Array:
+    init = nn.initializers.normal(0.02)
+    table = nn.Embed(
+        config.max_len, config.d_model, dtype=dtype, embedding_init=init, name="table"
+    )
+    return table(positions)
 
 
 @struct.dataclass
@@ -152,3 +162,35 @@ class RelativeBias(nn.Module):
         table = self.param("embedding", init, (RELATIVE_BUCKETS, heads))
         which = relative_bucket(kv[:, None, :] - q[:, :, None], bidirectional)
         return jnp.moveaxis(jnp.take(table, which, axis=0), -1, 1)
+
+
+def _rotary(config: TransformerConfig, mask: Mask) -> Relative:
+    return Relative(rotation=rotation(config, mask.q_positions))
+
+
+def _relative(config: TransformerConfig, mask: Mask) -> Relative:
+    bias = RelativeBias(config, name="relative_bias")
+    return Relative(
+        bias=bias(mask.q_positions, mask.kv_positions, bidirectional=not mask.causal)
+    )
+
+
+class Scheme(NamedTuple):
+    """How positions enter a model; parts that are None do nothing."""
+
+    # fn(config, positions int32 [B or 1, L], dtype) -> [B or 1, L, D], added to the
+    # embeddings. Called within a module: it may have parameters.
+    embed: Callable[[TransformerConfig, Array, jnp.dtype], Array] | None = None
+    # fn(config, mask) -> Relative, once for all blocks of a stack. Likewise.
+    attend: Callable[[TransformerConfig, Mask], Relative] | None = None
+    biased: bool = False  # `attend` gives a bias: keys must stay in their columns
+
+
+# A name in trunk.positions -> scheme.
+POSITIONS = {
+    "sinusoidal": Scheme(embed=_sinusoidal),
+    "learned": Scheme(embed=_learned),
+    "rotary": Scheme(attend=_rotary),
+    "relative": Scheme(attend=_relative, biased=True),
+    "none": Scheme(),
+}

@@ -10,7 +10,7 @@ from triform.models.cache import Cache
 from triform.models.config import TransformerConfig
 from triform.models.layers import dropout, make_norm
 from triform.models.mask import Mask
-from triform.models.positions import Relative, RelativeBias, rotation
+from triform.models.positions import POSITIONS, Relative
 
 Array = jax.Array
 
@@ -109,11 +109,5 @@ class Stack(nn.Module):
     @nn.nowrap
     def relative(self, mask: Mask) -> Relative:
         """Rotation or bias of relative positions: the same for all blocks."""
-        cfg = self.config
-        if cfg.positions == "rotary":
-            return Relative(rotation=rotation(cfg, mask.q_positions))
-        if cfg.positions == "relative":
-            bias = RelativeBias(cfg, name="relative_bias")
-            where = mask.q_positions, mask.kv_positions
-            return Relative(bias=bias(*where, bidirectional=not mask.causal))
-        return Relative()
+        attend = POSITIONS[self.config.positions].attend
+        return attend(self.config, mask) if attend else Relative()

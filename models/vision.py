@@ -18,11 +18,11 @@ class VisionConfig(FrontendConfig):
     """A bidirectional stack over patches of a square image, and a classifier."""
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    image_size: int = 224  # pixels
-    patch_size: int = 16  # pixels
-    channels: int = 3
+    image_size: int = 224  # height and width, in pixels; 0: that of the data
+    patch_size: int = 16  # height and width, in pixels
+    channels: int = 3  # 3: colours, 1: grey; 0: those of the data
     pool: str = "token"  # input of the classifier: a class token, or the patches' mean
-    num_labels: int = 1000
+    num_labels: int = 1000  # classes; -1: those of the data
 
     def frontend(self) -> Patches:
         """Patches, after a class token if that is pooled."""

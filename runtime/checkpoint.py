@@ -62,8 +62,8 @@ class CheckpointConfig:
     """
 
     every: int = 1000  # steps between saves
-    keep_newest: int = 5
-    keep_best: int = 1
+    keep_newest: int = 5  # checkpoints kept for being the last ones
+    keep_best: int = 1  # and for having the best scores
     metric: str = "eval/loss"  # judges which step is best
     mode: str = "min"  # 'min' or 'max': which value of the metric is better
 

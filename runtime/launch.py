@@ -1,15 +1,12 @@
 """What the entry points share: flags, and mistakes answered in one line."""
 
 import contextlib
-import dataclasses
 import difflib
 import errno
-import importlib
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,39 +15,75 @@ from absl import app, flags
 from triform.runtime import host, paths, streams
 from triform.runtime.errors import TriformError, UserError
 
+Main = Callable[[list[str]], int | None]
+HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
+
 
 def launch(
-    main: Callable[[list[str]], int | None],
+    main: Main,
+    define: Callable[[], None],
+    about: str,
+    argv: Sequence[str],
     *,
+    prepare: Callable[[list[str]], list[str]] = list,
     answers: bool = False,
     passes_on: bool = False,
+    arguments: bool = False,
 ) -> None:
     """Parses the flags, runs main, exits with its code.
 
     A mistake of the user ends it with one line on standard error and code 1.
-    `answers`: standard output is what the program is for; otherwise it is a log, and
-    the program goes on without it. `passes_on`: the program computes nothing; flags
-    that are not its own are main's arguments, for the programs that it starts.
+
+    Args:
+      main: gets the name of the program, and what `passes_on` leaves.
+      define: defines the flags.
+      about: what --help shows, before the flags.
+      argv: the name of the program and its flags.
+      prepare: argv -> argv without what is no flag of `define`.
+      answers: standard output is what the program is for; otherwise it is a log, and
+        the program goes on without it.
+      passes_on: the program computes nothing; flags that are not its own are main's
+        arguments, for the programs that it starts.
+      arguments: words that are no flags are main's arguments.
     """
     streams.prepare(needed=answers)
 
-    def parse(argv: list[str]) -> list[str]:
+    def parse(given: list[str]) -> list[str]:
         if not passes_on:
             host.prepare()
-        return flags.FLAGS(argv, known_only=passes_on)
+        known = set(flags.FLAGS)
+        define()
+        if HELP & set(given[1:]):
+            _print_help(about, sorted(set(flags.FLAGS) - known))
+            sys.exit(0)
+        return flags.FLAGS(prepare(given), known_only=passes_on)
 
-    def run(argv: list[str]) -> int | None:
-        if len(argv) > 1 and not passes_on:
+    def run(rest: list[str]) -> int | None:
+        if len(rest) > 1 and not (passes_on or arguments):
             raise UserError(
-                f"unexpected argument {argv[1]!r}: write --config.KEY=VALUE, "
+                f"unexpected argument {rest[1]!r}: write --config.KEY=VALUE, "
                 "--input='TEXT'"
             )
-        return main(argv)
+        return main(rest)
 
     app.run(
-        lambda argv: _answered(lambda: run(argv)),
-        flags_parser=lambda argv: _answered(lambda: parse(argv), fail=True),
+        lambda rest: _answered(lambda: run(rest)),
+        argv=list(argv),
+        flags_parser=lambda given: _answered(lambda: parse(given), fail=True),
     )
+
+
+def _print_help(about: str, names: Sequence[str]) -> None:
+    print(f"{about.strip()}\n\nFlags:")
+    for name in names:
+        print(_shown(flags.FLAGS[name]))
+
+
+def _shown(flag: flags.Flag) -> str:
+    """'  --name  what it means (default)'."""
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    default = "" if flag.default in (None, "", False) else f" (default {flag.default})"
+    return f"  {name:22}{flag.help}{default}"
 
 
 def _answered(call: Callable[[], Any], fail: bool = False) -> Any:
@@ -95,33 +128,19 @@ def one_line(error: Exception) -> str:
             "data.batch_size, raise optim.accumulate or set model.trunk.remat=True"
         )
     if isinstance(error, flags.Error):
-        # A get_config that raised comes with its traceback: the last line says it.
-        lines = [x for x in str(error).strip().splitlines() if x.strip()]
-        text = lines[-1].strip().removeprefix("ValueError: ")
-        named = any(a.startswith("--config=") for a in sys.argv)
-        if "config" in flags.FLAGS and not named:
-            text += "; name an experiment with --config=configs/NAME.py"
-        return text
-    if isinstance(error, (KeyError, AttributeError)):
-        return _config_error(error)
+        return _flag_error(error)
     return ""
 
 
-def _config_error(error: Exception) -> str:
-    """One line for what ml_collections raises on an unknown key; '' for the rest."""
-    found = re.search(r"Field (\w+) not found on dataclass .*'([\w.]+)'", str(error))
-    if found:
-        key, path = found.groups()
-        module, _, name = path.rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
-        names = [f.name for f in dataclasses.fields(kind)]
-        close = difflib.get_close_matches(key, names, 1)
-        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
-        return f"unknown config key {key!r}: no field of {name}; {hint}"
-    if "get_config" in str(error):
-        path = flags.FLAGS["config"].value
-        return f"--config: {path or 'the file'} defines no get_config(variant)"
-    return ""
+def _flag_error(error: flags.Error) -> str:
+    """One line for a flag that is unknown or has a value that it cannot have."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return " ".join(str(error).split())
+    name = error.flagname
+    close = difflib.get_close_matches(name, [*flags.FLAGS], 1)
+    if close:
+        return f"unknown flag --{name}: did you mean --{close[0]}?"
+    return f"unknown flag --{name}: --help lists the flags"
 
 
 def folder_flag(name: str) -> str:
@@ -132,14 +151,3 @@ def folder_flag(name: str) -> str:
     if os.path.isfile(paths.absolute(value)):
         raise UserError(f"--{name}={value}: is a file; name a folder")
     return paths.absolute(value)
-
-
-def config_flag() -> Any:
-    """The value of --config; UserError if its file could not be loaded."""
-    config = flags.FLAGS.config
-    try:
-        config.validate  # noqa: B018  (a file that failed to load raises on any access)
-    except OSError as error:
-        path = " ".join(a for a in sys.argv if a.startswith("--config=")) or "--config"
-        raise UserError(f"{path}: no such file; name one of configs/*.py") from error
-    return config

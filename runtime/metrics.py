@@ -15,9 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from triform.runtime import files
 
@@ -123,34 +120,36 @@ def _parse(line: str) -> dict[str, Any] | None:
 class MetricWriter:
     """Scalars to `metrics.jsonl`, one object a line, and to TensorBoard event files.
 
+    `time` is in seconds since 1970, `unit` what of the data is counted.
+
     Opened at the step where a run goes on: what a killed run wrote after it goes, since
     the same steps will be done and written again.
     """
 
-    def __init__(self, workdir: str, step: int):
+    def __init__(self, workdir: str, step: int, unit: str = "tokens"):
+        self._unit = unit
         path = os.path.join(workdir, FILE)
         kept = [line for line in read_lines(workdir) if line["step"] <= step]
         with files.replacing(path) as f:
             f.writelines(files.dumps(line) + "\n" for line in kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (see close)
-        # Not SummaryWriter: its thread dies of a full disk, and the next call to it
-        # waits for that thread for ever.
-        folder = os.path.join(workdir, "tensorboard")
-        os.makedirs(folder, exist_ok=True)
-        self._events = EventsWriter(os.path.join(folder, "events"))
-        start = SessionLog(status=SessionLog.START)  # later steps of before are hidden
-        self._add(step + 1, session_log=start)
+        # Not at the top: see there.
+        from triform.runtime.events import Events
 
-    def _add(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+        self._events = Events(os.path.join(workdir, "tensorboard"), step + 1)
 
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """One line; values that are not numbers (a signature) go to the file only."""
-        self._file.write(files.dumps({"step": step, **scalars}) + "\n")
+    def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
+        """One line, with the time and the tokens (or images) trained on so far.
+
+        Values that are not numbers (a signature) go to the file only.
+        """
+        line = {"step": step, **scalars}
+        line |= {"time": round(time.time(), 3), self._unit: seen}
+        self._file.write(files.dumps(line) + "\n")
         self._file.flush()
         for name, value in scalars.items():
             if isinstance(value, (int, float)):
-                self._add(step, summary=scalar(name, value))
+                self._events.add(step, name, value)
         self._events.flush()
 
     def close(self) -> None:

@@ -74,10 +74,10 @@ SCHEDULES = {
 class OptimConfig:
     """Optimiser, schedule and what surrounds them. Rates are peak rates."""
 
-    name: str = "adam"
-    learning_rate: float = 1e-3
-    schedule: str = "rsqrt"
-    warmup_steps: int = 4000
+    name: str = "adam"  # the update rule
+    learning_rate: float = 1e-3  # the highest of the schedule
+    schedule: str = "rsqrt"  # how the rate changes over the steps
+    warmup_steps: int = 4000  # steps in which the rate grows to its peak
     floor: float = 0.0  # final rate as a share of the peak (cosine, linear, wsd)
     b1: float = 0.9  # not adafactor; of Muon, the part that Adam updates
     b2: float = 0.98  # b2 and eps: Vaswani et al. 2017, 5.3; not adafactor

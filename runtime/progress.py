@@ -1,21 +1,98 @@
-"""The live progress line of a training run, and the numbers behind it."""
+"""What a program says while it works, and the numbers of a training run.
+
+Nobody should wonder whether a program still works: after QUIET seconds without a line
+it says what it is doing, on a terminal and in a log file alike.
+"""
 
 import contextlib
 import datetime
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from triform.runtime import metrics
+
+SOON = 2.0  # seconds after which a stage says that it has begun
+QUIET = 20.0  # seconds between lines, at most
+
+
+class Heartbeat:
+    """A thread that prints `text()` whenever no line was printed for some time."""
+
+    def __init__(
+        self, text: Callable[[], str], first: float, file: TextIO | None = None
+    ):
+        self._text, self._file = text, file
+        self._due = time.monotonic() + first
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def said(self) -> None:
+        """Something else was printed just now."""
+        # A little more than the owner's own pace, so that one of them speaks.
+        self._due = time.monotonic() + 1.2 * QUIET
+
+    def _run(self) -> None:
+        while not self._over.wait(max(0.01, self._due - time.monotonic())):
+            if time.monotonic() >= self._due:
+                self.said()
+                # Whoever reads it may be gone: the main thread finds that out, too.
+                with contextlib.suppress(OSError, ValueError):
+                    say(self._text(), self._file)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._over.set()
+        self._thread.join()
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line at once, above progress bars; nothing without an output."""
+    file = file or sys.stdout
+    if file is not None:
+        tqdm.write(text, file)
+        file.flush()
+
+
+@contextlib.contextmanager
+def stage(
+    what: str, *, least: float = 0.0, file: TextIO | None = None
+) -> Iterator[Callable[[str], None]]:
+    """Says what is being done while it lasts, and how long it took.
+
+    Yields a function that notes how far it is. Nothing is said at the end of what took
+    less than `least` seconds, and nothing in between of what takes less than SOON.
+    """
+    start, far = time.perf_counter(), [""]
+
+    def text() -> str:
+        return f"{what} ... {time.perf_counter() - start:.0f} s{far[0]}"
+
+    def note(text: str) -> None:
+        far[0] = f", {text}"
+
+    heartbeat = Heartbeat(text, SOON, file)
+    try:
+        yield note
+    finally:
+        heartbeat.close()
+    seconds = time.perf_counter() - start
+    if seconds >= least:
+        say(f"{what}: {seconds:.1f} s", file)
 
 
 class Progress:
     """Sums metrics between reports; one live line on a terminal, else plain lines.
 
     `window` is what `saved_window` gave when the run was saved: sums since the last
-    report, so that a resumed run reports what an uninterrupted one would.
+    report, so that a resumed run reports what an uninterrupted one would. `seen` is the
+    number of real units (tokens, images) that the run has trained on.
     """
 
     def __init__(
@@ -26,14 +103,22 @@ class Progress:
         rate: Callable[[int], Any],
         window: dict[str, list],
         unit: str = "tokens",
+        seen: int = 0,
     ):
         self.total, self.every, self.rate, self.unit = total, every, rate, unit
-        self.live = sys.stdout.isatty()
+        self.seen = seen
+        self.live = sys.stdout is not None and sys.stdout.isatty()
         self.first = self.step = step
         self.started = time.perf_counter()
         self.idle = 0.0  # seconds spent on evaluation and saving, all in all
         self._reset()
         self.window = window
+        self.said = self.stepped = time.perf_counter()
+        self.heartbeat = Heartbeat(self._slow, QUIET)
+
+    def _slow(self) -> str:
+        seconds = time.perf_counter() - self.stepped
+        return f"step {self.step + 1}/{self.total} ... {seconds:.0f} s"
 
     def saved_window(self) -> dict[str, list]:
         """{name: [total, weight]} since the last report, for a checkpoint's JSON."""
@@ -54,13 +139,16 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of the speed."""
+        """Leaves the time inside out of the speed; what is done there speaks itself."""
+        self.heartbeat.close()
         if self.live:
             print()
         start = time.perf_counter()
         yield
-        self.away += time.perf_counter() - start
-        self.idle += time.perf_counter() - start
+        self.said = self.stepped = time.perf_counter()
+        self.away += self.stepped - start
+        self.idle += self.stepped - start
+        self.heartbeat = Heartbeat(self._slow, QUIET)
 
     def update(
         self, step: int, measured: metrics.Metrics, real: int
@@ -69,7 +157,7 @@ class Progress:
 
         Returns the scalars of a report, if one is due.
         """
-        self.step = step
+        self.step, self.stepped = step, time.perf_counter()
         scalars = metrics.values(measured, "train")
         for name, (total, weight) in self.window.items():
             m = measured[name]
@@ -77,9 +165,12 @@ class Progress:
         self.window = {}
         self.sums = metrics.add(self.sums, measured)
         self.real += real
+        self.seen += real
         self.steps += 1
         if self.live:
             self._show(scalars, end="\r")
+        elif step % self.every and self.stepped - self.said >= QUIET:
+            self._show(scalars, end="\n")
         if step % self.every:
             return None
         seconds = max(time.perf_counter() - self.since - self.away, 1e-9)
@@ -111,8 +202,11 @@ class Progress:
             # A wrapped line could not be overwritten; \x1b[K clears what was longer.
             text = text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
         print(text, end=end, flush=True)
+        self.said = now
+        self.heartbeat.said()
 
     def close(self) -> None:
         """Ends the live line."""
+        self.heartbeat.close()
         if self.live:
             print()

@@ -1,5 +1,5 @@
 """Metrics that need whole outputs."""
 
-from triform.scores.text import METRICS, EvaluationConfig, Scores, score
+from triform.scores.text import SCORES, EvaluationConfig, Scores, score
 
-__all__ = ["METRICS", "EvaluationConfig", "Scores", "score"]
+__all__ = ["SCORES", "EvaluationConfig", "Scores", "score"]

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import sacremoses
 from sacrebleu.metrics import BLEU, CHRF
 
 Scores = dict[str, float | str]
@@ -13,12 +12,13 @@ Scores = dict[str, float | str]
 class EvaluationConfig:
     """When and how a run is evaluated."""
 
-    every: int = 1000  # steps between evaluations; a multiple of checkpoint.every
-    # Names in scores.METRICS; none: losses only, nothing is generated.
+    every: int = 1000  # steps between evaluations; what is scored is saved, too
+    # Names in scores.SCORES; none: losses only, nothing is generated.
     metrics: tuple[str, ...] = ("bleu", "chrf", "exact_match")
     lowercase: bool = False  # compare text case-insensitively
     language: str = "de"  # of the targets, for Moses tokenisation
-    # Generate for so many of the split, or of each corpus, while training; 0: all.
+    # While training, score at most so many examples of every split, or of each corpus
+    # in it, spread evenly; 0: all. The test at the end and evaluate.py score all.
     examples: int = 0
     samples: int = 5  # shown and written with their references
     # Parameters of the last evaluation: the mean of so many newest checkpoints
@@ -28,10 +28,10 @@ class EvaluationConfig:
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
         for name in self.metrics:
-            if name not in METRICS:
+            if name not in SCORES:
                 raise ValueError(
                     f"evaluation.metrics={self.metrics}: {name!r} is unknown, expected "
-                    f"some of {', '.join(METRICS)}, written as \"('bleu','chrf')\""
+                    f"some of {', '.join(SCORES)}, written as \"('bleu','chrf')\""
                 )
         for name in ("every", "samples", "examples", "average"):
             least = 1 if name == "every" else 0
@@ -52,6 +52,9 @@ def bleu_moses(
     config: EvaluationConfig, ours: list[str], references: list[str]
 ) -> Scores:
     """BLEU of Moses-tokenised text, as multi-bleu.perl gives it."""
+    # Not at the top: it costs 0.3 s, and few runs are scored with it.
+    import sacremoses
+
     moses = sacremoses.MosesTokenizer(config.language)
 
     def tokenize(texts: list[str]) -> list[str]:
@@ -82,7 +85,7 @@ def exact_match(
     return {"exact_match": sum(hits) / len(hits)}
 
 
-METRICS: dict[str, Callable[..., Scores]] = {
+SCORES: dict[str, Callable[..., Scores]] = {
     "bleu": bleu,
     "bleu_moses": bleu_moses,
     "chrf": chrf,
@@ -96,5 +99,5 @@ def score(
     """Every metric of the config; each BLEU and chrF with its signature beside it."""
     result: Scores = {}
     for name in config.metrics:
-        result |= METRICS[name](config, list(ours), list(references))
+        result |= SCORES[name](config, list(ours), list(references))
     return result

@@ -10,6 +10,7 @@ import re
 import jax
 import pytest
 
+from triform import config_flag
 from triform.configs.schema import (
     CausalLMConfig,
     ClassificationConfig,
@@ -43,8 +44,7 @@ from triform.models import MODELS
 from triform.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PARTS = ("__init__", "saving", "schema", "variants")
-FILES = sorted({p.stem for p in (ROOT / "configs").glob("*.py")} - {*PARTS})
+FILES = config_flag.names()
 
 
 def module(name):
@@ -235,6 +235,7 @@ def test_every_value_is_in_the_json():
         "evaluation.metrics": "bleu",
         "evaluations": EvaluationSplit("other", "test", scores=("bleu",)),
         "init": InitRule("runs/a:best", (("encoder/", "decoder/"), ("x", "y"))),
+        "plugins": "mine.py",
     }
     for key, owner, field in leaves(ExperimentConfig()):
         value = getattr(owner, field.name)
@@ -490,7 +491,6 @@ MISTAKES = (
         "data=CausalLMConfig",
         "set ()",
     ),
-    ({"evaluation.every": 1500}, "checkpoint.every=1000"),
     ({"evaluation.average": 6}, "checkpoint.keep_newest=5"),
     ({"checkpoint.metric": "eval/blue"}, "eval/loss", "eval/accuracy", "eval/bleu"),
     ({"checkpoint.mode": "least"}, "min, max"),
@@ -498,7 +498,7 @@ MISTAKES = (
     ({"evaluations": (EvaluationSplit("test", "test"),)}, "'test'", "taken"),
     ({"evaluations": (EvaluationSplit("eval", "test"),)}, "'eval'", "choose another"),
     ({"evaluations": (EvaluationSplit("a", ""),)}, "split=''"),
-    ({"evaluations": (EvaluationSplit("a", "b", examples=-1),)}, "examples=-1"),
+    ({"evaluation.examples": -1}, "evaluation.examples=-1"),
     ({"evaluations": (EvaluationSplit("a", "b", "", ("blue",)),)}, "'blue'", "bleu"),
     # The experiment
     ({"placement": "pmapp"}, "mesh, pmap"),

@@ -15,12 +15,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Folder or file -> what it imports. It may also import what that imports, and itself;
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
-    "train": ("evaluate",),
+    "plot": ("runtime",),
+    "train": ("evaluate", "plan", "config_flag"),
+    # The plan says whether a run can be exported.
+    "plan": ("interop", "input_pipeline"),
     "evaluate": ("answers", "input_pipeline"),
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
     "sweep": ("runtime",),
+    "config_flag": ("workdir",),
+    "inspection": ("workdir",),
     "interop": ("workdir",),
     "workdir": ("experiment",),
     "experiment": ("configs",),
@@ -32,6 +37,8 @@ IMPORTS = {
     "scores": (),
     "runtime": (),
 }
+# What starts the others, and imports them by name when they are asked for.
+DOORS = ("", "__main__", "console")
 # Inside a folder a row imports itself and later rows, none before it. What no row
 # matches is above all rows: the families of models, and their table.
 ROWS = {
@@ -61,6 +68,8 @@ LATE = {
     ("data.sources.streams", "pyarrow"): "0.2 s, which zstandard alone needs",
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
+    ("runtime.metrics", "triform.runtime.events"): "it imports torch",
+    ("scores.text", "sacremoses"): "it costs 0.3 s",
 }
 LINES = 500  # of a file
 FUNCTION_LINES = 80
@@ -158,8 +167,11 @@ def test_every_folder_of_sources_is_a_listed_package():
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_follow_the_table(module):
-    assert top(module) in IMPORTS, f"{module}: add a row to IMPORTS"
     used = imported(TREES[module])
+    if module in DOORS:
+        assert used <= {*DOORS}
+        return
+    assert top(module) in IMPORTS, f"{module}: add a row to IMPORTS"
     assert used <= set(SOURCES), f"{module} imports what is not there"
     allowed = reachable(top(module))
     for name in used:

@@ -31,13 +31,14 @@ __all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
 SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
 MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
+MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 
 
 @dataclasses.dataclass
 class TokenizerConfig:
     """How text becomes ids. Its size is the model's vocab_size."""
 
-    kind: str = "bpe"
+    kind: str = "bpe"  # trained subwords, or bytes or characters as they are
     lowercase: bool = False  # cannot be undone: decoded text is lower-case too
     path: str = ""  # an existing tokenizer.json or .model, instead of training one
     corpora: tuple[str, ...] = ()  # 'source:feature' to train on besides the data

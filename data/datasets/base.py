@@ -29,10 +29,10 @@ class DataConfig:
     source: str = "cldr"
     txt_example: str = "file"  # of text files an example is a file, passage or line
     held_out: float = 0.05  # share of files for validation, and for test, if none is
-    train_split: str = "train"
-    eval_split: str = "validation"
-    test_split: str = "test"
-    batch_size: int = 32
+    train_split: str = "train"  # what is trained on
+    eval_split: str = "validation"  # scored while training; see evaluation.every
+    test_split: str = "test"  # scored once, at the end
+    batch_size: int = 32  # examples an update
     data_dir: str = ""  # prepared TFDS data; empty: the TFDS default
     manual_dir: str = ""  # files of a corpus that is not to be downloaded
     cache_dir: str = ""  # prepared arrays; empty: $TRIFORM_CACHE or ~/.cache/triform

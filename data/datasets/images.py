@@ -36,11 +36,11 @@ class ImagesConfig(DataConfig):
     size: int = 224  # pixels a side
     channels: int = 3  # 1: grey
     mean: tuple[float, ...] = (0.5,)  # of pixels in [0, 1]: one, or one a channel
-    std: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)  # of pixels, likewise
     # none: all of the image, resized; pad: the same, moved by up to `pad` pixels;
     # resized: a random part, resized, and the middle 7/8 in evaluation.
     crop: str = "none"
-    pad: int = 4
+    pad: int = 4  # pixels that crop="pad" moves an image by, at most
     flip: bool = False  # left and right, every other time
     rand_augment: int = 0  # operations (Cubuk et al. 2020)
     rand_magnitude: float = 9.0  # of 10

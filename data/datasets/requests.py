@@ -98,6 +98,8 @@ class Requests:
             found = [_column(request, field, name) for field, name in names.items()]
         elif isinstance(request, str):
             found = request.split("\t", len(names) - 1)
+            if not request.strip():
+                found = [""] * len(names)
             if len(found) < len(names):
                 raise DataError("expected two texts with a tab between them")
         else:

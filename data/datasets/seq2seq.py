@@ -100,8 +100,8 @@ class MixtureConfig(PairsConfig):
     as weights ** (1 / temperature).
     """
 
-    source: str = ""
-    corpora: tuple[Corpus, ...] = ()
+    source: str = ""  # not read: each corpus has its own
+    corpora: tuple[Corpus, ...] = ()  # what is mixed
     weights: tuple[float, ...] = ()  # one a corpus; empty: by size
     limit: int = 0  # a corpus counts as having so many examples at most; 0: no limit
     temperature: float = 1.0  # higher: more equal shares

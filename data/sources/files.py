@@ -119,6 +119,11 @@ class FileSource:
         )
         return f"files-{self._digest(chosen, facts)}"
 
+    def location(self) -> str:
+        """The files."""
+        first, *others = (file.name for file in self.files)
+        return f"{first} and {len(others):,} more" if others else first
+
     def where(self, split: str, item: int) -> str:
         """'data.csv, line 7'."""
         number = int(self._numbers(split)[item])

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -128,9 +129,18 @@ class TfdsSource:
         """Nothing."""
         return []
 
+    def location(self) -> str:
+        """The folder of the prepared data; '' if they are not prepared yet."""
+        builder = self._make(lambda make: make())
+        return str(builder.data_dir) if builder.is_prepared() else ""
+
     @functools.cached_property
     def builder(self) -> tfds.core.DatasetBuilder:
         """The builder of that name, its data prepared."""
+        return self._make(lambda make: _prepared(make, self.manual_dir))
+
+    def _make(self, call: Callable[[Callable], Any]) -> tfds.core.DatasetBuilder:
+        """What `call` makes of a function that makes the builder; DataError."""
         name, manual_dir = self.name, self.manual_dir
         if manual_dir and not os.path.isdir(manual_dir):
             raise DataError(
@@ -145,7 +155,7 @@ class TfdsSource:
             return tfds.builder(name, data_dir=directory)
 
         try:
-            return _prepared(make, manual_dir)
+            return call(make)
         except DataError:
             raise
         except tfds.core.DatasetNotFoundError as error:

@@ -1,0 +1,278 @@
+"""What a run will do, said before anything slow begins; and what resuming changes.
+
+Every function returns lines of text. None changes anything.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from triform.configs import schema
+from triform.configs.schema import ExperimentConfig
+from triform.data import store
+from triform.data.codecs import Codec
+from triform.experiment import Experiment
+from triform.input_pipeline import Batches, Split, TrainBatches, moved, report
+from triform.interop.families import family_for
+from triform.runtime import commands, optim
+from triform.runtime.errors import DataError, UserError
+from triform.runtime.partition import parameter_table
+from triform.runtime.progress import stage
+
+BACKWARD = 2  # a gradient costs so many forward passes
+DEAR = 0.5  # share of the training time from which an evaluation is called dear
+
+
+def describe(experiment: Experiment) -> str:
+    """Devices, placement, parameters, batches and schedule, from abstract shapes."""
+    config = experiment.config
+    devices = jax.devices()
+    state = jax.eval_shape(experiment.make_state)
+    lines = [
+        f"devices: {len(devices)} x {devices[0].device_kind}",
+        f"placement: {experiment.placement.describe()}",
+        "parameters:",
+        parameter_table(state.params, experiment.placement),
+    ]
+    if jax.tree.leaves(state.frozen):
+        lines.append("frozen parameters:")
+        lines.append(parameter_table(state.frozen, experiment.placement))
+    k = config.optim.accumulate
+    for shape in config.data.shapes():
+        batch = experiment.empty_batch(shape)
+        arrays = ", ".join(f"{name} {list(x.shape)}" for name, x in batch.items())
+        lines.append(f"batch: {arrays}, in {k} micro-batches")
+    if experiment.task.couples_rows and k > 1:
+        lines.append(
+            "a term compares rows with one another: with those of a micro-batch only"
+        )
+    lines.append(f"steps: {config.steps:,}, optimiser {config.optim.name}")
+    if config.optim.warmup_steps >= config.steps:
+        reached = float(experiment.schedule(config.steps - 1))
+        lines.append(
+            f"optim.warmup_steps={config.optim.warmup_steps}: not below "
+            f"steps={config.steps}, so the learning rate ends at {reached:.4g} on its "
+            f"way to {config.optim.learning_rate:.4g}; lower warmup_steps or raise "
+            "steps"
+        )
+    return "\n".join(lines)
+
+
+def export(config: ExperimentConfig) -> str:
+    """As what family of transformers the run can be exported, or why it cannot."""
+    try:
+        return f"export: as {family_for(config.model).model_type} of transformers"
+    except UserError as error:
+        return f"export: not possible: {error}"
+
+
+def sources(config: ExperimentConfig, read: bool = False) -> str:
+    """Where the examples are; with `read`, the first one of every split is read.
+
+    Raises DataError for what is not there or cannot be read.
+    """
+    lines = []
+    for data, name, splits in _origins(config):
+        where = store.origin(data, name).location()
+        if not where:
+            lines.append(
+                f"data: {name!r} is not prepared here; train.py prepares or downloads "
+                "it when it starts"
+            )
+            continue
+        counts = ""
+        if read:
+            counts = ": " + ", ".join(
+                f"{split} {_readable(data, name, split):,}" for split in splits
+            )
+        lines.append(f"data: {name!r}, {where}{counts}")
+    return "\n".join(lines)
+
+
+def _origins(config: ExperimentConfig) -> Iterator[tuple[Any, str, list[str]]]:
+    """(data config, source, splits that are read of it)."""
+    data = config.data
+    splits = [data.train_split, data.eval_split, data.test_split]
+    splits += [x.split for x in config.evaluations if not x.source]
+    for name in dict.fromkeys([f.source for f in data.features()] or [data.source]):
+        yield data, name, list(dict.fromkeys(splits))
+    for other in config.evaluations:
+        if other.source:
+            data = copy.deepcopy(config.data)
+            data.source = other.source
+            yield data, other.source, [other.split]
+
+
+def _readable(data: Any, name: str, split: str) -> int:
+    """The number of examples, of which the first can be read."""
+    examples = store.examples(data, name, split)
+    if not len(examples):
+        raise DataError(f"{name} {split}: it has no examples; name another split")
+    first = examples[0]
+    for feature in data.features():
+        if feature.source == name:
+            store.reader(data, feature)(first)
+    return len(examples)
+
+
+@dataclasses.dataclass
+class Splits:
+    """What is trained on, evaluated and tested."""
+
+    config: ExperimentConfig
+    train: TrainBatches
+    evaluated: dict[str, tuple[Split, tuple[str, ...]]]  # by prefix; names of scores
+    test: Split
+
+    @classmethod
+    def open(cls, experiment: Experiment, codecs: Mapping[str, Codec]) -> "Splits":
+        """Every split is opened once, however often it is used."""
+        config, sizes = experiment.config, experiment.sizes
+        main = config.data
+
+        @functools.cache
+        def split(name: str, source: str = main.source) -> Split:
+            data = copy.deepcopy(main)
+            data.source = source
+            with stage(f"opening {source} {name}"):
+                return Split.open(data, codecs, name, sizes)
+
+        train = TrainBatches(split(main.train_split).batches, config.seed)
+        evaluated = {"eval": (split(main.eval_split), config.evaluation.metrics)}
+        for other in config.evaluations:
+            opened = split(other.split, other.source or main.source)
+            evaluated[other.name] = (opened, other.scores)
+        return cls(config, train, evaluated, split(main.test_split))
+
+    def print(self) -> None:
+        """Sizes, the first batch, and what an evaluation costs."""
+        print(report(self.train))
+        first = self.train.batches.dataset.preview(self.train[0])
+        print(f"first batch:\n{first}")
+        print(evaluations(self), flush=True)
+
+    def tests(self) -> str:
+        """The evaluation that scores all of the test split while training, or ''."""
+        config = self.config.evaluation
+        for prefix, (split, names) in self.evaluated.items():
+            if split is self.test and names == config.metrics and not config.examples:
+                return prefix
+        return ""
+
+
+def evaluations(splits: Splits) -> str:
+    """What an evaluation costs beside the steps between two, from numbers of positions.
+
+    A position that is generated counts as one that is read, and takes longer: with
+    scores of generated text the share is a lower bound.
+    """
+    config, count, written, cost = splits.config, 0, 0, 0.0
+    limit = config.evaluation.examples
+    for split, names in splits.evaluated.values():
+        scored, forward = _forward(split.batches, limit)
+        count, cost = count + scored, cost + forward
+        if names:
+            beams = config.decode.beam_size if config.decode.method == "beam" else 1
+            written += scored
+            cost += scored * config.decode.max_len * beams
+    shapes, rows = config.data.shapes(), config.data.rows
+    steps = [rows(shapes[i]) * _length(shapes[i]) for i, _ in splits.train.plan(0)]
+    every = config.evaluation.every * (1 + BACKWARD) * sum(steps) / len(steps)
+    share = cost / every
+    text = f", text for {written:,}" if written else ""
+    line = (
+        f"evaluation: every {config.evaluation.every:,} steps, {count:,} examples"
+        f"{text}: {'at least' if written else 'about'} {share:.1%} of the time of the "
+        "steps between"
+    )
+    if share > DEAR:
+        line += "; set evaluation.examples or raise evaluation.every to spend less"
+    return line
+
+
+def _forward(batches: Batches, limit: int) -> tuple[int, float]:
+    """(examples, positions) that an evaluation of a split reads."""
+    shapes, found, positions = batches.config.shapes(), 0, 0.0
+    whole = batches.buckets(truncate=True)
+    total = sum(map(len, whole.values()))
+    share = min(1.0, limit / total) if limit else 1.0
+    for index, items in whole.items():
+        found += len(items)
+        positions += share * len(items) * _length(shapes[index])
+    return round(share * found), positions
+
+
+def _length(shape: Mapping[str, Any]) -> int:
+    """Positions of a row, both sides; of images something in proportion."""
+    return sum(n for n in shape.values() if isinstance(n, int)) or 1
+
+
+def jump(
+    old: ExperimentConfig, new: ExperimentConfig, step: int
+) -> tuple[float, float] | None:
+    """(rate of the step, of the next one) if `new` does not go on as `old` would."""
+    before, after = (optim.learning_rate(c.optim, c.steps) for c in (old, new))
+    expected, found = float(before(step)), float(after(step))
+    if not step or abs(found - expected) <= 1e-3 * max(found, expected):
+        return None
+    return float(before(step - 1)), found
+
+
+def changes(
+    old: ExperimentConfig,
+    new: ExperimentConfig,
+    codecs: Mapping[str, Codec],
+    train: TrainBatches,
+    step: int,
+) -> str:
+    """What becomes of the epoch and the learning rate after `step`; '' if nothing."""
+    lines = []
+    if rates := jump(old, new, step):
+        lines.append(
+            f"learning rate: {rates[0]:.4g} -> {rates[1]:.4g} between steps {step} and "
+            f"{step + 1}, because steps or optim.* have changed"
+        )
+    names = [k for k in schema.differences(old, new) if k.startswith("data.")]
+    if step and names:
+        data = copy.deepcopy(old.data)
+        for name in ("data_dir", "manual_dir", "cache_dir"):  # where they are today
+            setattr(data, name, getattr(new.data, name))
+        split = Split.open(data, codecs, data.train_split, new.model.sizes())
+        was = TrainBatches(split.batches, old.seed)
+        if text := moved(was, train, step):
+            lines.append(f"{', '.join(names)} changed after step {step}: {text}")
+    return "\n".join(lines)
+
+
+def best_of(config: ExperimentConfig) -> str:
+    """The checkpoint that is tested, as flags name it."""
+    average = config.evaluation.average
+    return f"average:{average}" if average else "best"
+
+
+def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
+    """Commands that go on from a finished run."""
+    about = {"workdir": workdir, "checkpoint": best_of(config)}
+    shown, seeds = commands.path(workdir), {"sweep": "seed=0,1"}
+    more = copy.deepcopy(config)
+    more.steps = 2 * step
+    lines = []
+    if config.model.generates():
+        lines.append(commands.line("generate", **about) + ' --input="..."')
+    lines += [
+        commands.line("evaluate", **about, split=config.data.test_split),
+        commands.line("inspect", shown),
+        commands.line("plot", shown),
+        commands.module("tensorboard.main", logdir=shown),
+        commands.line("sweep", config=shown, **seeds, workdir=f"{shown}_seeds"),
+        commands.line("train", workdir=workdir, **{"config.steps": more.steps}),
+    ]
+    found = [f"finished: {step} steps in {shown}. Next:", *(f"  {x}" for x in lines)]
+    if rates := jump(config, more, step):
+        told = "with {:,} steps the learning rate jumps from {:.4g} to {:.4g}"
+        found.append(told.format(more.steps, *rates))
+    return "\n".join(found)
