@@ -5,8 +5,8 @@
     python generate.py --workdir=DIR --chat
 
 A row is {"messages": [{"role": "user", "content": "..."}, ...]}, or two columns:
---config.data.prompt=question --config.data.response=answer. `lora` trains adapters
-beside the weights that --config.init_from=WORKDIR names.
+--config.data.prompt=question --config.data.response=answer. From imported weights:
+--config.model=from:WORKDIR --config.init_from=WORKDIR; `lora` trains adapters alone.
 """
 
 from triform.configs import schema

@@ -69,7 +69,7 @@ def test_the_config_is_short():
 def test_every_conversation_is_scored_on_its_answers(trained, folder):
     """As many targets as the file's answers have ids, whatever shares a row."""
     result = evaluate.run(trained, "all", predictions=True)
-    codecs = workdirs.load(trained).codecs
+    codecs = workdirs.open_run(trained).codecs
     tok, chat = codecs["text"], codecs["chat"]
     answers = [m["content"] for t in talks() for m in t if m["role"] == "assistant"]
     assert result.scalars["all/cut"] == 0
@@ -93,7 +93,7 @@ def test_files_of_other_formats_give_the_same_batches(trained, folder):
     lines = [json.dumps({"messages": t, "tools": None}) for t in turns]
     (folder / "turns.jsonl").write_text("\n".join(lines))
     config = my_chat.get_config("smoke")
-    codecs = workdirs.load(trained).codecs
+    codecs = workdirs.open_run(trained).codecs
     found = []
     for name in ("pairs.csv", "turns.csv", "turns.jsonl"):
         config.data.source = str(folder / name)
@@ -152,7 +152,9 @@ def test_lora_trains_adapters_beside_the_weights(trained, folder):
         assert np.asarray(x).tobytes() == np.asarray(new.pop(path)).tobytes()
     assert new
     assert all("lora_" in jax.tree_util.keystr(path) for path in new)
-    codecs = [workdirs.load(x).codecs["chat"] for x in (trained, str(folder / "lora"))]
+    codecs = [
+        workdirs.open_run(x).codecs["chat"] for x in (trained, str(folder / "lora"))
+    ]
     assert codecs[0].digest() == codecs[1].digest()
 
 
