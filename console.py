@@ -19,7 +19,6 @@ PROGRAMS = {
     "sweep": ("triform.sweep", "run and compare combinations of settings"),
     "plot": ("triform.plot", "draw the loss curves of workdirs"),
     "inspect": ("triform.inspection", "show what a workdir holds and what is next"),
-    "plot": ("triform.plot", "draw the curves of runs"),
     "import": ("triform.interop.__main__", "Hugging Face folder -> workdir"),
     "export": ("triform.interop.__main__", "workdir -> Hugging Face folder"),
 }

@@ -212,7 +212,7 @@ def test_a_wrong_program_and_help(capsys):
 def test_the_door_imports_nothing_heavy():
     code = (
         "import sys, triform, triform.console; assert dir(triform)\n"
-        "heavy = {'jax', 'numpy', 'absl', 'torch', 'triform.train'} & set(sys.modules)\n"
+        "heavy = {'jax', 'numpy', 'absl', 'triform.train'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert triform.load.__name__ == 'load'"
     )

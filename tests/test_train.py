@@ -278,7 +278,7 @@ def test_generate(uninterrupted, cache):
 
 MISTAKES = [
     (["--config=configs/nope.py"], "no such file"),
-    ([f"--config={SMOKE}", "--config.model.trunk.nun_layers=1"], "mean num_layers?"),
+    ([f"--config={SMOKE}", "--config.model.trunk.nun_layers=1"], "mean model.trunk.num_layers?"),
     ([f"--config={SMOKE}", "--config.steps=many"], "--config.steps=many"),
     ([f"--config={SMOKE}", "--config.model.trunk.num_heads=3"], "must divide d_model"),
     ([f"--config={SMOKE}", "--config.mesh.tensor=3"], "number of devices, 1"),
@@ -289,7 +289,7 @@ MISTAKES = [
     ([f"--config={SMOKE}", "config.steps=3"], "unexpected argument 'config.steps=3'"),
     ([f"--config={SMOKE}", "--workdir="], "--workdir is empty"),
     ([f"--config={SMOKE}", "--workdir=README.md"], "is a file; name a folder"),
-    (["--config.steps=3"], "name an experiment with --config=configs/NAME.py"),
+    (["--config.steps=3"], "no --config, and no --workdir of a run"),
 ]
 
 
