@@ -212,7 +212,8 @@ def test_finished_run_says_so_and_evaluates(uninterrupted, cache):
     again = train(uninterrupted, cache, STEPS)
     assert "finished, 10 steps; raise --config.steps" in again.stdout
     assert (uninterrupted / "metrics.jsonl").read_text() == before
-    scored = run("evaluate.py", uninterrupted, cache, "--checkpoint=latest")
+    flags = ("--checkpoint=latest", "--examples=8")  # as evaluation.examples
+    scored = run("evaluate.py", uninterrupted, cache, *flags)
     report = json.loads(scored.stdout)
     line = metric_lines(uninterrupted)[10, "eval"]
     assert report["validation/loss"] == pytest.approx(line["eval/loss"], rel=1e-6)
