@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from triform.configs import saving
@@ -43,6 +43,7 @@ from triform.models.decode import DecodeConfig
 from triform.models.feed_forward import FFNS
 from triform.models.layers import INITS
 from triform.models.positions import POSITIONS
+from triform.runtime import paths
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
 from triform.runtime.partition import BATCH_AXES, PLACEMENTS, MeshConfig
@@ -186,6 +187,12 @@ class ExperimentConfig:
         remains open, `validate` refuses.
         """
         config = copy.deepcopy(self)
+        # From any folder a run starts from the same others.
+        config.init_from = self.init_from and paths.absolute(self.init_from)
+        config.init = tuple(
+            replace(rule, source=rule.source and paths.absolute(rule.source))
+            for rule in self.init
+        )
         try:
             config.data.validate()
         except ValueError:

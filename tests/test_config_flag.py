@@ -140,6 +140,18 @@ def test_the_config_may_stand_anywhere_and_types_of_sections_are_chosen():
     assert "expected one of TokenPredictionConfig, " in refusal(parsed, *wrong)
 
 
+def test_a_run_starts_from_the_same_others_in_any_folder(tmp_path, monkeypatch):
+    config = ExperimentConfig(init=(schema.InitRule("runs/b:best"),))
+    config.init_from = "runs/a:7"
+    monkeypatch.chdir(tmp_path)
+    config = config.resolved()
+    monkeypatch.chdir("/")
+    again = config.resolved()
+    assert again.init_from == config.init_from == str(tmp_path / "runs" / "a:7")
+    assert again.init[0].source == str(tmp_path / "runs" / "b:best")
+    assert ExperimentConfig().resolved().init_from == ""
+
+
 def test_a_workdir_is_enough(tmp_path):
     (tmp_path / "config.json").write_text(
         schema.to_json(config_flag.load("listops:smoke"))

@@ -279,7 +279,7 @@ def test_generate(uninterrupted, cache):
 
 MISTAKES = [
     (["--config=configs/nope.py"], "no such file"),
-    ([f"--config={SMOKE}", "--config.model.trunk.nun_layers=1"], "mean model.trunk.num_layers?"),
+    ([f"--config={SMOKE}", "--config.model.trunk.nun_layers=1"], "trunk.num_layers?"),
     ([f"--config={SMOKE}", "--config.steps=many"], "--config.steps=many"),
     ([f"--config={SMOKE}", "--config.model.trunk.num_heads=3"], "must divide d_model"),
     ([f"--config={SMOKE}", "--config.mesh.tensor=3"], "number of devices, 1"),
