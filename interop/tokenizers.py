@@ -11,12 +11,13 @@ import sentencepiece
 from triform.data.codecs import text as tokenizer
 from triform.runtime.errors import UserError
 
+GENERATION = "generation_config.json"
 # Files that go into a workdir and back as they are.
 KEPT = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION,
     "preprocessor_config.json",
     "chat_template.jinja",
     "vocab.json",
@@ -92,14 +93,25 @@ def ids(source: str, hf: Mapping[str, Any]) -> dict[str, Any]:
             if token in vocabulary:
                 found[role] = vocabulary[token]
     for role in ROLES:
-        value = hf.get(f"{role}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int):
+        if isinstance(value := hf.get(f"{role}_token_id"), int):
             found[role] = value
+    if ends := _ends(source, hf):
+        if found.get("eos") not in ends:
+            found["eos"] = ends[0]
+        if len(ends) > 1:
+            found["ends"] = ends
     start = hf.get("decoder_start_token_id", found.get("pad"))
     if isinstance(start, int):
         found["start"] = start
     return found
+
+
+def _ends(source: str, hf: Mapping[str, Any]) -> list[int]:
+    """Every id that ends a text that transformers generates with a folder."""
+    given = read_json(source, GENERATION) or hf
+    ends = given.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return [i for i in ends if isinstance(i, int)]
 
 
 def _vocabulary(source: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from triform.data import batch as descriptions
 from triform.data import datasets
 from triform.data.codecs import files
 from triform.data.codecs import text as tokenizer
+from triform.data.codecs.framing import around
 from triform.data.codecs.text import EOS, PAD, ByteTokenizer, TokenizerConfig
 from triform.data.datasets import (
     EVALUATION,
@@ -52,7 +53,7 @@ def coded(config, tok=TOK, **sizes):
     sizes = SIZES | sizes
     with tempfile.TemporaryDirectory() as folder:
         tok.save(folder)
-        return files.build(config, sizes, tokenizer_from=folder), sizes
+        return files.build(config, sizes, earlier=folder), sizes
 
 
 def opened(config, split="train", tok=TOK, **sizes):
@@ -343,12 +344,18 @@ def test_windows_are_written_as_documented(sources):
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 0]]
 
 
-def test_a_stream_starts_with_the_tokenizers_own_beginning(sources):
+@pytest.mark.parametrize("puts", [False, True])
+def test_a_stream_starts_with_what_the_tokenizer_puts_before_a_text(sources, puts):
+    """Not with a token that it merely has."""
     sources(m=[{"text": "ab"}, {"text": "c"}])
     tok = ByteTokenizer(specials=["<s>"])
+    if puts:
+        template = around([tok.bos], (), ())
+        tok.specials = dataclasses.replace(tok.specials, template=template)
     a, b, c = (tok.first + ord(x) for x in "abc")
     batch = rows(opened(CausalLMConfig(source="m", max_len=8), tok=tok))
-    assert batch["inputs"][0, :6].tolist() == [tok.bos, a, b, EOS, c, 0]
+    first = tok.bos if puts else EOS
+    assert batch["inputs"][0, :6].tolist() == [first, a, b, EOS, c, 0]
     assert batch["targets"][0, :6].tolist() == [a, b, EOS, c, EOS, 0]
 
 
@@ -881,7 +888,7 @@ def test_a_request_is_what_a_split_would_hold(sources):
     )
     for config, lines in cases:
         (codecs, _), expected = coded(config), rows(opened(config))
-        batch = datasets.request_batch(config, lines, 4, codecs)
+        batch = datasets.request_batch(config, lines, 4, codecs, {})
         assert batch.keys() == expected.keys() == config.spec().keys()
         assert {len(x) for x in batch.values()} == {4}
         read = [
@@ -900,11 +907,13 @@ def test_a_request_is_what_a_split_would_hold(sources):
 
 def test_a_second_text_may_hold_tabs_and_may_not_be_missing():
     config = SequenceClassificationConfig(first="x", second="y", max_len=16)
-    batch = datasets.request_batch(config, ["a\tb\tc", "\t"], 2, {"text": TOK})
+    batch = datasets.request_batch(config, ["a\tb\tc", "\t"], 2, {"text": TOK}, {})
     assert batch["inputs"][0, :7].tolist() == [*ids("CaSb\tcS")]
     assert batch["inputs"][1, :4].tolist() == ids("CSS_")
     with pytest.raises(DataError, match="input line 12 .'no tab'.*tab between them"):
-        datasets.request_batch(config, ["a\tb", "no tab"], 2, {"text": TOK}, first=10)
+        datasets.request_batch(
+            config, ["a\tb", "no tab"], 2, {"text": TOK}, {}, first=10
+        )
 
 
 def test_a_request_takes_the_shortest_row_that_holds_all():
@@ -916,7 +925,7 @@ def test_a_request_takes_the_shortest_row_that_holds_all():
         (["a", "abc"], 4, 8),
         (["abcde"], 6, 12),
     ):
-        batch = datasets.request_batch(config, lines, 3, {"text": TOK})
+        batch = datasets.request_batch(config, lines, 3, {"text": TOK}, {})
         assert batch["encoder_inputs"].shape == (3, source)
         assert batch["inputs"].shape == (3, target)
         assert (batch["inputs"][:, 0] == TOK.start).all()
@@ -932,7 +941,9 @@ def test_a_request_takes_the_shortest_row_that_holds_all():
 )
 def test_a_request_that_is_too_long_names_its_line(config, limit):
     with pytest.raises(DataError) as caught:
-        datasets.request_batch(config, ["a", "x" * 7, "b"], 4, {"text": TOK}, first=40)
+        datasets.request_batch(
+            config, ["a", "x" * 7, "b"], 4, {"text": TOK}, {}, first=40
+        )
     for part in ("input line 42 ('xxxxxxx')", "tokens", limit, "shorten or split it"):
         assert part in str(caught.value)
 
@@ -940,7 +951,7 @@ def test_a_request_that_is_too_long_names_its_line(config, limit):
 @pytest.mark.parametrize("name", ["joined", "masked", "spans", "tagged"])
 def test_what_does_not_read_lines_says_so(name):
     with pytest.raises(DataError, match="lines of text.*evaluate.py"):
-        datasets.request_batch(KINDS[name], ["a"], 1, {"text": TOK})
+        datasets.request_batch(KINDS[name], ["a"], 1, {"text": TOK}, {})
 
 
 # --- Configurations ---

@@ -2,34 +2,33 @@
 
 import dataclasses
 import functools
-import hashlib
 import io
-import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-# The first ids of every tokenizer trained here, as in T5. Other ones have their own.
-PAD, EOS, UNK = 0, 1, 2
-SPECIALS = ("<pad>", "</s>", "<unk>")
-KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
-SIDECAR = "special_tokens.json"
+from triform.data.codecs.framing import from_processor
+from triform.data.codecs.specials import (
+    EOS,
+    PAD,
+    SIDECAR,
+    SPECIALS,
+    UNK,
+    Specials,
+    recognise,
+)
+from triform.data.codecs.tokenizer import Stream, Tokenizer, well_formed
 
-# How published tokenizers call their special tokens; the first that is there counts.
-NAMES = {
-    "pad": ("<pad>", "[PAD]", "<|pad|>"),
-    "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
-    "unk": ("<unk>", "[UNK]"),
-    "bos": ("<s>", "<bos>", "<|begin_of_text|>"),
-    "cls": ("[CLS]",),
-    "sep": ("[SEP]",),
-    "mask": ("[MASK]", "<mask>"),
-}
+__all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
+
+SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
+KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
 
 
 @dataclasses.dataclass
@@ -54,137 +53,13 @@ class TokenizerConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Specials:
-    """Ids that stand for no text; None: the tokenizer has no such."""
-
-    pad: int
-    eos: int
-    start: int  # starts a decoder
-    unk: int | None = None
-    bos: int | None = None
-    cls: int | None = None
-    sep: int | None = None
-    mask: int | None = None
-    sentinels: tuple[int, ...] = ()  # '<extra_id_0>' and so on, as in T5
-
-
-class Tokenizer:
-    """Base: ids of a text, without specials; text of ids, up to the first EOS."""
-
-    filename = "tokenizer.json"
-    joiner = ""  # begins a piece that continues a word, if the kind has such
-
-    def __init__(self, pieces: Sequence[str], specials: Specials):
-        self.pieces, self.specials = pieces, specials
-        self.pad, self.eos, self.start = specials.pad, specials.eos, specials.start
-        self.unk, self.bos, self.mask = specials.unk, specials.bos, specials.mask
-        self.cls, self.sep = specials.cls, specials.sep
-        # id: name, of all that are no text.
-        named = dataclasses.asdict(specials)
-        for i, special in enumerate(named.pop("sentinels")):
-            named[f"<extra_id_{i}>"] = special
-        self.names = {
-            i: pieces[i] if i < len(pieces) else name
-            for name, i in named.items()
-            if i is not None
-        }
-        # T5's published model files lack the sentinels, which follow the last piece.
-        self.vocab_size = max(len(pieces), *(i + 1 for i in self.names))
-
-    @property
-    def lowercase(self) -> bool:
-        """Whether all text becomes lower-case."""
-        return self._normalized("A") == "a"
-
-    def _normalized(self, text: str) -> str:
-        """The text as it is encoded."""
-        raise NotImplementedError
-
-    @property
-    def size(self) -> int:
-        """Number of ids."""
-        return self.vocab_size
-
-    def encode(self, values: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array per text."""
-        return self.encode_batch(values)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text."""
-        raise NotImplementedError
-
-    def to_bytes(self) -> bytes:
-        """The file's content; equal tokenizers give equal bytes."""
-        raise NotImplementedError
-
-    def _decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first EOS.
-
-        Special ids and those that a larger model has beyond ours vanish.
-        """
-        real = itertools.takewhile(lambda i: i != self.eos, map(int, ids))
-        return self._decode([i for i in real if self._is_text(i)])
-
-    def show(self, ids: Iterable[int]) -> str:
-        """All ids for the eye: special ones by name, text between them decoded."""
-        parts = []
-        for is_text, run in itertools.groupby(map(int, ids), self._is_text):
-            if is_text:
-                parts.append(self._decode(list(run)))
-            else:
-                parts += [self.names.get(i, f"<{i}>") for i in run]
-        return " ".join(parts)
-
-    def _is_text(self, i: int) -> bool:
-        return i < len(self.pieces) and i not in self.names
-
-    def sentinels(self) -> np.ndarray:
-        """The ids of '<extra_id_0>', '<extra_id_1>' ..., int32."""
-        return np.array(self.specials.sentinels, np.int32)
-
-    @functools.cached_property
-    def continues(self) -> np.ndarray:
-        """bool [vocab_size]: which ids continue the word of the one before.
-
-        WordPiece marks those; other kinds mark the beginning of a word, by a space or
-        what stands for it, so that punctuation belongs to the word it follows.
-        """
-        table = np.zeros(self.vocab_size, bool)
-        if self.joiner:
-            table[: len(self.pieces)] = [p.startswith(self.joiner) for p in self.pieces]
-        else:
-            marks = ("\u0120", "\u2581", " ")  # byte-level, SentencePiece, characters
-            firsts = {p[:1] for p in self.pieces}
-            mark = next((m for m in marks if m in firsts), "")
-            table[: len(self.pieces)] = [not p.startswith(mark) for p in self.pieces]
-        table[list(self.names)] = False
-        return table
-
-    def digest(self) -> str:
-        """Changes whenever an id of a text or a special id does."""
-        content = self.to_bytes() + repr(self.specials).encode()
-        return hashlib.sha256(content).hexdigest()
-
-    def save(self, directory: str) -> str:
-        """Writes the file, and one that names its specials; returns the file's path."""
-        specials = json.dumps(dataclasses.asdict(self.specials), indent=2).encode()
-        for name, content in ((SIDECAR, specials), (self.filename, self.to_bytes())):
-            path = os.path.join(directory, name)
-            with open(path + ".tmp", "wb") as f:
-                f.write(content)
-            os.replace(path + ".tmp", path)
-        return path
-
-
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json: byte-level BPE, WordPiece, characters, or a published one."""
 
     def __init__(self, core: tokenizers.Tokenizer, specials: Specials):
         super().__init__(_pieces(core), specials)
+        added = core.get_added_tokens_decoder().items()
+        self.names |= {i: token.content for i, token in added if token.special}
         self.core = core
         # '</s>' in a text is text.
         core.encode_special_tokens = True
@@ -194,14 +69,30 @@ class HuggingFaceTokenizer(Tokenizer):
         if isinstance(core.model, models.WordPiece):
             self.joiner = core.model.continuing_subword_prefix
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text; encoded in parallel."""
-        out = self.core.encode_batch(list(texts), add_special_tokens=False)
-        return [np.asarray(e.ids, np.int32) for e in out]
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Encoded in parallel."""
+        return _ids(self.core, texts)
 
-    def _normalized(self, text: str) -> str:
+    def _read(self, texts: list[str]) -> list[np.ndarray]:
+        return _ids(self._reading, texts)
+
+    @functools.cached_property
+    def _reading(self) -> tokenizers.Tokenizer:
+        """The same, but it finds special tokens in a text."""
+        core = tokenizers.Tokenizer.from_str(self.core.to_str())
+        core.encode_special_tokens = False
+        core.add_special_tokens(list(self.names.values()))
+        return core
+
+    def normalize(self, text: str) -> str:
+        """Without the mark of a space that some put into the text."""
         normalizer = self.core.normalizer
-        return normalizer.normalize_str(text) if normalizer else text
+        if normalizer is None:
+            return text
+        found = normalizer.normalize_str(text)
+        if SPACE in found and SPACE not in text:
+            found = found.replace(SPACE, " ").removeprefix(" " * (text[:1] != " "))
+        return found
 
     def to_bytes(self) -> bytes:
         """The tokenizer.json."""
@@ -221,12 +112,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.core = sentencepiece.SentencePieceProcessor(model_proto=model)
         super().__init__(_pieces(self.core), specials)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text."""
-        return [np.asarray(x, np.int32) for x in self.core.encode(list(texts))]
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.asarray(x, np.int32) for x in self.core.encode(texts)]
 
-    def _normalized(self, text: str) -> str:
-        return self.core.normalize(text).strip("\u2581")
+    def normalize(self, text: str) -> str:
+        """Without the space that it puts before a text."""
+        return self.core.normalize(text).replace(SPACE, " ").removeprefix(" ")
 
     def to_bytes(self) -> bytes:
         """The model file."""
@@ -241,22 +132,25 @@ class ByteTokenizer(Tokenizer):
 
     filename = "tokenizer.bytes"
 
-    def __init__(self, lowercase: bool = False, specials: Sequence[str] = ()):
-        self._lower = lowercase
+    def __init__(
+        self, lowercase: bool = False, specials: Sequence[str] = (), **known: Any
+    ):
+        # As every other kind does it, and as an exported one will.
+        self._lower = normalizers.Lowercase() if lowercase else None
         self.first = len(SPECIALS) + len(specials)  # the id of byte 0
         pieces = [*SPECIALS, *specials, *map(chr, range(256))]
-        super().__init__(pieces, recognise(pieces[: self.first]))
+        super().__init__(pieces, recognise(pieces[: self.first], **known))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array a text."""
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
         return [
-            np.frombuffer(self._normalized(t).encode(), np.uint8).astype(np.int32)
+            np.frombuffer(self.normalize(t).encode(), np.uint8).astype(np.int32)
             + self.first
             for t in texts
         ]
 
-    def _normalized(self, text: str) -> str:
-        return text.lower() if self._lower else text
+    def normalize(self, text: str) -> str:
+        """Lower-case, if so set."""
+        return self._lower.normalize_str(text) if self._lower else text
 
     def to_bytes(self) -> bytes:
         """Its settings, one a line."""
@@ -268,6 +162,11 @@ class ByteTokenizer(Tokenizer):
         return bytes(i - self.first for i in ids).decode(errors="replace")
 
 
+def _ids(core: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    found = core.encode_batch(texts, add_special_tokens=False)
+    return [np.asarray(e.ids, np.int32) for e in found]
+
+
 def _pieces(core: tokenizers.Tokenizer | sentencepiece.SentencePieceProcessor) -> list:
     """What every id stands for; '' where a file numbers with gaps."""
     if isinstance(core, sentencepiece.SentencePieceProcessor):
@@ -277,34 +176,6 @@ def _pieces(core: tokenizers.Tokenizer | sentencepiece.SentencePieceProcessor) -
     for piece, i in vocabulary.items():
         pieces[i] = piece
     return pieces
-
-
-def recognise(pieces: Sequence[str], **known) -> Specials:
-    """The special ids by the usual names; `known` ones are given.
-
-    ValueError if nothing ends a text. Without a pad token the end pads, as is usual
-    with GPT-2's.
-    """
-    ids = {p: i for i, p in enumerate(pieces)}
-    found = {
-        role: next((ids[n] for n in names if n in ids), None)
-        for role, names in NAMES.items()
-    }
-    if "<mask>" in ids:  # RoBERTa, BART: the ends of a text are these
-        found |= {"cls": ids.get("<s>"), "sep": ids.get("</s>")}
-    sentinels = itertools.takewhile(
-        ids.__contains__, map("<extra_id_{}>".format, range(len(ids)))
-    )
-    found |= {"sentinels": tuple(ids[s] for s in sentinels), **known}
-    if found["eos"] is None:
-        raise ValueError(
-            f"no token ends a text (expected one of {', '.join(NAMES['eos'])}); write "
-            f'{{"eos": ID}} into {SIDECAR} beside it'
-        )
-    if found["pad"] is None:
-        found["pad"] = found["eos"]
-    found.setdefault("start", found["pad"])
-    return Specials(**found)
 
 
 def train(
@@ -440,21 +311,22 @@ def load(path: str) -> Tokenizer:
         if os.path.exists(beside):
             with open(beside, "rb") as f:
                 known = json.load(f)
-            if "sentinels" in known:
-                known["sentinels"] = tuple(known["sentinels"])
         return _parse(path, content, known)
     except Exception as error:  # the libraries raise bare Exception and RuntimeError
         raise ValueError(f"{path}: not a tokenizer file ({error})") from error
 
 
-def _parse(path: str, content: bytes, known: dict) -> Tokenizer:
+def _parse(path: str, content: bytes, known: dict[str, Any]) -> Tokenizer:
     if path.endswith(".bytes"):
         case, *specials = content.decode().split("\n")
-        return ByteTokenizer(case == "lowercase", specials)
+        return ByteTokenizer(case == "lowercase", specials, **known)
     if path.endswith(".model"):
         core = sentencepiece.SentencePieceProcessor(model_proto=content)
         return SentencePieceTokenizer(content, recognise(_pieces(core), **known))
     core = tokenizers.Tokenizer.from_str(content.decode())
+    if "template" not in known and core.post_processor is not None:
+        processor = json.loads(core.post_processor.__getstate__())
+        known = known | {"template": from_processor(processor)}
     return HuggingFaceTokenizer(core, recognise(_pieces(core), **known))
 
 

@@ -4,15 +4,17 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
+from triform.data.codecs.framing import Framing
 from triform.data.codecs.text import Tokenizer
-from triform.data.datasets.base import Dataset, Epoch, TextConfig, fitting_batch
+from triform.data.datasets.base import Dataset, Epoch, TextConfig
+from triform.data.datasets.requests import Item, Requests
 from triform.data.store import Feature
 
 
@@ -36,6 +38,8 @@ class Corpus:
 @dataclasses.dataclass
 class PairsConfig(TextConfig):
     """Rows of two sequences, whose lengths may differ."""
+
+    USE: ClassVar[str] = "source"
 
     # Longest source, in tokens; 0: max_len, which else bounds the targets alone. The
     # source lengths of shorter buckets are in proportion.
@@ -134,11 +138,47 @@ class MixtureConfig(PairsConfig):
         self.require(self.temperature > 0, "temperature", "must be positive")
 
 
+class Sources(Requests):
+    """Texts that an encoder reads. Those of a mixture begin with its prefixes."""
+
+    columns, axis = ("inputs",), "S"
+
+    def read(self, request: Any) -> Item:
+        """Ids of a source."""
+        (text,), notes = self.texts(request)
+        ids = self.tok.encode([text], specials=True) if text.strip() else []
+        return Item(ids, text, notes)
+
+    def size(self, item: Item) -> int:
+        """The source and what stands around it."""
+        return sum(map(len, item.parts)) + self.framing.added(1)
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """The source, shortened so that what stands around it fits, and what starts a
+        target.
+        """
+        if not row:
+            batch["encoder_inputs"][:] = self.tok.pad
+            batch["inputs"][:, 0] = self.tok.start
+        ids = np.concatenate([*item.parts, np.zeros(0, np.int32)])
+        room = batch["encoder_inputs"].shape[1] - self.framing.added(1)
+        write_source(batch, row, ids[:room], self.framing)
+        return max(0, len(ids) - room)
+
+    def limit(self) -> str:
+        """The setting of the source's length."""
+        longest = getattr(self.config, "max_source_len", 0)
+        return f"data.max_source_len={longest}" if longest else super().limit()
+
+
 class Seq2Seq(Dataset):
-    """Row: the source and EOS; the target and EOS, and the same shifted right.
+    """Row: the source as the tokenizer frames it, else with EOS; the target and EOS,
+    and the same shifted right.
 
     Items are numbered over all corpora.
     """
+
+    requests = Sources
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
@@ -158,31 +198,10 @@ class Seq2Seq(Dataset):
         ]
         inputs, targets = map(np.concatenate, both)
         self.empty = np.minimum(inputs, targets) == 0
-        self.sizes = {"S": inputs + 1, "L": targets + 1}  # EOS
+        self.sizes = {"S": inputs + self.framing.added(1), "L": targets + 1}  # EOS
         self._raw_of = functools.cache(self._open_corpus)
         # The first item of every corpus, and the end of the last.
         self.starts = np.cumsum([0, *map(len, both[0])])
-
-    @classmethod
-    def request(
-        cls,
-        config: Any,
-        lines: Sequence[str],
-        rows: int,
-        codecs: Mapping[str, Codec],
-        first: int,
-    ) -> Batch:
-        """Sources; see `request_batch`."""
-        tok = codecs["text"]
-        ids = tok.encode_batch(lines)
-        needed = [len(x) + 1 for x in ids]
-        limit = "data.max_source_len" if config.max_source_len else "data.max_len"
-        batch = fitting_batch(config, "S", needed, lines, rows, first, limit)
-        batch["encoder_inputs"][:] = tok.pad
-        batch["inputs"][:, 0] = tok.start
-        for row, x in enumerate(ids):
-            write_source(batch, row, x, tok)
-        return batch
 
     def _corpus_of(self, item: int) -> tuple[int, int]:
         """(corpus, number in it) of an item."""
@@ -190,12 +209,13 @@ class Seq2Seq(Dataset):
         return corpus, int(item - self.starts[corpus])
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
-        """Both sides, each shortened so that its EOS fits."""
+        """Both sides, each shortened so that what stands around it fits."""
         corpus, number = self._corpus_of(item)
         tokens = self.stores[corpus].tokens
-        source = tokens["inputs"][number][: batch["encoder_inputs"].shape[1] - 1]
+        room = batch["encoder_inputs"].shape[1] - self.framing.added(1)
+        source = tokens["inputs"][number][:room]
         target = tokens["targets"][number][: batch["inputs"].shape[1] - 1]
-        write_source(batch, row, source, self.tok)
+        write_source(batch, row, source, self.framing)
         write_target(batch, row, target, self.tok)
 
     def order(
@@ -278,12 +298,11 @@ class Seq2Seq(Dataset):
         return spec.prefix.strip(" :").replace(" ", "_") or name, number
 
 
-def write_source(batch: Batch, row: int, ids: np.ndarray, tok: Tokenizer) -> None:
-    """What an encoder reads: ids and EOS."""
-    n = len(ids)
-    batch["encoder_inputs"][row, :n] = ids
-    batch["encoder_inputs"][row, n] = tok.eos
-    batch["encoder_segments"][row, : n + 1] = 1
+def write_source(batch: Batch, row: int, ids: np.ndarray, around: Framing) -> None:
+    """What an encoder reads: ids and what stands around them."""
+    source = around.framed([ids]).ids
+    batch["encoder_inputs"][row, : len(source)] = source
+    batch["encoder_segments"][row, : len(source)] = 1
 
 
 def write_target(batch: Batch, row: int, ids: np.ndarray, tok: Tokenizer) -> None:

@@ -9,23 +9,23 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
-from triform.data.codecs.text import Tokenizer
+from triform.data.codecs.framing import Framing
 from triform.data.datasets.base import (
     TARGETS,
     Dataset,
     Epoch,
     TextConfig,
-    fitting_batch,
     labels,
 )
+from triform.data.datasets.requests import Item, Requests
 from triform.data.store import Feature
-from triform.runtime.errors import DataError
 
 
 @dataclasses.dataclass
 class EncoderInputsConfig(TextConfig):
     """Rows for an encoder: [CLS] text [SEP], or two texts."""
 
+    USE: ClassVar[str] = "texts"
     GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first")
 
     # Which positions see all and are seen by all beyond the model's windows (Beltagy
@@ -100,11 +100,47 @@ class SequenceClassificationConfig(EncoderInputsConfig):
         )
 
 
-class SequenceClassification(Dataset):
-    """Row: [CLS] first [SEP] second [SEP], and the label.
+class Classified(Requests):
+    """One or two texts, of which a model gives the class or a number."""
 
-    Of a tokenizer without [CLS] and [SEP]: first EOS second EOS.
+    columns, gives = ("first", "second"), ("label", "score", "probabilities")
+
+    def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
+        super().__init__(config, codecs, sizes)
+        if config.target == "number":
+            self.gives = ("label",)
+
+    def read(self, request: Any) -> Item:
+        """Ids of the texts."""
+        texts, notes = self.texts(request)
+        shown = "\t".join(texts)
+        ids = self.tok.encode(texts, specials=True) if shown.strip() else []
+        return Item(ids, shown, notes)
+
+    def size(self, item: Item) -> int:
+        """The texts and what stands around them."""
+        return sum(map(len, item.parts)) + self.framing.added(len(item.parts) or 1)
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """Shortened as in evaluation."""
+        texts = shortened(item.parts, batch["inputs"].shape[1], self.framing)
+        if texts:
+            write_texts(batch, row, texts, self.framing, self.config.global_tokens)
+        return sum(map(len, item.parts)) - sum(map(len, texts))
+
+    def answer(self, item: Item, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Label and probabilities, or a number."""
+        return self.labelled(row)
+
+
+class SequenceClassification(Dataset):
+    """Row: one or two texts as the tokenizer frames them, and the label.
+
+    Of a tokenizer that does not: [CLS] first [SEP] second [SEP], or without these first
+    EOS second EOS.
     """
+
+    requests = Classified
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
@@ -115,45 +151,15 @@ class SequenceClassification(Dataset):
         self.digest = opened.digest
         self.texts = list(opened.tokens.values())
         sizes = np.stack([tokens.sizes() for tokens in self.texts])
-        added = (self.tok.cls is not None) + len(self.texts)
         self.empty = sizes.min(0) == 0
-        self.sizes = {"L": sizes.sum(0) + added}
+        self.sizes = {"L": sizes.sum(0) + self.framing.added(len(self.texts))}
         self._label = labels(self, "label", opened.values["label"])
-
-    @classmethod
-    def request(
-        cls,
-        config: Any,
-        lines: Sequence[str],
-        rows: int,
-        codecs: Mapping[str, Codec],
-        first: int,
-    ) -> Batch:
-        """Texts, the second one after a tab; see `request_batch`."""
-        tok, count = codecs["text"], 2 if config.second else 1
-        parts = [line.split("\t", count - 1) for line in lines]
-        short = next((i for i, p in enumerate(parts) if len(p) < count), None)
-        if short is not None:
-            raise DataError(
-                f"input line {first + short + 1} ({lines[short][:40]!r}): expected two "
-                "texts with a tab between them"
-            )
-        ids = [tok.encode_batch(texts) for texts in parts]
-        added = (tok.cls is not None) + count
-        needed = [sum(map(len, texts)) + added for texts in ids]
-        batch = fitting_batch(config, "L", needed, lines, rows, first)
-        for row, texts in enumerate(ids):
-            write_texts(batch, row, texts, tok, config.global_tokens)
-        return batch
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """Texts whose sum is too long lose their ends, the longer one first."""
         texts = [tokens[item] for tokens in self.texts]
-        length = batch["inputs"].shape[1]
-        room = length - (self.tok.cls is not None) - len(texts)
-        sizes = fitted([len(ids) for ids in texts], room)
-        shown = [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
-        write_texts(batch, row, shown, self.tok, self.config.global_tokens)
+        texts = shortened(texts, batch["inputs"].shape[1], self.framing)
+        write_texts(batch, row, texts, self.framing, self.config.global_tokens)
         batch["label"][row] = self._label[item]
         batch["label_weights"][row] = 1
 
@@ -166,6 +172,16 @@ class SequenceClassification(Dataset):
     def input_text(self, item: int) -> str:
         """The texts of an item, a tab between them."""
         return "\t".join(self._texts(item))
+
+
+def shortened(
+    texts: Sequence[np.ndarray], length: int, around: Framing
+) -> list[np.ndarray]:
+    """One or two texts that fit into a row of this length."""
+    if not texts:
+        return []
+    sizes = fitted([len(ids) for ids in texts], length - around.added(len(texts)))
+    return [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
 
 
 def fitted(sizes: list[int], room: int) -> list[int]:
@@ -183,27 +199,20 @@ def write_texts(
     batch: Batch,
     row: int,
     texts: list[np.ndarray],
-    tok: Tokenizer,
+    around: Framing,
     global_tokens: str,
 ) -> np.ndarray:
-    """[CLS] first [SEP] second [SEP]; the positions of the texts, ascending."""
-    end = tok.eos if tok.sep is None else tok.sep
-    at, question, positions = 0, 0, []
-    if tok.cls is not None:
-        batch["inputs"][row, 0] = tok.cls
-        at = 1
-    for i, ids in enumerate(texts):
-        n = len(ids)
-        batch["inputs"][row, at : at + n] = ids
-        batch["inputs"][row, at + n] = end
-        if i:
-            batch["token_type_ids"][row, at : at + n + 1] = 1
-        else:
-            question = at + n
-        positions.append(np.arange(at, at + n))
-        at += n + 1
-    batch["segments"][row, :at] = 1
+    """Writes a row of one or two texts; the positions of their ids, ascending."""
+    ids, types, starts = around.framed(texts)
+    batch["inputs"][row, : len(ids)] = ids
+    batch["segments"][row, : len(ids)] = 1
+    if "token_type_ids" in batch:
+        batch["token_type_ids"][row, : len(ids)] = types
+    positions = [
+        np.arange(at, at + len(x)) for at, x in zip(starts, texts, strict=True)
+    ]
     if global_tokens != "none":
+        question = starts[0] + len(texts[0])
         batch["global_attention_mask"][
             row, : question if global_tokens == "question" else 1
         ] = 1

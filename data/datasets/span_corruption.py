@@ -10,7 +10,12 @@ from triform.data import store
 from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
-from triform.data.datasets.seq2seq import PairsConfig, write_source, write_target
+from triform.data.datasets.seq2seq import (
+    PairsConfig,
+    Sources,
+    write_source,
+    write_target,
+)
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
@@ -20,6 +25,7 @@ class SpanCorruptionConfig(TextConfig):
     """Raffel et al. 2020, 3.1.4 and 3.3.4. max_len is the encoder's length."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = tuple(f"<extra_id_{i}>" for i in range(100))
+    USE: ClassVar[str] = "source"
 
     text: str = "text"  # the feature: one document an example
     noise_rate: float = 0.15  # share of the tokens that is left out
@@ -69,12 +75,26 @@ class SpanCorruptionConfig(TextConfig):
         self.require(self.span_length >= 1, "span_length", "must be at least 1")
 
 
+class Gaps(Sources):
+    """Texts in which '<extra_id_0>' and so on stand for what is left out."""
+
+    columns = ("text",)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """What is written, with its sentinels."""
+        ids = ids.tolist()
+        over = (i for i, x in enumerate(ids) if x in self.tok.ends)
+        return self.tok.show(ids[: next(over, len(ids))])
+
+
 class SpanCorruption(Dataset):
     """Row: a chunk of the documents, end to end, with a sentinel for every span.
 
     The decoder predicts every sentinel and its span. Chunks are as long as fills the
     encoder's rows; the last of a split may be shorter.
     """
+
+    requests = Gaps
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
@@ -89,6 +109,12 @@ class SpanCorruption(Dataset):
                 f"data.max_len={config.max_len}: its rows have {spans} spans, but the "
                 f"tokenizer has {len(self.sentinels)} sentinels (<extra_id_0> ...); "
                 "lower it, or train a new tokenizer"
+            )
+        if self.framing.added(1) > 1:
+            raise DataError(
+                f"data.tokenizer.path={config.tokenizer.path!r}: it puts "
+                f"{self.framing.added(1)} special tokens around a text, and rows have "
+                "room for one; use another tokenizer or train a new one"
             )
         count, rest = divmod(len(self.ids), self.chunk)
         count += rest >= 2  # one token alone cannot be left out of anything
@@ -106,14 +132,14 @@ class SpanCorruption(Dataset):
         ).ravel()
         starts = np.cumsum(lengths) - lengths
         left_out = np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
-        for begins, keep, write in (
-            (starts[1::2], ~left_out, write_source),
-            (starts[::2], left_out, write_target),
-        ):
+        rows = []
+        for begins, keep in ((starts[1::2], ~left_out), (starts[::2], left_out)):
             # What is not kept becomes a sentinel at its first position.
             shown, keep = ids.copy(), keep.copy()
             shown[begins], keep[begins] = self.sentinels[:spans], True
-            write(batch, row, shown[keep], self.tok)
+            rows.append(shown[keep])
+        write_source(batch, row, rows[0], self.framing)
+        write_target(batch, row, rows[1], self.tok)
 
     def example(self, item: int) -> Mapping[str, Any]:
         """{}: a row is not an example of the source."""
