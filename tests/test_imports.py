@@ -62,6 +62,9 @@ ROWS = {
 }
 # (module, what a function of it imports): why not at the top.
 LATE = {
+    ("data.sources.files", "triform.data.sources"): "pyarrow costs 0.2 s",
+    ("data.sources.formats", "triform.data.sources"): "pyarrow costs 0.2 s",
+    ("data.sources.streams", "pyarrow"): "0.2 s, which zstandard alone needs",
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
     ("runtime.metrics", "triform.runtime.events"): "it imports torch",
