@@ -142,21 +142,28 @@ class Evaluator:
         config = dataclasses.replace(
             config, metrics=names, lowercase=config.lowercase or tok.lowercase
         )
-        # Both sides as they are printed.
-        texts = {i: tuple(map(one_line, dataset.text(i))) for i in written}
+        texts = {i: dataset.text(i) for i in written}
+        # What the model cannot write is no mistake of its: ligatures, say, that the
+        # tokenizer takes apart. Outputs and references are compared as it has them, and
+        # as they are printed.
+        known = {i: one_line(tok.normalize(ref)) for i, (_, ref) in texts.items()}
         groups: dict[str, list[int]] = {}
         for i in written:
             groups.setdefault(dataset.group(i)[0], []).append(i)
         found = {}
         for group, ids in groups.items():
-            ours, references = [written[i] for i in ids], [texts[i][1] for i in ids]
             lead = f"{group}/" if group else ""
-            scored = scores.score(config, ours, references)
+            ours = [tok.normalize(written[i]) for i in ids]
+            scored = scores.score(config, ours, [known[i] for i in ids])
             found |= {f"{lead}{name}": x for name, x in scored.items()}
+        if changed := sum(known[i] != one_line(texts[i][1]) for i in written):
+            found["references"] = (
+                f"{changed} of {len(written)} changed: normalised as the tokenizer does"
+            )
         step = max(1, len(written) // max(1, config.samples))
         samples = "\n".join(
-            f"source     {texts[i][0]}\nreference  {texts[i][1]}\n"
-            f"output     {written[i]}\n"
+            f"source     {one_line(texts[i][0])}\nreference  {known[i]}\n"
+            f"output     {one_line(tok.normalize(written[i]))}\n"
             for i in [*written][::step][: config.samples]
         )
         return found, samples

@@ -77,7 +77,7 @@ def sources(config: ExperimentConfig, read: bool = False) -> str:
     """
     lines = []
     for data, name, splits in _origins(config):
-        where = store.origin(data, name).where()
+        where = store.location(data, name)
         if not where:
             lines.append(
                 f"data: {name!r} is not prepared here; train.py prepares or downloads "
@@ -190,7 +190,7 @@ def evaluations(splits: Splits) -> str:
         "steps between"
     )
     if share > DEAR:
-        line += "; set evaluation.examples or raise evaluation.every to spend less"
+        line += "; lower evaluation.examples or raise evaluation.every to spend less"
     return line
 
 

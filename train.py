@@ -183,6 +183,22 @@ def test(
     return result.scalars | {"test/checkpoint": which}
 
 
+def finished(experiment: Experiment, checkpointer: Checkpointer) -> dict[str, Any]:
+    """The test scores of a run that is done, {} of others; says that it is done.
+
+    Only if the last checkpoint is intact: a damaged one is moved away as on resuming.
+    """
+    steps, done = experiment.config.steps, checkpointer.latest() or 0
+    workdir = str(checkpointer.directory.parent)
+    scores = workdirs.tested(workdir, done) if done >= steps else {}
+    if scores:
+        workdirs.restore(experiment, checkpointer)
+        if checkpointer.latest() != done:
+            return {}
+        print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
+    return scores
+
+
 def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     """The workdir's; else built, with the tokenizer of init_from if none is named."""
     data = config.data
@@ -279,9 +295,7 @@ def run(
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         if from_step is not None:
             go_back(workdir, checkpointer, config, from_step)
-        done = checkpointer.latest() or 0
-        if done >= config.steps and (scores := workdirs.tested(workdir, done)):
-            print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
+        if scores := finished(experiment, checkpointer):
             return scores
         print(plan.describe(experiment))
         print(plan.export(config))

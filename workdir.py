@@ -23,10 +23,11 @@ from triform.configs.schema import ExperimentConfig, InitRule
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
 from triform.data.codecs.text import Tokenizer
+from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models import ModelConfig
 from triform.models.stacking import looped_layers, stacked_layers
-from triform.runtime import metrics, paths
+from triform.runtime import files, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 
@@ -59,10 +60,9 @@ FREE = (
 def saved_config(workdir: str) -> ExperimentConfig | None:
     """The config of a workdir; None if it holds none."""
     path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
+    text = files.read_text(path)
+    if text is None:
         return None
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
     try:
         code = plugins.saved(workdir, json.loads(text).get("plugins", ()))
         config = schema.from_json(text)
@@ -108,6 +108,8 @@ def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | N
     for name, (before, after) in changed.items():
         print(f"config: {name} was {before!r}, is now {after!r}")
     for name, (before, after) in changed.items():
+        if name == "data.source" and is_path(before) and is_path(after):
+            continue  # files may move: a run knows them by their content
         if name == "seed" or (name.startswith(FIXED) and name not in FREE):
             raise UserError(
                 f"workdir={workdir!r}: it belongs to another experiment ({name} is "
@@ -121,10 +123,8 @@ def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -
     """Writes codecs and config.json. Called last, after everything that may fail."""
     codec_files.save(codecs, workdir)
     plugins.save(config.plugins, workdir)
-    path = os.path.join(workdir, "config.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with files.replacing(os.path.join(workdir, "config.json")) as f:
         f.write(schema.to_json(config))
-    os.replace(path + ".tmp", path)
 
 
 def lock(workdir: str) -> Any:

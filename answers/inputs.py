@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-from triform.data.sources.files import TABLES, read_rows, suffix
+from triform.data.sources.files import read_rows
+from triform.data.sources.locate import TABLES, suffix
 from triform.data.sources.streams import BOM, opened
 from triform.runtime import paths
 from triform.runtime.errors import UserError

@@ -28,6 +28,7 @@ from triform.data.datasets import (
     SpanCorruptionConfig,
     TokenClassificationConfig,
 )
+from triform.data.sources import absolute
 from triform.models import (
     MODELS,
     EncoderConfig,
@@ -180,18 +181,20 @@ class ExperimentConfig:
         return UNKNOWN in self.model.sizes().values()
 
     def resolved(self, classes: Mapping[str, int] | None = None) -> "ExperimentConfig":
-        """A copy in which values that are left to the data are set.
+        """A copy in which values that are left to the data are set, and paths absolute.
 
         These are trunk.max_len=0, an image's image_size=0 and channels=0, and numbers
         of classes of -1. `classes` holds the latter by name: {"num_labels": 150}. What
         remains open, `validate` refuses.
         """
         config = copy.deepcopy(self)
-        # From any folder a run starts from the same others.
+        config.data.make_absolute()
+        config.evaluations = tuple(
+            replace(x, source=absolute(x.source)) for x in config.evaluations
+        )
         config.init_from = self.init_from and paths.absolute(self.init_from)
         config.init = tuple(
-            replace(rule, source=rule.source and paths.absolute(rule.source))
-            for rule in self.init
+            replace(x, source=x.source and paths.absolute(x.source)) for x in self.init
         )
         try:
             config.data.validate()
@@ -365,6 +368,7 @@ class ExperimentConfig:
         names = ["eval"]
         for split in self.evaluations:
             split.validate()
+            self.evaluation.require_words(split.scores)
             if split.name in names:
                 raise ValueError(
                     f"evaluations: name={split.name!r}: two have it (data.eval_split's "

@@ -7,24 +7,23 @@ are read and how, and the tokenizer.
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from triform.data import sources
+from triform.data import encoding, progress, sources
 from triform.data.codecs.text import Tokenizer
-from triform.data.sources import Source
+from triform.data.sources import Column, Reading, Source
 from triform.runtime import paths
 from triform.runtime.errors import DataError
 
-LAYOUT = "v3"  # of the arrays; another one makes other cache entries
+LAYOUT = "v4"  # of the arrays; another one makes other cache entries
+DAY = 86_400  # seconds
 
 
 def single(value: Any) -> list:
@@ -109,8 +108,22 @@ class TokenStore:
 
 
 def origin(config: Any, source: str) -> Source:
-    """A source, with the folders that a config names."""
-    return sources.source(source, config.data_dir, config.manual_dir)
+    """A source, with the folders that a config names and what it reads of files."""
+    columns = tuple(
+        Column(f.field, f.name, f.is_text)
+        for f in config.features()
+        if f.source == source
+    )
+    cache = os.path.join(cache_root(config), "files")
+    reading = Reading(columns, config.txt_example, config.held_out, cache)
+    return sources.source(source, config.data_dir, config.manual_dir, reading)
+
+
+def location(config: Any, source: str) -> str:
+    """Where the examples of a source are, for the eye; '' if still to be prepared."""
+    found = origin(config, source)
+    # A source of a plugin need not say it.
+    return found.location() if hasattr(found, "location") else "from a plugin"
 
 
 def examples(config: Any, source: str, split: str) -> Sequence[Mapping[str, Any]]:
@@ -133,11 +146,19 @@ def reader(config: Any, feature: Feature) -> Callable[[Mapping[str, Any]], list]
     def text(value: Any) -> str:
         if isinstance(value, int | np.integer) and 0 <= value < len(names()):
             return names()[value]
+        where = f"data.{feature.field}: feature {feature.name!r} of {feature.source!r}"
         if not isinstance(value, str):
-            raise DataError(
-                f"data.{feature.field}: feature {feature.name!r} of "
-                f"{feature.source!r} is no text ({value!r:.40}); name a text feature"
-            )
+            raise DataError(f"{where} is no text ({value!r:.40}); name a text feature")
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{where} holds half of a character (U+"
+                    f"{ord(value[error.start]):04X}, a lone surrogate); correct it"
+                ) from error
+        if "\0" in value:
+            raise DataError(f"{where} holds the character NUL (U+0000); remove it")
         return value
 
     def read(example: Mapping[str, Any]) -> list:
@@ -154,14 +175,43 @@ def reader(config: Any, feature: Feature) -> Callable[[Mapping[str, Any]], list]
     return read
 
 
+def read(
+    config: Any, split: str, features: Sequence[Feature], what: str
+) -> Iterator[list[list]]:
+    """Of every example of one source a list of texts or values a feature, in order.
+
+    `what` names the work for the eye. DataError names the example, and its file and
+    line if it has them.
+    """
+    source = features[0].source
+    readers = [reader(config, feature) for feature in features]
+    raw = examples(config, source, split)
+    with progress.Bar(what, len(raw)) as bar:
+        for number, example in enumerate(raw):
+            try:
+                found = [one(example) for one in readers]
+            except DataError as error:
+                where = place(config, source, split, number)
+                raise DataError(f"{where}: {error}") from error
+            yield found
+            bar.update()
+
+
+def place(config: Any, source: str, split: str, item: int) -> str:
+    """'multi30k_translate train, example 7', or 'data.csv, line 9 (train, example 7)'."""
+    where = origin(config, source).where(split, item)
+    name = f"{split}, example {item}"
+    return f"{where} ({name})" if where else f"{source} {name}"
+
+
 def open_store(
     config: Any, split: str, tok: Tokenizer, features: Sequence[Feature]
 ) -> TokenStore:
     """The features, all of one source, from the cache or computed into it."""
     keys = [tok.digest(), *(feature.key() for feature in features)]
 
-    def write(path: str) -> None:
-        _write(config, split, tok, features, path)
+    def write(path: str, parts: str) -> None:
+        _write(config, split, tok, features, path, parts)
 
     path = cached(config, "tokens", features[0].source, split, keys, write)
     return TokenStore(path, features)
@@ -173,9 +223,13 @@ def cached(
     source: str,
     split: str,
     keys: Iterable[str],
-    write: Callable[[str], None],
+    write: Callable[[str, str], None],
 ) -> str:
-    """The folder that `write(folder)` filled for this source, split and keys."""
+    """The folder that `write(folder, parts)` filled for this source, split and keys.
+
+    What it writes into the folder `parts` is there again if it was interrupted, and
+    goes away when it has finished.
+    """
     content = origin(config, source).fingerprint(split)
     key = hashlib.sha256("\0".join([LAYOUT, content, *keys]).encode())
     final = os.path.join(cache_root(config), kind, key.hexdigest()[:32])
@@ -183,8 +237,10 @@ def cached(
         os.makedirs(os.path.dirname(final), exist_ok=True)
         _sweep(os.path.dirname(final))
         part = tempfile.mkdtemp(dir=os.path.dirname(final), prefix="part-")
+        parts = os.path.join(os.path.dirname(final), f"parts-{os.path.basename(final)}")
+        os.makedirs(parts, exist_ok=True)
         try:
-            write(part)
+            write(part, parts)
             os.chmod(part, 0o755)  # mkdtemp's is for us alone; a cache may be shared
             os.rename(part, final)
         except OSError:
@@ -193,6 +249,8 @@ def cached(
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            if os.path.isdir(final) or not os.listdir(parts):
+                shutil.rmtree(parts, ignore_errors=True)
     return final
 
 
@@ -203,86 +261,80 @@ def cache_root(config: Any) -> str:
 
 
 def _sweep(directory: str) -> None:
-    """Removes what killed processes began more than a day ago."""
-    yesterday = time.time() - 86_400
+    """Removes what killed processes began: folders at once unused for a day, parts that
+    may still be wanted for a week.
+    """
+    now = time.time()
     for entry in os.scandir(directory):
-        if entry.name.startswith("part-") and entry.stat().st_mtime < yesterday:
+        age = now - entry.stat().st_mtime
+        if entry.name.startswith("part-") and age > DAY:
+            shutil.rmtree(entry.path, ignore_errors=True)
+        if entry.name.startswith("parts-") and age > 7 * DAY:
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _write(
-    config: Any, split: str, tok: Tokenizer, features: Sequence[Feature], path: str
+    config: Any,
+    split: str,
+    tok: Tokenizer,
+    features: Sequence[Feature],
+    path: str,
+    parts: str,
 ) -> None:
     """Streams: the texts of a corpus need not fit into memory, only their lengths."""
-    raw = examples(config, features[0].source, split)
-    read = [reader(config, feature) for feature in features]
-    stream = iter(tqdm(raw, f"tokenising {split}", disable=None, leave=False))
-    writers = [
-        _TokenWriter(os.path.join(path, f.field), tok, f.end)
-        if f.is_text
-        else _ValueWriter(os.path.join(path, f.field), f)
-        for f in features
-    ]
-    while chunk := list(itertools.islice(stream, 1000)):
-        for one, writer in zip(read, writers, strict=True):
-            writer.add([one(example) for example in chunk])
-    for writer in writers:
-        writer.finish()
+    columns = [encoding.Column(f.field, f.is_text, f.end) for f in features]
+    found = read(config, split, features, f"tokenising {split}")
+    written = encoding.write_parts(tok, columns, found, parts)
+    for feature in features:
+        target = os.path.join(path, feature.field)
+        if feature.is_text:
+            _join_texts(written, feature.field, target)
+        else:
+            _join_values(written, feature, target)
 
 
-class _TokenWriter:
+def _joined(parts: Sequence[str], name: str) -> Iterator[np.ndarray]:
+    for path in parts:
+        with np.load(path) as arrays:
+            yield arrays[name]
+
+
+def _join_texts(parts: Sequence[str], field: str, target: str) -> None:
     """Writes what `Tokens` reads."""
-
-    def __init__(self, path: str, tok: Tokenizer, end: bool):
-        self.path, self.tok = path, tok
-        self.end = np.array([tok.eos] if end else [], np.int32)
-        self.dtype = np.dtype(np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32)
-        self.sizes, self.first, self.counts = [0], [0], np.zeros(2, np.int64)
-
-    def add(self, examples: list[list[str]]) -> None:
-        """Texts of some examples."""
-        self.first += [len(texts) for texts in examples]
-        texts = [text for part in examples for text in part]
-        # Where texts are words, few are distinct.
-        distinct = list(dict.fromkeys(texts))
-        ids = dict(zip(distinct, self.tok.encode_batch(distinct), strict=True))
-        rows = [x for text in texts for x in (ids[text], self.end)]
-        with open(f"{self.path}.tokens", "ab") as f:
-            f.write(np.concatenate([self.end[:0], *rows]).astype(self.dtype).tobytes())
-        self.sizes += [len(ids[text]) + len(self.end) for text in texts]
-        self.counts[0] += sum(len(text.split()) + text.count("\n") for text in texts)
-        self.counts[1] += sum(len(text.encode()) for text in texts)
-
-    def finish(self) -> None:
-        """Writes all but the tokens."""
-        np.savez(
-            f"{self.path}.npz",
-            offsets=np.cumsum(self.sizes, dtype=np.int64),
-            first=np.cumsum(self.first, dtype=np.int64),
-            counts=self.counts,
-            dtype=np.zeros(0, self.dtype),
-        )
+    dtype = np.dtype(np.uint16)
+    with open(f"{target}.tokens", "wb") as f:
+        for ids in _joined(parts, f"{field}/ids"):
+            dtype = ids.dtype
+            ids.tofile(f)
+    sizes, first, counts = (
+        list(_joined(parts, f"{field}/{name}")) for name in ("sizes", "first", "counts")
+    )
+    np.savez(
+        f"{target}.npz",
+        offsets=_sums(sizes),
+        first=_sums(first),
+        counts=np.sum(counts, 0) if counts else np.zeros(2, np.int64),
+        dtype=np.zeros(0, dtype),
+    )
 
 
-class _ValueWriter:
-    """Writes the numbers or names of all examples as one array."""
-
-    def __init__(self, path: str, feature: Feature):
-        self.path, self.feature = path, feature
-        self.values, self.first = [], [0]
-
-    def add(self, examples: list[list]) -> None:
-        """Values of some examples."""
-        self.first += [len(values) for values in examples]
-        self.values += [value for part in examples for value in part]
-
-    def finish(self) -> None:
-        """Writes them; DataError if they are neither."""
-        values = np.asarray(self.values)
+def _join_values(parts: Sequence[str], feature: Feature, target: str) -> None:
+    """Writes the values of all examples as one array; DataError if they are neither
+    numbers nor names.
+    """
+    found = list(_joined(parts, f"{feature.field}/values"))
+    for values in found:
         if values.ndim != 1 or values.dtype.kind not in "biufU":
             raise DataError(
-                f"data.{self.feature.field}: feature {self.feature.name!r} of "
-                f"{self.feature.source!r} holds neither numbers nor names "
-                f"({self.values[0]!r:.40}); name another"
+                f"data.{feature.field}: feature {feature.name!r} of "
+                f"{feature.source!r} holds neither numbers nor names "
+                f"({values.flat[0]!r:.40}); name another"
             )
-        np.savez(f"{self.path}.npz", values=values, first=np.cumsum(self.first))
+    values = np.concatenate(found) if found else np.zeros(0)
+    first = _sums(list(_joined(parts, f"{feature.field}/first")))
+    np.savez(f"{target}.npz", values=values, first=first)
+
+
+def _sums(parts: list[np.ndarray]) -> np.ndarray:
+    """0 and the running sums of all numbers, int64."""
+    return np.concatenate([[0], *parts]).cumsum(dtype=np.int64)

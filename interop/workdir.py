@@ -119,7 +119,7 @@ def import_model(
         missing = tokenizers.bring(source, partial, hf)
         said += _ids_without_rows(partial, model)
         tokenizers.write_json(partial, HF_CONFIG, hf)
-        with open(os.path.join(partial, "config.json"), "w") as f:
+        with open(os.path.join(partial, "config.json"), "w", encoding="utf-8") as f:
             f.write(to_json(experiment))
         codec_files.save(_classes(experiment, hf), partial)
         with _bar(found.size(), "reading") as bar:
@@ -245,7 +245,7 @@ def export_model(
             merged = merge(unflatten_dict(params, sep="/"), lora)
             params = _flat(jax.device_get(merged))
         dtype, odd = about.get("dtype", "F32"), about.get("odd_dtypes", {})
-        known = tokenizers.give(workdir, partial, model.longest().get("L", 0))
+        known = tokenizers.give(workdir, partial, config, family)
         known = _special_ids(family, known)
         if not original:
             hf = known | hf

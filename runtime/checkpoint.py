@@ -248,6 +248,7 @@ class Checkpointer:
             try:
                 return self._read(found, abstract_state)
             except Corrupt as problem:
+                read_errors.check_readable(found, self.directory)
                 problems.append(f"step {found}: {problem}")
                 target = self._move(found, "corrupt")
                 _log.warning("checkpoint %s: %s; moved to %s", found, problem, target)

@@ -208,6 +208,12 @@ class Memory:
     def classes(self, feature):
         return self._classes.get(f"{self._name}:{feature}", ())
 
+    def where(self, split, item):
+        return ""
+
+    def report(self, split):
+        return []
+
     def _of(self, split):
         return self._examples[split] if self.splits() else self._examples
 
@@ -225,8 +231,11 @@ def sources(monkeypatch, tmp_path):
         loads, known = [], dict(classes)
 
         class Provided:
-            def __init__(self, name, data_dir="", manual_dir=""):
+            def __init__(self, name, *options):
                 self.name = name
+
+            def location(self):
+                return "in memory"
 
             def _of(self, split):
                 found = corpora[self.name]
@@ -247,6 +256,12 @@ def sources(monkeypatch, tmp_path):
 
             def classes(self, feature):
                 return known.get(f"{self.name}:{feature}", ())
+
+            def where(self, split, item):
+                return ""
+
+            def report(self, split):
+                return []
 
         monkeypatch.setattr(source_table, "source", Provided)
         return loads

@@ -56,8 +56,9 @@ ROWS = {
         ("data.datasets*",),
         ("data.codecs.files",),
         ("data.store",),
+        ("data.encoding",),
         ("data.codecs*", "data.sources*", "data.batch"),
-        ("data.lines",),
+        ("data.progress", "data.lines"),
     ),
 }
 # (module, what a function of it imports): why not at the top.

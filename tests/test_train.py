@@ -320,7 +320,7 @@ def test_non_finite_loss_stops_with_step_and_examples(tmp_path, cache):
     done = train(tmp_path, cache, STEPS, "--config.optim.learning_rate=1e38", code=1)
     assert "error: step" in done.stderr
     assert "on examples" in done.stderr
-    assert "start again from the last checkpoint" in done.stderr
+    assert "the newest checkpoint is 2: lower optim.learning_rate" in done.stderr
     _, meta = saved_state(tmp_path, 2)
     assert meta["data"]["step"] == 2
 

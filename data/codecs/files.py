@@ -183,8 +183,8 @@ def _training_texts(config: Any) -> Iterator[str]:
     for corpus in config.tokenizer.corpora:
         source, _, name = corpus.rpartition(":")
         features.append(store.Feature("tokenizer.corpora", source, name))
-    for source, group in itertools.groupby(features, lambda feature: feature.source):
-        readers = [store.reader(config, feature) for feature in group]
-        for example in store.examples(config, source, config.train_split):
-            for read in readers:
-                yield from read(example)
+    for _, group in itertools.groupby(features, lambda feature: feature.source):
+        what = "training a tokenizer"
+        for example in store.read(config, config.train_split, list(group), what):
+            for texts in example:
+                yield from texts

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from triform.data.codecs.framing import from_processor
+from triform.data.codecs.pieces import pieces
 from triform.data.codecs.specials import (
     EOS,
     PAD,
@@ -29,6 +30,7 @@ __all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
 
 SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
+MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 
 
 @dataclasses.dataclass
@@ -262,8 +264,13 @@ def _train_unigram(
 ) -> Tokenizer:
     out = io.BytesIO()
     _sentencepiece(
-        # Line by line: it leaves out what it takes for too long a sentence.
-        sentence_iterator=(line for t in texts for line in t.splitlines()),
+        # In lines and pieces of them: it leaves out what it takes for too long.
+        sentence_iterator=(
+            piece
+            for t in texts
+            for line in t.splitlines()
+            for piece in pieces(line, MOST_BYTES // 4)
+        ),
         model_writer=out,
         model_type="unigram",
         vocab_size=vocab_size,
@@ -276,7 +283,7 @@ def _train_unigram(
         eos_piece=SPECIALS[EOS],
         unk_piece=SPECIALS[UNK],
         control_symbols=names[len(SPECIALS) :],  # never found in a text
-        max_sentence_length=1 << 20,
+        max_sentence_length=MOST_BYTES,
         normalization_rule_name="nfkc_cf" if config.lowercase else "nfkc",
         remove_extra_whitespaces=False,
         split_digits=True,
@@ -323,7 +330,7 @@ def _parse(path: str, content: bytes, known: dict[str, Any]) -> Tokenizer:
     if path.endswith(".model"):
         core = sentencepiece.SentencePieceProcessor(model_proto=content)
         return SentencePieceTokenizer(content, recognise(_pieces(core), **known))
-    core = tokenizers.Tokenizer.from_str(content.decode())
+    core = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
     if "template" not in known and core.post_processor is not None:
         processor = json.loads(core.post_processor.__getstate__())
         known = known | {"template": from_processor(processor)}

@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from triform.data import store
+from triform.data import sources, store
 from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets.requests import Requests, framing
+from triform.data.sources.formats import TXT_EXAMPLES
 from triform.data.store import Feature
+from triform.runtime import paths
 from triform.runtime.errors import DataError
 
 TARGETS = ("class", "number")  # what is predicted of a text or a word
@@ -22,7 +24,13 @@ TARGETS = ("class", "number")  # what is predicted of a text or a word
 class DataConfig:
     """Where examples come from, and how many make a batch."""
 
-    source: str = "cldr"  # embedded, our own, or a public TFDS name
+    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
+
+    # A file, folder or pattern, or several with commas between; or the name of an
+    # embedded source, one of ours, or a public one of TFDS.
+    source: str = "cldr"
+    txt_example: str = "file"  # of text files an example is a file, passage or line
+    held_out: float = 0.05  # share of files for validation, and for test, if none is
     train_split: str = "train"  # what is trained on
     eval_split: str = "validation"  # scored while training; see evaluation.every
     test_split: str = "test"  # scored once, at the end
@@ -52,6 +60,13 @@ class DataConfig:
         """What is read of every example, besides images."""
         return ()
 
+    def make_absolute(self) -> None:
+        """Makes paths absolute, so that the config means the same from any folder."""
+        self.source = sources.absolute(self.source)
+        for name in ("data_dir", "manual_dir", "cache_dir"):
+            if getattr(self, name):
+                setattr(self, name, paths.absolute(getattr(self, name)))
+
     def require(self, holds: bool, name: str, rule: str) -> None:
         """Raises ValueError with the value, the rule and the fix."""
         if not holds:
@@ -61,6 +76,10 @@ class DataConfig:
         """Raises ValueError with the value, the rule and the fix."""
         self.require(self.batch_size >= 1, "batch_size", "must be at least 1")
         self.require(self.prefetch >= 1, "prefetch", "must be at least 1")
+        choices = f"expected one of {', '.join(TXT_EXAMPLES)}"
+        self.require(self.txt_example in TXT_EXAMPLES, "txt_example", choices)
+        rule = "must lie in [0, 0.5); 0: nothing is held out"
+        self.require(0 <= self.held_out < 0.5, "held_out", rule)
 
 
 @dataclasses.dataclass
@@ -68,7 +87,6 @@ class TextConfig(DataConfig):
     """Rows of tokens. Lengths include the tokens that a kind of data adds."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ()  # of a tokenizer trained for it
-    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
     max_len: int = 64  # longer items are left out of training, shortened in evaluation
     # Rows of max_len a batch; shorter buckets hold more rows, of as many tokens in all.
@@ -106,6 +124,18 @@ class TextConfig(DataConfig):
             f"must ascend from at least 2 to below max_len={self.max_len}",
         )
         self.tokenizer.validate()
+
+    def make_absolute(self) -> None:
+        """Makes paths absolute, so that the config means the same from any folder."""
+        super().make_absolute()
+        if self.tokenizer.path:
+            self.tokenizer.path = paths.absolute(self.tokenizer.path)
+        named = (x.rpartition(":") for x in self.tokenizer.corpora)
+        self.tokenizer.corpora = tuple(
+            # Without a source it is no name: `validate` says so.
+            f"{source and sources.absolute(source)}{colon}{name}"
+            for source, colon, name in named
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +202,8 @@ class Dataset:
         return f"{self.config.source} {self.split}"
 
     def describe(self, item: int) -> str:
-        """'multi30k_translate train, example 7'."""
-        return f"{self.title()}, example {item}"
+        """'multi30k_translate train, example 7', or with file and line."""
+        return store.place(self.config, self.config.source, self.split, item)
 
     def preview(self, batch: Batch) -> str:
         """The first row for the eye, some lines."""
@@ -272,12 +302,9 @@ def labels(
                 f"{where}: the names of its classes are unknown; restore classes.json "
                 "in the workdir"
             )
-        size = config.classes()[field]
         theirs = () if values.dtype.kind == "U" else dataset.numbered(field)
         ids = codec.encode(values, theirs)
         fix = "correct or remove the example"
-        if codec.size == dataset.model_sizes.get(size):
-            fix += f" or raise model.{size}"
         if values.dtype.kind == "f":
             fix += ', or set data.target="number" if numbers are to be predicted'
         rule = f"none of the {codec.size} classes"

@@ -185,7 +185,7 @@ class Images(Dataset):
             self._labels = labels(self, "label", values)
         self._scale, self._shift = scaling(config)
 
-    def _write_cache(self, folder: str) -> None:
+    def _write_cache(self, folder: str, parts: str) -> None:
         """All images in one array; nothing if their shapes differ."""
         numbers, array = [], None
         path = os.path.join(folder, "images.npy")

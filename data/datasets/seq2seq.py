@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from triform.data import store
+from triform.data import sources, store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.framing import Framing
@@ -115,6 +115,14 @@ class MixtureConfig(PairsConfig):
     def parts(self) -> tuple[Corpus, ...]:
         """The corpora."""
         return self.corpora
+
+    def make_absolute(self) -> None:
+        """Makes paths absolute, so that the config means the same from any folder."""
+        super().make_absolute()
+        self.corpora = tuple(
+            dataclasses.replace(x, source=sources.absolute(x.source))
+            for x in self.corpora
+        )
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -265,7 +273,8 @@ class Seq2Seq(Dataset):
     def describe(self, item: int) -> str:
         """'multi30k_translate train, example 7'."""
         corpus, number = self._corpus_of(item)
-        return f"{self.corpora[corpus].source} {self.split}, example {number}"
+        source = self.corpora[corpus].source
+        return store.place(self.config, source, self.split, number)
 
     def text(self, item: int) -> tuple[str, str]:
         """Source and reference as the corpus has them."""

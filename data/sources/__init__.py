@@ -1,40 +1,71 @@
-"""Where examples come from: embedded generators, our TFDS builders, any public TFDS.
+"""Where examples come from: files, embedded generators, our TFDS builders, any TFDS.
 
 A new source is a class with the methods of `base.Source`, made from (name, data_dir,
-manual_dir), and a row of SOURCES.
+manual_dir, reading), and a row of SOURCES.
 """
 
 import functools
 from collections.abc import Callable
 
-from triform.data.sources import cldr, listops
-from triform.data.sources.base import Embedded, Source, local_copy
+from triform.data.sources import cldr, listops, locate
+from triform.data.sources.base import Column, Embedded, Reading, Source, local_copy
+from triform.data.sources.files import FileSource
 
-__all__ = ["SOURCES", "Embedded", "Source", "local_copy", "source"]
+__all__ = [
+    "SOURCES",
+    "Column",
+    "Embedded",
+    "Reading",
+    "Source",
+    "absolute",
+    "is_path",
+    "local_copy",
+    "source",
+]
 
-# Name -> (name, data_dir, manual_dir) -> source. Every other name is one of TFDS's,
-# which include the builders of `tfds_source.BUILDERS`.
-SOURCES: dict[str, Callable[[str, str, str], Source]] = {
+# Name -> (name, data_dir, manual_dir, reading) -> source. Every other name is a path or
+# one of TFDS's, which include the builders of `tfds_source.BUILDERS`.
+SOURCES: dict[str, Callable[[str, str, str, Reading], Source]] = {
     "cldr": functools.partial(Embedded, cldr),
     "listops": functools.partial(Embedded, listops),
 }
+# Ours among TFDS's: a folder of such a name in the present one does not hide them.
+BUILDERS = (
+    *("multi30k_translate", "tinyshakespeare", "wikitext2", "classic_books"),
+    *("clinc150", "mr_sentiment", "movie_reviews", "flip_ss3", "mnist"),
+)
 
 
-def source(name: str, data_dir: str = "", manual_dir: str = "") -> Source:
+def is_path(name: str) -> bool:
+    """Does a source of that name consist of files?"""
+    return name not in (*SOURCES, *BUILDERS) and locate.is_path(name)
+
+
+def absolute(name: str) -> str:
+    """The same source from any folder: paths become absolute."""
+    return locate.absolute(name) if is_path(name) else name
+
+
+def source(
+    name: str, data_dir: str = "", manual_dir: str = "", reading: Reading | None = None
+) -> Source:
     """The source of that name; nothing is read before its methods are called.
 
     Args:
-      name: a key of SOURCES (`cldr`), one of our builders (`multi30k_translate`), or
+      name: a key of SOURCES (`cldr`), one of our builders (`multi30k_translate`), a
+        file, folder or pattern, several of them with commas between (`locate.find`), or
         any public TFDS name (`wmt14_translate/de-en`), whose splits may be slices such
         as `train[:90%]`.
       data_dir: where TFDS keeps prepared data; '' is its default.
       manual_dir: folder with files fetched by hand; '' lets the builder look for a
         local copy and then download.
+      reading: how files are read.
     """
-    return SOURCES.get(name, _tfds)(name, data_dir, manual_dir)
-
-
-def _tfds(name: str, data_dir: str, manual_dir: str) -> Source:
+    reading = reading or Reading()
+    if name in SOURCES:
+        return SOURCES[name](name, data_dir, manual_dir, reading)
+    if is_path(name):
+        return FileSource(name, reading)
     # Not at the top: TFDS costs half a second, some 50 MB and a long list of
     # dependencies, which training on an embedded source need not pay.
     from triform.data.sources.tfds_source import TfdsSource

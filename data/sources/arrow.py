@@ -87,7 +87,7 @@ def _ipc(file: pyarrow.NativeFile) -> tuple[pyarrow.Schema, Iterator]:
 
 @contextlib.contextmanager
 def _mapped(path: str) -> Iterator[pyarrow.NativeFile]:
-    """The file, or a temporary one of its decompressed bytes: both are read anywhere."""
+    """The file, or a temporary one of its decompressed bytes."""
     if os.path.splitext(path)[1].lower() not in COMPRESSED:
         try:
             file = pyarrow.OSFile(path)

@@ -169,10 +169,15 @@ class LocalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return DataError(f"{self.name}: {name} {reason}; {fix} (origin: {self.origin})")
 
     def read_text(self, name: str, path: os.PathLike) -> str:
-        """UTF-8 text, compressed as the name says; DataError if damaged or empty."""
+        """UTF-8 text, compressed as the name says; DataError if damaged or empty.
+
+        Without a byte order mark, and with LF at the ends of lines: files that were
+        saved on Windows mean the same.
+        """
         kind, decompress = DECOMPRESS.get(pathlib.Path(name).suffix, ("", bytes))
         with self.reading(name, f"{kind}-compressed UTF-8" if kind else "UTF-8"):
-            text = decompress(pathlib.Path(path).read_bytes()).decode("utf-8")
+            text = decompress(pathlib.Path(path).read_bytes()).decode("utf-8-sig")
+        text = text.replace("\r\n", "\n")
         if not text.strip():
             raise self.wrong(name, "is empty")
         return text

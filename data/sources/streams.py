@@ -29,12 +29,15 @@ def plain_name(path: str) -> str:
 def opened(path: str) -> Iterator[io.BufferedIOBase]:
     """The file's bytes, decompressed as its name says; DataError if it is damaged."""
     kind = COMPRESSED.get(os.path.splitext(path)[1].lower(), "")
-    try:
-        with contextlib.ExitStack() as stack:
-            raw = stack.enter_context(open(path, "rb", buffering=CHUNK))
-            yield stack.enter_context(_decompressed(raw, kind))
-    except DAMAGE as error:
-        raise _explained(path, kind, error) from error
+    with _explained(path, kind), open(path, "rb", buffering=CHUNK) as raw:
+        yield _decompressed(raw, kind)
+
+
+@contextlib.contextmanager
+def opened_raw(path: str) -> Iterator[io.BufferedReader]:
+    """The file's bytes as they are; DataError if they cannot be read."""
+    with _explained(path, ""), open(path, "rb", buffering=0) as raw:
+        yield raw
 
 
 def _decompressed(raw: io.BufferedReader, kind: str) -> io.BufferedIOBase:
@@ -52,14 +55,21 @@ def _decompressed(raw: io.BufferedReader, kind: str) -> io.BufferedIOBase:
     return raw
 
 
-def _explained(path: str, kind: str, error: Exception) -> DataError:
-    if isinstance(error, OSError) and error.errno:
-        reason = error.strerror or str(error)
-        return DataError(f"{path}: cannot be read ({reason}); check path and rights")
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(
-        f"{path}: is torn or not {kind or 'readable'} ({reason}); replace the file"
-    )
+@contextlib.contextmanager
+def _explained(path: str, kind: str) -> Iterator[None]:
+    """One line for whatever goes wrong in reading a file."""
+    try:
+        yield
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror or error}); check path and "
+                "rights"
+            ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{path}: is torn or not {kind} ({reason}); replace the file"
+        ) from error
 
 
 def skip(stream: io.BufferedIOBase, count: int) -> None:

@@ -43,6 +43,7 @@ class Records(Sequence):
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
         self._features = builder.info.features
+        self._title = f"{builder.info.name} {split}"
         self._records = builder.as_data_source(split)
 
     def __len__(self) -> int:
@@ -52,12 +53,22 @@ class Records(Sequence):
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index {index}: the split has {size} examples")
-        return _as_text(self._records[index % size], self._features)
+        return self._text(index % size, self._records[index % size])
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Several examples by one read; the name is the one PyTorch and Grain use."""
         records = self._records.__getitems__(list(indices))
-        return [_as_text(record, self._features) for record in records]
+        return [self._text(*x) for x in zip(indices, records, strict=True)]
+
+    def _text(self, index: int, record: dict) -> dict:
+        try:
+            return _as_text(record, self._features)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self._title}, example {index}: holds the byte "
+                f"0x{error.object[error.start]:02x}, which is not UTF-8; correct the "
+                "corpus and prepare it again"
+            ) from error
 
     def __iter__(self) -> Iterator[dict]:
         for start in range(0, len(self), BULK):
@@ -110,7 +121,15 @@ class TfdsSource:
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         return re.sub(r"[^\w.]+", "-", f"{builder.info.full_name}-{split}-{digest}")
 
-    def where(self) -> str:
+    def where(self, split: str, item: int) -> str:
+        """Nowhere: its files hold records, not lines."""
+        return ""
+
+    def report(self, split: str) -> list[str]:
+        """Nothing."""
+        return []
+
+    def location(self) -> str:
         """The folder of the prepared data; '' if they are not prepared yet."""
         builder = self._make(lambda make: make())
         return str(builder.data_dir) if builder.is_prepared() else ""

@@ -1,0 +1,261 @@
+"""Texts of a corpus to ids, part by part, on all cores.
+
+A part is a file of arrays; parts that an interrupted program has finished are kept. The
+processes that encode are started by name, not forked: a fork of a process with threads,
+as JAX has, may hang, and Python's own other ways run the user's program again.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from triform.data.codecs import text
+from triform.data.codecs.pieces import pieces
+from triform.data.codecs.text import Tokenizer
+from triform.runtime.errors import DataError
+
+PART = 16 << 20  # characters of a part
+EXAMPLES = 1 << 18  # of a part, at most
+BATCH = 1 << 20  # characters that are encoded at once: they need some 100 times as much
+# Characters that are encoded as one text: of longer ones tokenizers take memory and time
+# beyond measure.
+LONGEST = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """What becomes of one feature."""
+
+    name: str
+    is_text: bool
+    end: bool  # EOS after every text
+
+
+Arrays = dict[str, np.ndarray]  # 'column/ids', 'column/sizes', ...
+
+
+def encode(
+    tok: Tokenizer, columns: Sequence[Column], examples: Sequence[Sequence[list]]
+) -> Arrays:
+    """Arrays of some examples, each of which has a list of values a column.
+
+    Of texts: `ids`, flat; `sizes`, of every text; `first`, texts of every example;
+    `counts`, whitespace words and newlines, and UTF-8 bytes. Of others: `values` and
+    `first`.
+    """
+    arrays: Arrays = {}
+    for i, column in enumerate(columns):
+        rows = [example[i] for example in examples]
+        values = [value for row in rows for value in row]
+        found = {"first": np.array([len(row) for row in rows], np.int64)}
+        if column.is_text:
+            found |= _texts(tok, values, column.end)
+        else:
+            found["values"] = _values(values)
+        arrays |= {f"{column.name}/{key}": x for key, x in found.items()}
+    return arrays
+
+
+def _texts(tok: Tokenizer, texts: list[str], end: bool) -> Arrays:
+    # Where texts are words, few are distinct.
+    distinct = list(dict.fromkeys(texts))
+    parts = [pieces(text, LONGEST) for text in distinct]
+    encoded = iter(_encoded(tok, [piece for part in parts for piece in part]))
+    ids = {
+        text: np.concatenate([next(encoded) for _ in part])
+        for text, part in zip(distinct, parts, strict=True)
+    }
+    dtype = np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32
+    eos = np.array([tok.eos] if end else [], dtype)
+    rows = [x for text in texts for x in (ids[text].astype(dtype), eos)]
+    words = sum(len(text.split()) + text.count("\n") for text in texts)
+    return {
+        "ids": np.concatenate([eos[:0], *rows]),
+        "sizes": np.array([len(ids[text]) + len(eos) for text in texts], np.int64),
+        "counts": np.array([words, sum(len(text.encode()) for text in texts)]),
+    }
+
+
+def _encoded(tok: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
+    batch, size = [], 0
+    for one in texts:
+        batch.append(one)
+        size += len(one)
+        if size >= BATCH:
+            yield from tok.encode_batch(batch)
+            batch, size = [], 0
+    yield from tok.encode_batch(batch)
+
+
+def _values(values: list) -> np.ndarray:
+    """Numbers or names; an array of another kind or shape if they are neither."""
+    try:
+        found = np.asarray(values) if values else np.zeros(0, bool)
+    except ValueError:  # of uneven shapes
+        return np.array([[repr(values[0])]])
+    return np.array([[repr(values[0])]]) if found.dtype.kind == "O" else found
+
+
+def grouped(examples: Iterable[list[list]]) -> Iterator[list[list[list]]]:
+    """Examples of one part after another, the same for the same examples."""
+    part, size = [], 0
+    for example in examples:
+        part.append(example)
+        size += sum(len(x) for row in example for x in row if isinstance(x, str))
+        if size >= PART or len(part) >= EXAMPLES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def save(path: str, arrays: Arrays) -> None:
+    """Writes a part; whoever reads it sees all or nothing."""
+    unfinished = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+    with open(unfinished, "wb") as f:
+        np.savez(f, **arrays)
+    os.replace(unfinished, path)
+
+
+def write_parts(
+    tok: Tokenizer,
+    columns: Sequence[Column],
+    examples: Iterable[list[list]],
+    folder: str,
+    workers: int = 0,
+) -> list[str]:
+    """Encodes into parts in a folder; their paths. What is there is not made again.
+
+    A second part is what makes it worth to start `workers` processes (0: one a core).
+    """
+    paths: list[str] = []
+    with contextlib.ExitStack() as stack:
+        pool = None
+        groups = grouped(examples)
+        group, following = next(groups, None), None
+        while group is not None:
+            following = next(groups, None)
+            path = os.path.join(folder, f"{len(paths):06d}.npz")
+            paths.append(path)
+            if not os.path.exists(path):
+                if pool is None and following is not None:
+                    count = workers or len(os.sched_getaffinity(0))
+                    pool = stack.enter_context(Pool(tok, columns, count))
+                if pool is None:
+                    save(path, encode(tok, columns, group))
+                else:
+                    pool.put(path, group)
+            group = following
+    return paths
+
+
+class Pool:
+    """Processes that encode parts. Leaving it waits for all; DataError if one fails."""
+
+    def __init__(self, tok: Tokenizer, columns: Sequence[Column], count: int):
+        self._folder = tempfile.TemporaryDirectory(prefix="triform-")
+        saved = tok.save(self._folder.name)
+        self._jobs: queue.Queue = queue.Queue(1)
+        self._failed: list[str] = []
+        code = f"import sys; sys.path[:] = {sys.path!r}\n"
+        code += f"from {__name__} import work; work()"
+        environment = os.environ | {
+            "TOKENIZERS_PARALLELISM": "false",
+            "RAYON_NUM_THREADS": "1",
+        }
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                # Ctrl-C is for us: they end when we do, after the part at hand.
+                start_new_session=True,
+            )
+            for _ in range(count)
+        ]
+        self._threads = [
+            threading.Thread(target=self._feed, args=(p, (saved, columns)), daemon=True)
+            for p in self._processes
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, path: str, examples: list[list[list]]) -> None:
+        """Has a part encoded; waits while all are busy."""
+        self._raise()
+        self._jobs.put((path, examples))
+
+    def _feed(self, process: subprocess.Popen, setting: Any) -> None:
+        try:
+            pickle.dump(setting, process.stdin, pickle.HIGHEST_PROTOCOL)
+            while (job := self._jobs.get()) is not None:
+                if self._failed:
+                    continue
+                pickle.dump(job, process.stdin, pickle.HIGHEST_PROTOCOL)
+                process.stdin.flush()
+                if reason := pickle.load(process.stdout):
+                    self._failed.append(reason)
+        except (OSError, EOFError, pickle.PickleError):
+            code = process.wait()
+            self._failed.append(
+                f"a process that encodes texts ended with {code}; is there enough "
+                "memory? Start again: finished parts are kept"
+            )
+            while self._jobs.get() is not None:  # nobody waits for ever
+                pass
+        finally:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+
+    def _raise(self) -> None:
+        if self._failed:
+            raise DataError(self._failed[0])
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is not None:
+            self._failed.append("interrupted")  # parts that wait are not begun
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        for process in self._processes:
+            process.wait()
+            process.stdout.close()
+        self._folder.cleanup()
+        if kind is None:
+            self._raise()
+
+
+def work() -> None:
+    """What a process of a pool does: reads jobs, answers each with '' or an error."""
+    answers: Callable = sys.stdout.buffer
+    jobs = sys.stdin.buffer
+    saved, columns = pickle.load(jobs)
+    tok = text.load(saved)
+    while True:
+        try:
+            path, examples = pickle.load(jobs)
+        except EOFError:
+            return
+        try:
+            save(path, encode(tok, columns, examples))
+            reason = ""
+        except Exception as error:  # told to the one who asked, whatever it is
+            reason = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(BrokenPipeError):  # it is gone; the part is kept
+            pickle.dump(reason, answers)
+            answers.flush()
