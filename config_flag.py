@@ -120,6 +120,10 @@ def define(argv: Sequence[str]) -> list[str]:
             )
         text = workdir
     config = load(text)
+    for key, value in _keys(rest):
+        if key == "plugins":  # types of theirs may be chosen below
+            config.plugins += tuple(re.findall(r"[^,()\[\]'\"]+", value))
+    plugins.load_all(config)
     for key in CHOICES:
         kind, rest = _take(rest, f"config.{key}")
         if kind is not None:
@@ -136,8 +140,14 @@ def define(argv: Sequence[str]) -> list[str]:
 def choose(config: ExperimentConfig, key: str, name: str) -> None:
     """Sets model, task or data to the type of that name.
 
-    What the old value has, too, is kept. UserError names the choices.
+    What the old value has, too, is kept. A model may be from:WORKDIR, the architecture
+    of that run with the heads of this config. UserError names the choices.
     """
+    if key == "model" and name.startswith("from:"):
+        source = name.removeprefix("from:")
+        config.model = workdirs.architecture(source, config.model)
+        config.plugins += workdirs.open_config(workdirs.parse(source)[0]).plugins
+        return
     kinds = {kind.__name__: kind for kind in CHOICES[key]}
     if name not in kinds:
         raise UserError(f"--config.{key}={name}: expected one of {', '.join(kinds)}")

@@ -4,6 +4,7 @@ python evaluate.py --workdir=DIR [--split=test] [--checkpoint=best]
     [--predictions=FILE.jsonl]
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -24,7 +25,7 @@ from triform.data.codecs import Codec
 from triform.data.lines import one_line
 from triform.experiment import Experiment
 from triform.input_pipeline import Split
-from triform.runtime import launch, metrics, paths
+from triform.runtime import files, launch, metrics, paths
 from triform.runtime.progress import stage
 
 
@@ -141,21 +142,28 @@ class Evaluator:
         config = dataclasses.replace(
             config, metrics=names, lowercase=config.lowercase or tok.lowercase
         )
-        # Both sides as they are printed.
-        texts = {i: tuple(map(one_line, dataset.text(i))) for i in written}
+        texts = {i: dataset.text(i) for i in written}
+        # What the model cannot write is no mistake of its: ligatures, say, that the
+        # tokenizer takes apart. Outputs and references are compared as it has them, and
+        # as they are printed.
+        known = {i: one_line(tok.normalize(ref)) for i, (_, ref) in texts.items()}
         groups: dict[str, list[int]] = {}
         for i in written:
             groups.setdefault(dataset.group(i)[0], []).append(i)
         found = {}
         for group, ids in groups.items():
-            ours, references = [written[i] for i in ids], [texts[i][1] for i in ids]
             lead = f"{group}/" if group else ""
-            scored = scores.score(config, ours, references)
+            ours = [tok.normalize(written[i]) for i in ids]
+            scored = scores.score(config, ours, [known[i] for i in ids])
             found |= {f"{lead}{name}": x for name, x in scored.items()}
+        if changed := sum(known[i] != one_line(texts[i][1]) for i in written):
+            found["references"] = (
+                f"{changed} of {len(written)} changed: normalised as the tokenizer does"
+            )
         step = max(1, len(written) // max(1, config.samples))
         samples = "\n".join(
-            f"source     {texts[i][0]}\nreference  {texts[i][1]}\n"
-            f"output     {written[i]}\n"
+            f"source     {one_line(texts[i][0])}\nreference  {known[i]}\n"
+            f"output     {one_line(tok.normalize(written[i]))}\n"
             for i in [*written][::step][: config.samples]
         )
         return found, samples
@@ -192,8 +200,9 @@ def _columns(kept: list[dict[str, np.ndarray]]) -> dict[str, list | np.ndarray]:
 
 
 def _nats(total: Mapping[str, Any]) -> float:
-    """The summed totals of all terms."""
-    return sum(float(term.total) for term in total["terms"].values())
+    """The summed nats of all targets, whatever terms a task adds to its loss."""
+    found = [m for m in total.values() if isinstance(m, metrics.Perplexity)]
+    return sum(float(m.total) for m in found or total["terms"].values())
 
 
 def run(
@@ -235,42 +244,60 @@ def summary(scalars: Mapping[str, Any]) -> str:
 def write_samples(workdir: str, name: str, samples: Samples) -> None:
     """Into samples/NAME.*, replacing what an interrupted evaluation left."""
     os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
-    text = {".txt": samples.text.encode()} if samples.text else {}
+    text = {".txt": samples.text.encode(errors="replace")} if samples.text else {}
     for end, content in (text | dict(samples.files)).items():
-        with open(os.path.join(workdir, "samples", f"{name}{end}"), "wb") as f:
+        path = os.path.join(workdir, "samples", f"{name}{end}")
+        with files.replacing(path, binary=True) as f:
             f.write(content)
-
-
-def strict(value: Any) -> Any:
-    """The value with NaN and infinities as text: JSON has none."""
-    if isinstance(value, Mapping):
-        return {k: strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def write_predictions(path: str, lines: list[dict[str, Any]]) -> None:
     """One JSON object a line; a file that is there is replaced when all is written."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        for line in lines:
-            f.write(json.dumps(strict(line), ensure_ascii=False, allow_nan=False))
-            f.write("\n")
-    os.replace(f"{path}.tmp", path)
+    with files.replacing(path) as f:
+        f.writelines(files.dumps(line) + "\n" for line in lines)
+
+
+def write_report(workdir: str, name: str, report: Mapping[str, Any]) -> str:
+    """Into NAME.json, or NAME.2.json and so on beside other results; returns the name.
+
+    The same result again, which may have taken another time, is not written twice.
+    """
+    names = (f"{name}.{n}" if n > 1 else name for n in itertools.count(1))
+    for chosen in names:
+        path = os.path.join(workdir, f"{chosen}.json")
+        there = files.read_text(path)
+        if there is None:
+            files.write_json(path, report)
+            break
+        with contextlib.suppress(ValueError):
+            if {**json.loads(there), "seconds": 0} == {**report, "seconds": 0}:
+                break
+    return chosen
+
+
+def write_all(writers: Iterable[Callable[[], Any]]) -> None:
+    """Calls all of them; then raises the first OSError that one raised."""
+    failed = None
+    for write in writers:
+        try:
+            write()
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def main(argv: list[str]) -> None:
     """Prints the scores of a checkpoint as one JSON object."""
     flag = flags.FLAGS
     workdir = launch.folder_flag("workdir")
+    target = launch.file_flag("predictions")
     result = run(
         workdir,
         flag.split,
         flag.checkpoint,
         beam_size=flag.beam_size,
-        predictions=bool(flag.predictions),
+        predictions=bool(target),
         examples=flag.examples,
     )
     print(result.samples, file=sys.stderr)
@@ -278,19 +305,23 @@ def main(argv: list[str]) -> None:
     report = {"seconds": result.seconds, "decode": dataclasses.asdict(config.decode)}
     if flag.beam_size:
         report["decode"] |= {"method": "beam", "beam_size": flag.beam_size}
-    report = strict(report | result.scalars)
-    # Printed first: what was computed is seen even if it cannot be written.
-    print(json.dumps(report, indent=2, ensure_ascii=False), flush=True)
-    if flag.predictions:
-        write_predictions(paths.absolute(flag.predictions), result.predictions)
+    report = files.strict(report | result.scalars)
     beams = f"_beam{flag.beam_size}" if flag.beam_size else ""
     name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}".replace(":", "_")
-    path = os.path.join(workdir, f"{name}.json")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(report, f, indent=2, ensure_ascii=False, allow_nan=False)
-    os.replace(f"{path}.tmp", path)
-    if result.samples:
-        write_samples(workdir, name, result.samples)
+
+    def show() -> None:
+        print(files.dumps(report, indent=2), flush=True)
+
+    def keep() -> None:
+        chosen = write_report(workdir, name, report)
+        if result.samples:
+            write_samples(workdir, chosen, result.samples)
+
+    # Printed first, and each of them even if another cannot be written.
+    writers = [show, keep]
+    if target:
+        writers.append(lambda: write_predictions(target, result.predictions))
+    write_all(writers)
 
 
 def define() -> None:
@@ -305,7 +336,7 @@ def define() -> None:
 
 def cli(argv: Sequence[str], program: str = "evaluate") -> None:
     """The program, from the command line to the exit code."""
-    launch.launch(main, define, __doc__, argv)
+    launch.launch(main, define, __doc__, argv, answers=True)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
 """Trains one experiment; started again with the same workdir, resumes it.
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
-        [--config.any.key=value] [--dry_run]
+        [--config.any.key=value] [--dry_run] [--from_step=STEP]
     python train.py --workdir=DIR     goes on with the config that is in DIR
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
 --keys lists what can be set. `triform train` is the same from any folder.
 
 Exit codes: 0 finished, 1 an error that one line explains, 75 interrupted (SIGTERM,
-Ctrl-C) after saving: start the same command again. From Python: `run(config, workdir)`.
+SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGXCPU) after saving: start the same command
+again. From Python: `run(config, workdir)`.
 """
 
 import contextlib
 import copy
+import functools
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from triform import config_flag, plan
@@ -32,41 +32,14 @@ from triform.data.codecs import files as codec_files
 from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
-from triform.runtime import commands, history, launch, metrics, paths
+from triform.recovery import Health, go_back
+from triform.runtime import commands, history, launch, metrics, paths, signals
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
 from triform.runtime.progress import SOON, Progress, stage
 
-INTERRUPTED = 75  # EX_TEMPFAIL: try again
 Stop = Callable[[], str]  # why to save and leave, '' to go on
-
-
-class Interrupt:
-    """Turns SIGTERM and the first Ctrl-C into a request to save and leave.
-
-    Until `listening` there is nothing to save: signals end the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.requested = ""  # the signal's name
-        self.listening = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
-
-    def __call__(self) -> str:
-        """The signal's name, '' before one came."""
-        return self.requested
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = signal.Signals(number).name
-        # Not print or raise: the signal may have arrived inside one, or inside XLA.
-        if not self.listening:
-            os.write(2, f"\n{self.requested} before the first step\n".encode())
-            os._exit(INTERRUPTED)
-        os.write(2, f"\n{self.requested}: saving before leaving\n".encode())
-        # A second one ends the process as usual.
-        signal.signal(number, signal.SIG_DFL)
 
 
 def batches_from(
@@ -79,18 +52,11 @@ def batches_from(
         yield experiment.put(batch), index, train.batches.real(batch)
 
 
-def check_finite(scalars: dict[str, float], step: int, train: TrainBatches) -> None:
-    """Stops on a loss or gradient that is not finite, naming step and examples."""
-    for name in ("train/loss", "train/grad_norm"):
-        if not np.isfinite(scalars[name]):
-            _, ids = train.ids(step - 1)
-            shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-            raise UserError(
-                f"step {step}: {name} is {scalars[name]} on examples {shown} of "
-                f"{train.batches.dataset.split}; nothing was saved since. Lower "
-                "optim.learning_rate, set optim.clip_norm=1 or lengthen "
-                "optim.warmup_steps, and start again from the last checkpoint"
-            )
+def examples_of(train: TrainBatches, step: int) -> str:
+    """'12, 7, 3 of train': the first examples of a step."""
+    _, ids = train.ids(step - 1)
+    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+    return f"{shown} of {train.batches.dataset.split}"
 
 
 def compile_steps(
@@ -115,6 +81,7 @@ def train_loop(
     meta: dict[str, Any],
     evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
+    health: Health,
     writer: MetricWriter,
     stop: Stop,
 ) -> TrainState:
@@ -138,7 +105,8 @@ def train_loop(
         if pending is not None:
             number, measured, real = pending
             measured = metrics.to_host(measured)
-            check_finite(metrics.values(measured, "train"), number, train)
+            shown = functools.partial(examples_of, train, number)
+            health.check_step(metrics.values(measured, "train"), number, shown)
             if line := progress.update(number, measured, real):
                 writer.write(number, line, progress.seen)
 
@@ -165,6 +133,7 @@ def train_loop(
                 meta["seen"] = progress.seen
                 with stage(f"saving step {step}", least=SOON):
                     saved = experiment.placement.unload(state).replace(frozen={})
+                    health.check_state(saved, step)
                     checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
@@ -212,6 +181,22 @@ def test(
         write_samples(workdir, "test", result.samples)
         print(f"\n{result.samples}")
     return result.scalars | {"test/checkpoint": which}
+
+
+def finished(experiment: Experiment, checkpointer: Checkpointer) -> dict[str, Any]:
+    """The test scores of a run that is done, {} of others; says that it is done.
+
+    Only if the last checkpoint is intact: a damaged one is moved away as on resuming.
+    """
+    steps, done = experiment.config.steps, checkpointer.latest() or 0
+    workdir = str(checkpointer.directory.parent)
+    scores = workdirs.tested(workdir, done) if done >= steps else {}
+    if scores:
+        workdirs.restore(experiment, checkpointer)
+        if checkpointer.latest() != done:
+            return {}
+        print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
+    return scores
 
 
 def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
@@ -284,12 +269,17 @@ def resolve(
 
 
 def run(
-    config: ExperimentConfig, workdir: str, *, stop: Stop = lambda: ""
+    config: ExperimentConfig,
+    workdir: str,
+    *,
+    stop: Stop = lambda: "",
+    from_step: int | None = None,
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
     `stop` is asked after every step; once it returns a reason, the state is saved and
-    {} is returned. Raises TriformError for what a user can mend.
+    {} is returned. `from_step`: goes on after this step, later ones are set aside.
+    Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
     if jax.process_count() > 1:
@@ -303,9 +293,9 @@ def run(
         start = stack.enter_context(history.Start(workdir))
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
-        done = checkpointer.latest() or 0
-        if done >= config.steps and (scores := workdirs.tested(workdir, done)):
-            print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
+        if from_step is not None:
+            go_back(workdir, checkpointer, config, from_step)
+        if scores := finished(experiment, checkpointer):
             return scores
         print(plan.describe(experiment))
         print(plan.export(config))
@@ -314,6 +304,8 @@ def run(
         splits = plan.Splits.open(experiment, codecs)
         splits.print()
         state, meta = restore_or_init(experiment, splits.train, checkpointer)
+        if from_step is not None:
+            meta["from_step"] = from_step
         if before is not None:
             step = meta["data"]["step"]
             if text := plan.changes(before, config, codecs, splits.train, step):
@@ -344,6 +336,7 @@ def train_and_test(
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
     config, workdir = experiment.config, str(checkpointer.directory.parent)
+    health = Health(checkpointer, meta["data"]["step"])
     scored: dict[int, dict[str, Any]] = {}  # step -> prefix -> scalars
 
     def evaluate(state: TrainState, step: int) -> None:
@@ -362,10 +355,11 @@ def train_and_test(
                 write_samples(workdir, name, result.samples)
             seconds = f"({result.seconds:.1f} s)"
             print(f"step {step}: {summary(result.scalars)} {seconds}", flush=True)
+            health.check_evaluation(result.scalars, step)
         checkpointer.record(step, numbers)
         scored[step] = found
 
-    if isinstance(stop, Interrupt):
+    if isinstance(stop, signals.Interrupt):
         stop.listening = True
     step = meta["data"]["step"]
     if evaluation_due(config, step) and not checkpointer.metrics_of(step):
@@ -378,6 +372,7 @@ def train_and_test(
             meta,
             evaluate,
             checkpointer,
+            health,
             writer,
             stop,
         )
@@ -406,8 +401,8 @@ def main(argv: list[str]) -> int:
         print(plan.sources(config, read=True))
         return 0
     workdir = launch.folder_flag("workdir")
-    interrupt = Interrupt()
-    run(config, workdir, stop=interrupt)
+    interrupt = signals.Interrupt()
+    run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
     if interrupt.requested:
         with Checkpointer(
             workdirs.checkpoint_dir(workdir), config.checkpoint
@@ -415,13 +410,15 @@ def main(argv: list[str]) -> int:
             saved = checkpointer.latest()
         print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
         print(f"to go on: {commands.line('train', workdir=workdir)}", file=sys.stderr)
-        return INTERRUPTED
+        return signals.INTERRUPTED
     return 0
 
 
 def define() -> None:
     """Defines the flags but for --config."""
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
+    about = "Go on after this step; checkpoints of later ones are set aside."
+    flags.DEFINE_integer("from_step", None, about)
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
     flags.DEFINE_string(
         "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."

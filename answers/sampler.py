@@ -151,7 +151,7 @@ class Sampler:
         try:
             if asked.fault:
                 raise DataError(asked.fault)
-            item = self.kind.read(asked.value)
+            item = self.kind.checked(self.kind.read(asked.value))
             notes += item.notes
         except DataError as error:
             item = Item([], "")

@@ -119,6 +119,13 @@ def origin(config: Any, source: str) -> Source:
     return sources.source(source, config.data_dir, config.manual_dir, reading)
 
 
+def location(config: Any, source: str) -> str:
+    """Where the examples of a source are, for the eye; '' if still to be prepared."""
+    found = origin(config, source)
+    # A source of a plugin need not say it.
+    return found.location() if hasattr(found, "location") else "from a plugin"
+
+
 def examples(config: Any, source: str, split: str) -> Sequence[Mapping[str, Any]]:
     """The examples of a split, as the source has them."""
     return origin(config, source).examples(split)
@@ -249,10 +256,8 @@ def cached(
 
 def cache_root(config: Any) -> str:
     """Where arrays are kept."""
-    default = os.path.join(os.path.expanduser("~"), ".cache", "triform")
-    return paths.absolute(
-        config.cache_dir or os.environ.get("TRIFORM_CACHE") or default
-    )
+    given = config.cache_dir or os.environ.get("TRIFORM_CACHE")
+    return paths.absolute(given or "~/.cache/triform", setting="TRIFORM_CACHE")
 
 
 def _sweep(directory: str) -> None:

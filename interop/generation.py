@@ -37,7 +37,7 @@ OLDER = (
     *("do_sample", "temperature", "top_k", "top_p", "typical_p", "bad_words_ids"),
     *("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
     *("num_beam_groups", "diversity_penalty", "forced_bos_token_id"),
-    *("suppress_tokens", "begin_suppress_tokens", "task_specific_params"),
+    *("suppress_tokens", "begin_suppress_tokens"),
 )
 TOP_K = 50  # transformers' own, where sampling is on and no number is given
 Keys = Mapping[str, Any]
@@ -45,7 +45,9 @@ Keys = Mapping[str, Any]
 
 def settings_of(hf: Keys, generation: Keys) -> dict[str, Any]:
     """The settings of a folder: of its generation_config.json, else of config.json."""
-    return dict(generation or {key: hf[key] for key in OLDER if key in hf})
+    found = dict(generation or {key: hf[key] for key in OLDER if key in hf})
+    # transformers reads these in pipelines for one task.
+    return found | {k: hf[k] for k in ("task_specific_params",) if hf.get(k)}
 
 
 def taken(given: Keys, model: ModelConfig) -> tuple[DecodeConfig, list[str]]:

@@ -150,6 +150,7 @@ class Checkpointer:
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keeps the metrics of a saved step, by which the best step is found."""
+        self.wait()  # a step that could not be saved has none
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
         self._write_scores()
 
@@ -247,6 +248,7 @@ class Checkpointer:
             try:
                 return self._read(found, abstract_state)
             except Corrupt as problem:
+                read_errors.check_readable(found, self.directory)
                 problems.append(f"step {found}: {problem}")
                 target = self._move(found, "corrupt")
                 _log.warning("checkpoint %s: %s; moved to %s", found, problem, target)

@@ -6,26 +6,27 @@ import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import IO, Any
 
 
 @contextlib.contextmanager
-def replacing(path: str) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` once all is written.
+def replacing(path: str, binary: bool = False) -> Iterator[IO]:
+    """A file that takes the place of `path` once all is written: UTF-8, or `binary`.
 
     If that fails, what was there is still there. Devices and pipes are written to
     directly: /dev/stdout must stay what it is.
     """
+    kind, encoding = ("b", None) if binary else ("", "utf-8")
     special = os.path.exists(path) and not os.path.isfile(path)
     if special or path.startswith(("/dev/", "/proc/")):
-        with open(path, "w", encoding="utf-8") as f:
+        with open(path, f"w{kind}", encoding=encoding) as f:
             yield f
         return
     path = os.path.realpath(path)  # a link stays a link
     # A name that nobody else has: two programs may write the same file at once.
     part = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(part, "x", encoding="utf-8") as f:
+        with open(part, f"x{kind}", encoding=encoding) as f:
             yield f
         os.replace(part, path)
     except BaseException:

@@ -151,3 +151,18 @@ def folder_flag(name: str) -> str:
     if os.path.isfile(paths.absolute(value)):
         raise UserError(f"--{name}={value}: is a file; name a folder")
     return paths.absolute(value)
+
+
+def file_flag(name: str) -> str:
+    """The absolute path of a file to write, '' without one; UserError if it cannot be.
+
+    Asked before the work whose result goes there.
+    """
+    value = flags.FLAGS[name].value
+    path = paths.absolute(value) if value else ""
+    folder = os.path.dirname(path)
+    if path and (os.path.isdir(path) or not os.path.isdir(folder)):
+        raise UserError(f"--{name}={value}: name a file in a folder that exists")
+    if path and not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"--{name}={value}: cannot be written; name another file")
+    return path

@@ -4,12 +4,24 @@ import os
 
 import jax
 
+from triform.runtime.errors import UserError
+
 
 def path_name(path: tuple) -> str:
     """'decoder/layer_0/feed_forward/up/kernel' of a jax key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def absolute(path: str) -> str:
-    """The absolute path, with a leading ~ as the home folder."""
-    return os.path.abspath(os.path.expanduser(path))
+def absolute(path: str, setting: str = "HOME") -> str:
+    """The absolute path, with a leading ~ as the home folder.
+
+    UserError, naming what to set, if no home folder is known: a folder called '~' must
+    not appear.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{path}: no home folder of that user is known; set {setting}, or write "
+            "the path in full"
+        )
+    return os.path.abspath(expanded)

@@ -1,5 +1,7 @@
 """A failed read of a checkpoint: are its bytes damaged, or could they not be had?"""
 
+import errno
+import os
 import re
 from typing import Any
 
@@ -7,11 +9,13 @@ from triform.runtime.errors import CheckpointError
 
 # Errors that say what the bytes are: they are no JSON, no array, or not there.
 _OF_BYTES = (ValueError, LookupError, TypeError, NotADirectoryError, FileNotFoundError)
-# Errors of tensorstore that say that the bytes could not be had. It names the system's
-# errors ('[OS error 5: EIO Input/output error]'), and statuses.
+# Errors of tensorstore that say that the bytes could not be had: numbers of the system
+# but for missing files, in two spellings, and statuses.
+_MISSING = f"{errno.ENOENT}|{errno.ENOTDIR}"
 _OF_READING = re.compile(
-    r"OS error \d+: (?!ENOENT|ENOTDIR)|RESOURCE_EXHAUSTED|PERMISSION_DENIED|"
-    r"UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN"
+    rf"os_error_code='(?!(?:{_MISSING})')|OS error (?!(?:{_MISSING}):)|"
+    "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|"
+    "DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN"
 )
 
 
@@ -31,6 +35,33 @@ def classify(error: Exception, step: int, directory: Any) -> Exception:
     told = any(_OF_READING.search(str(x)) for x in chain)
     if root and not told and all(isinstance(x, _OF_BYTES) for x in system):
         return Corrupt(f"unreadable: {reason(error)}")
+    return _unread(step, directory, error)
+
+
+def check_readable(step: int, directory: Any) -> None:
+    """CheckpointError if a file of a step cannot be read to its end.
+
+    Asked before a step counts as damaged: a library may take a failed read for a file
+    that is too short.
+    """
+    if "://" in str(directory):
+        return  # an object store: its client names its errors
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise _unread(step, directory, error) from error
+
+    for folder, _, names in os.walk(os.path.join(directory, str(step)), onerror=fail):
+        for name in names:
+            try:
+                with open(os.path.join(folder, name), "rb") as f:
+                    while f.read(1 << 24):
+                        pass
+            except OSError as error:
+                fail(error)
+
+
+def _unread(step: int, directory: Any, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"step {step} in {directory} could not be read ({reason(error)}); nothing was "
         "moved: mend the disk, the network or the limits of this process and start "
@@ -53,7 +84,8 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def reason(error: BaseException) -> str:
     """What first went wrong, in one line, without tensorstore's specification."""
-    error = _chain(error)[-1]
+    while error.__cause__ is not None:
+        error = error.__cause__
     line = " ".join(f"{type(error).__name__}: {error}".split())
-    line = line.partition(" [tensorstore_spec=")[0]
+    line = re.sub(r" \[tensorstore_spec='.*?'\](?= \[|$)", "", line)
     return line if len(line) < 500 else f"{line[:290]} ... {line[-200:]}"

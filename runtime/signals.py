@@ -21,11 +21,15 @@ def install(handler: Callable[[int, Any], None]) -> None:
 
     SIGHUP stays ignored if it is: the user started the program with nohup.
     """
-    for name in SAVING:
-        number = getattr(signal, name, None)  # not all systems have all
-        kept = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-        if number is not None and not kept:
+    for number in (getattr(signal, x) for x in SAVING if hasattr(signal, x)):
+        ignored = signal.getsignal(number) == signal.SIG_IGN
+        if not (ignored and name(number) == "SIGHUP"):
             signal.signal(number, handler)
+
+
+def name(number: int) -> str:
+    """'SIGTERM' of its number."""
+    return signal.Signals(number).name
 
 
 class Interrupt:
@@ -48,15 +52,15 @@ class Interrupt:
         return self.requested
 
     def _request(self, number: int, frame: Any) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
+        came, now = name(number), time.monotonic()
         # Not print or raise: the signal may have arrived inside one, or inside XLA.
         if not self.listening:
-            _tell(f"\n{name} before the first step\n")
+            _tell(f"\n{came} before the first step\n")
             os._exit(INTERRUPTED)
         if not self.requested:
-            self.requested, self._since = name, now
-            _tell(f"\n{name}: saving before leaving\n")
-        elif name in ("SIGINT", "SIGQUIT") and now - self._since > 1:
+            self.requested, self._since = came, now
+            _tell(f"\n{came}: saving before leaving\n")
+        elif came in ("SIGINT", "SIGQUIT") and now - self._since > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

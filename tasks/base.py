@@ -45,6 +45,7 @@ class Task:
 
     fields: tuple[str, ...] = ()  # of the batch that the task reads
     needs: tuple[str, ...] = ()  # outputs of the model
+    numbers: tuple[str, ...] = ()  # those that are numbers, not scores of classes
     reports: tuple[str, ...] = ("loss",)  # names that evaluation reports
     couples_rows = False  # does a term compare rows with one another?
 

@@ -145,12 +145,12 @@ def test_a_sweep_runs_compares_and_goes_on(run, tmp_path):
     first = run("sweep.py", *args, *swept)
     assert first.stdout.count("finished: 2 steps") == 4
     report = json.loads((tmp_path / "sweep.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["b2=0.9", "b2=0.99"]
+    assert [row["name"] for row in report["rows"]] == ["optim.b2=0.9", "optim.b2=0.99"]
     for row in report["rows"]:
         losses = [
             r["test"]["test/loss"]
             for r in report["runs"]
-            if f"b2={r['settings']['optim.b2']}" == row["name"]
+            if f"optim.b2={r['settings']['optim.b2']}" == row["name"]
         ]
         mean, spread, count = row["scores"]["test/loss"]
         assert count == len(losses) == 2

@@ -1,8 +1,11 @@
-"""What is said to the compiler before it starts."""
+"""What is said to the compiler before it starts, and paths as they are typed."""
 
 import os
 
-from triform.runtime import host
+import pytest
+
+from triform.runtime import host, paths
+from triform.runtime.errors import UserError
 
 
 def test_flags_are_added_once_and_never_over_the_users(monkeypatch):
@@ -15,3 +18,41 @@ def test_flags_are_added_once_and_never_over_the_users(monkeypatch):
     assert first.split()[2:] == added
     host.set_compiler_flags()
     assert os.environ["XLA_FLAGS"] == first
+
+
+def test_flags_may_be_in_a_file(monkeypatch, tmp_path):
+    (tmp_path / "flags").write_text(
+        "--xla_dump_to=x\n--xla_cpu_enable_fast_math=true\n"
+    )
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    host.set_compiler_flags()
+    found = os.environ["XLA_FLAGS"].split()
+    assert found[:2] == ["--xla_dump_to=x", "--xla_cpu_enable_fast_math=true"]
+    assert len(found) == 2 + len(host.COMPILER_FLAGS)
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="none'.*no such file"):
+        host.set_compiler_flags()
+
+
+def test_flags_that_this_compiler_does_not_know_are_left_out(monkeypatch):
+    known = dict(host.COMPILER_FLAGS)
+    unknown = {
+        "--xla_flag_of_another_version": "true",
+        "--xla_disable_hlo_passes": "pass_of_another_version",
+    }
+    monkeypatch.setattr(host, "COMPILER_FLAGS", known | unknown)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    host.set_compiler_flags()
+    found = dict(x.split("=") for x in os.environ["XLA_FLAGS"].split())
+    assert found.keys() == known.keys() - unknown.keys()
+
+
+def test_a_path_begins_in_the_home_folder_or_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.absolute("~/a") == str(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    assert paths.absolute("a~/~") == str(tmp_path / "a~" / "~")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no such user
+    for typed in ("~", "~/a", "~nobody/a"):
+        with pytest.raises(UserError, match="set TRIFORM_CACHE"):
+            paths.absolute(typed, setting="TRIFORM_CACHE")

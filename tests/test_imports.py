@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag"),
+    "train": ("evaluate", "plan", "config_flag", "recovery"),
+    "recovery": ("configs",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "evaluate": ("answers", "input_pipeline"),
@@ -58,7 +59,7 @@ ROWS = {
         ("data.store",),
         ("data.encoding",),
         ("data.codecs*", "data.sources*", "data.batch"),
-        ("data.lines", "data.progress"),
+        ("data.progress", "data.lines"),
     ),
 }
 # (module, what a function of it imports): why not at the top.

@@ -212,7 +212,8 @@ def test_finished_run_says_so_and_evaluates(uninterrupted, cache):
     again = train(uninterrupted, cache, STEPS)
     assert "finished, 10 steps; raise --config.steps" in again.stdout
     assert (uninterrupted / "metrics.jsonl").read_text() == before
-    scored = run("evaluate.py", uninterrupted, cache, "--checkpoint=latest")
+    flags = ("--checkpoint=latest", "--examples=8")  # as evaluation.examples
+    scored = run("evaluate.py", uninterrupted, cache, *flags)
     report = json.loads(scored.stdout)
     line = metric_lines(uninterrupted)[10, "eval"]
     assert report["validation/loss"] == pytest.approx(line["eval/loss"], rel=1e-6)
@@ -280,7 +281,7 @@ def test_generate(uninterrupted, cache):
 
 MISTAKES = [
     (["--config=configs/nope.py"], "no such file"),
-    ([f"--config={SMOKE}", "--config.model.trunk.nun_layers=1"], "mean num_layers?"),
+    ([f"--config={SMOKE}", "--config.model.trunk.nun_layers=1"], "trunk.num_layers?"),
     ([f"--config={SMOKE}", "--config.steps=many"], "--config.steps=many"),
     ([f"--config={SMOKE}", "--config.model.trunk.num_heads=3"], "must divide d_model"),
     ([f"--config={SMOKE}", "--config.mesh.tensor=3"], "number of devices, 1"),
@@ -291,7 +292,7 @@ MISTAKES = [
     ([f"--config={SMOKE}", "config.steps=3"], "unexpected argument 'config.steps=3'"),
     ([f"--config={SMOKE}", "--workdir="], "--workdir is empty"),
     ([f"--config={SMOKE}", "--workdir=README.md"], "is a file; name a folder"),
-    (["--config.steps=3"], "name an experiment with --config=configs/NAME.py"),
+    (["--config.steps=3"], "no --config, and no --workdir of a run"),
 ]
 
 
@@ -321,7 +322,7 @@ def test_non_finite_loss_stops_with_step_and_examples(tmp_path, cache):
     done = train(tmp_path, cache, STEPS, "--config.optim.learning_rate=1e38", code=1)
     assert "error: step" in done.stderr
     assert "on examples" in done.stderr
-    assert "start again from the last checkpoint" in done.stderr
+    assert "the newest checkpoint is 2: lower optim.learning_rate" in done.stderr
     _, meta = saved_state(tmp_path, 2)
     assert meta["data"]["step"] == 2
 

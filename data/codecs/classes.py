@@ -60,7 +60,7 @@ class Classes:
                 return np.array(exact, np.int32)[inverse]
         # 1.0 is a class; 1.5, NaN and infinity are none.
         values = values.astype(np.float64)
-        whole = np.isfinite(values) & (values == np.floor(values))
+        whole = (np.abs(values) < 2**31) & (values == np.floor(values))
         distinct, inverse = np.unique(
             np.where(whole, values, -1).astype(np.int64), return_inverse=True
         )

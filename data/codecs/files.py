@@ -113,11 +113,13 @@ def load(workdir: str, config: Any) -> dict[str, Codec]:
             )
         elif template := chat.own(workdir):
             codecs["chat"] = ChatTemplate(codecs["text"], template)
+    return codecs | load_classes(workdir, config)
+
+
+def load_classes(workdir: str, config: Any) -> dict[str, Classes]:
+    """The classes that a run saved, by field of the data."""
     names = _saved_names(workdir)
-    for field in config.classes():
-        if field in names:
-            codecs[field] = Classes(names[field])
-    return codecs
+    return {f: Classes(names[f]) for f in config.classes() if f in names}
 
 
 def _saved_names(workdir: str) -> dict[str, list[str]]:

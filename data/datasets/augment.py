@@ -12,6 +12,15 @@ from PIL import Image, ImageEnhance, ImageOps
 from triform.runtime.errors import DataError
 
 Rng = np.random.Generator
+# How pixels are computed from those of another size, by name.
+RESAMPLES = {
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:
@@ -64,13 +73,16 @@ def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def resized(
-    image: np.ndarray, size: int, box: tuple[float, ...] | None = None
+    image: np.ndarray,
+    size: int,
+    box: tuple[float, ...] | None = None,
+    resample: str = "bilinear",
 ) -> np.ndarray:
     """The image, or the part (left, upper, right, lower) of it, as a square."""
     if box is None and image.shape[:2] == (size, size):
         return image
-    square = to_pillow(image).resize((size, size), Image.Resampling.BILINEAR, box)
-    return to_array(square)
+    how = RESAMPLES[resample]
+    return to_array(to_pillow(image).resize((size, size), how, box))
 
 
 def shifted(image: np.ndarray, most: int, rng: Rng) -> np.ndarray:

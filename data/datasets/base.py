@@ -24,6 +24,8 @@ TARGETS = ("class", "number")  # what is predicted of a text or a word
 class DataConfig:
     """Where examples come from, and how many make a batch."""
 
+    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
+
     # A file, folder or pattern, or several with commas between; or the name of an
     # embedded source, one of ours, or a public one of TFDS.
     source: str = "cldr"
@@ -85,7 +87,6 @@ class TextConfig(DataConfig):
     """Rows of tokens. Lengths include the tokens that a kind of data adds."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ()  # of a tokenizer trained for it
-    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
     max_len: int = 64  # longer items are left out of training, shortened in evaluation
     # Rows of max_len a batch; shorter buckets hold more rows, of as many tokens in all.
@@ -131,7 +132,9 @@ class TextConfig(DataConfig):
             self.tokenizer.path = paths.absolute(self.tokenizer.path)
         named = (x.rpartition(":") for x in self.tokenizer.corpora)
         self.tokenizer.corpora = tuple(
-            f"{sources.absolute(source)}:{name}" for source, _, name in named
+            # Without a source it is no name: `validate` says so.
+            f"{source and sources.absolute(source)}{colon}{name}"
+            for source, colon, name in named
         )
 
 

@@ -37,6 +37,7 @@ class ImagesConfig(DataConfig):
     channels: int = 3  # 1: grey
     mean: tuple[float, ...] = (0.5,)  # of pixels in [0, 1]: one, or one a channel
     std: tuple[float, ...] = (0.5,)  # of pixels, likewise
+    resample: str = "bilinear"  # how another size is computed: augment.RESAMPLES
     # none: all of the image, resized; pad: the same, moved by up to `pad` pixels;
     # resized: a random part, resized, and the middle 7/8 in evaluation.
     crop: str = "none"
@@ -80,6 +81,8 @@ class ImagesConfig(DataConfig):
         self.require(len(self.mean) in (1, self.channels), "mean", many)
         self.require(len(self.std) in (1, self.channels), "std", many)
         self.require(min(self.std) > 0, "std", "must be positive")
+        rule = f"expected one of {', '.join(augment.RESAMPLES)}"
+        self.require(self.resample in augment.RESAMPLES, "resample", rule)
         self.require(self.crop in CROPS, "crop", f"expected one of {', '.join(CROPS)}")
         self.require(self.pad >= 0, "pad", "must be at least 0")
         self.require(
@@ -156,7 +159,7 @@ def in_evaluation(config: ImagesConfig, image: np.ndarray) -> np.ndarray:
     image, box = augment.with_channels(image, config.channels), None
     if config.crop == "resized":
         box = augment.central_box(*image.shape[:2], 7 / 8)
-    return augment.resized(image, config.size, box)
+    return augment.resized(image, config.size, box, config.resample)
 
 
 class Images(Dataset):
@@ -239,7 +242,7 @@ class Images(Dataset):
         image, box = augment.with_channels(image, config.channels), None
         if config.crop == "resized":
             box = augment.random_box(*image.shape[:2], rng)
-        image = augment.resized(image, config.size, box)
+        image = augment.resized(image, config.size, box, config.resample)
         if config.crop == "pad":
             image = augment.shifted(image, config.pad, rng)
         if config.flip and rng.random() < 0.5:

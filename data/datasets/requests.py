@@ -90,6 +90,18 @@ class Requests:
         batch = zeros(self.config.spec(), {"B": rows, **self.shape(items)})
         return batch, [self.write(batch, r, item) for r, item in enumerate(items)]
 
+    def checked(self, item: Item) -> Item:
+        """The same; DataError if an id of its texts has no row in the model."""
+        rows = self.sizes.get("vocab_size", 0)
+        for ids in item.parts if self.tok is not None and rows else ():
+            if ids.ndim == 1 and (ids >= rows).any():
+                first = int(ids[ids >= rows][0])
+                raise DataError(
+                    f"{self.tok.show([first])!r} has id {first}, and the model "
+                    f"{rows} rows; leave it out, or train a model with more rows"
+                )
+        return item
+
     def values(self, request: Any) -> tuple[list[Any], list[str]]:
         """(value of every column, what was changed in them)."""
         names = {f: getattr(self.config, f, "") for f in self.columns}

@@ -1,0 +1,305 @@
+"""What a run does when checkpoints cannot be read, or numbers are no longer finite."""
+
+import errno
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+
+from triform import recovery, train
+from triform.configs import gpt_shakespeare_char
+from triform.runtime import metrics, read_errors
+from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
+from triform.runtime.errors import CheckpointError, TriformError, UserError
+
+STATE = {"w": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(3, jnp.bfloat16)}
+WANTED = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), STATE)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A workdir with checkpoints of the steps 1, 2 and 3."""
+    with opened(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, STATE, meta={"config": "one", "from_step": None})
+            checkpointer.record(step, {"eval/loss": 1.0})
+    return tmp_path
+
+
+def opened(workdir):
+    return Checkpointer(str(workdir / "checkpoints"), CheckpointConfig(every=1))
+
+
+# Failed reads.
+
+ERRNOS = ("EIO", "ESTALE", "EMFILE", "ENFILE", "EACCES", "EPERM", "ETIMEDOUT", "ENOMEM")
+
+
+def by_python(number):
+    return OSError(number, os.strerror(number), "file")
+
+
+def by_a_library(number):
+    error = ValueError("cannot restore")
+    error.__cause__ = by_python(number)
+    return error
+
+
+def by_tensorstore(number):
+    text = f"Failed to read from file: {os.strerror(number)} [os_error_code='{number}']"
+    return ValueError(f"DATA_LOSS: Error opening zarr driver: {text}")
+
+
+@pytest.mark.parametrize("say", [by_python, by_a_library, by_tensorstore])
+@pytest.mark.parametrize("part", ["meta", "state"])
+def test_a_failed_read_moves_nothing(say, part, folder, monkeypatch):
+    for name in ERRNOS:
+
+        def fail(*args, name=name, **kwargs):
+            if part == "meta" and args[1].name != "meta":
+                raise FileNotFoundError  # orbax looks for more than is saved
+            raise say(getattr(errno, name))
+
+        with opened(folder) as checkpointer, monkeypatch.context() as patch:
+            if part == "meta":
+                patch.setattr(ocp.JsonCheckpointHandler, "restore", fail)
+            else:
+                patch.setattr(checkpointer._manager, "restore", fail)
+            with pytest.raises(CheckpointError, match="step 3 .*could not be read"):
+                checkpointer.restore(WANTED)
+    assert sorted(os.listdir(folder / "checkpoints")) == ["1", "2", "3"]
+    assert sorted(os.listdir(folder)) == ["checkpoints", "scores.json"]
+    with opened(folder) as checkpointer:
+        assert checkpointer.restore(WANTED)[1]["config"] == "one"
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_a_file_that_is_damaged(folder):
+    """Linux answers a read of the first bytes of this file with EIO."""
+    for path in (folder / "checkpoints" / "3" / "state").rglob("d/*"):
+        path.unlink()
+        path.symlink_to("/proc/self/mem")
+    with opened(folder) as checkpointer:
+        with pytest.raises(CheckpointError, match="3 .*could not be .*Input/output"):
+            checkpointer.restore(WANTED)
+        assert checkpointer.steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), json.JSONDecodeError])
+def test_what_is_missing_or_no_json_is_damage(error):
+    if isinstance(error, type):
+        error = error("no JSON", "", 0)
+    assert isinstance(read_errors.classify(error, 3, "x"), read_errors.Corrupt)
+
+
+@pytest.mark.parametrize("where", ["corrupt", "set_aside", "nowhere"])
+def test_a_run_that_lost_all_checkpoints_does_not_begin_anew(where, folder):
+    (folder / where).mkdir()
+    for step in "123":
+        (folder / "checkpoints" / step).rename(folder / where / step)
+    for _ in range(2):
+        with opened(folder) as checkpointer:
+            with pytest.raises(CheckpointError, match="steps were saved once .*3"):
+                checkpointer.restore(WANTED)
+    (folder / where / "2").rename(folder / "checkpoints" / "2")
+    with opened(folder) as checkpointer:
+        assert checkpointer.restore(WANTED) is not None
+
+
+def test_only_temporary_folders_of_steps_are_removed(folder):
+    names = [f"{x}{ocp.utils.TMP_DIR_SUFFIX}1" for x in ("7", "mine", "")]
+    for name in names:
+        (folder / "checkpoints" / name).mkdir()
+    with opened(folder) as checkpointer:
+        checkpointer.save(4, STATE, meta={})
+    left = set(os.listdir(folder / "checkpoints"))
+    assert names[0] not in left
+    assert left >= set(names[1:])
+
+
+# Numbers that are not finite.
+
+# Orbax leaves coroutines behind when it cannot read an array.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+BAD = [jnp.nan, jnp.inf, -jnp.inf]
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_a_state_is_saved_only_if_it_is_finite(value, folder):
+    with opened(folder) as checkpointer:
+        health = recovery.Health(checkpointer, start=0)
+        health.check_state(STATE | {"key": jax.random.key(0)}, 4)
+        ruined = STATE | {"b": STATE["b"].at[1].set(value)}
+        with pytest.raises(UserError, match="update made b .*newest checkpoint is 3"):
+            health.check_state(ruined, 4)
+        assert checkpointer.steps() == [1, 2, 3]
+
+
+def measured(loss, norm=1.0):
+    return {"train/loss": float(loss), "train/grad_norm": float(norm)}
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_a_checkpoint_that_the_next_step_proves_ruined_is_set_aside(value, folder):
+    with opened(folder) as checkpointer:
+        health = recovery.Health(checkpointer, start=1)
+        health.check_step(measured(1.0), 4, lambda: "5, 6 of train")
+        with pytest.raises(UserError) as caught:
+            health.check_step(measured(1.0, value), 4, lambda: "5, 6 of train")
+        assert checkpointer.steps() == [1, 2]
+        assert checkpointer.metrics_of(3) == {}
+        assert os.listdir(folder / "set_aside") == ["3"]
+        for part in ("step 4", "5, 6 of train", "newest checkpoint is 2"):
+            assert part in str(caught.value)
+        # Its number is free.
+        checkpointer.save(3, STATE, meta={})
+
+
+@pytest.mark.parametrize(
+    ("start", "step"),
+    [
+        (3, 4),  # an earlier process saved it: today's settings may be the cause
+        (0, 9),  # there were good steps in between
+    ],
+)
+def test_a_checkpoint_that_may_be_good_stays(start, step, folder):
+    with opened(folder) as checkpointer:
+        health = recovery.Health(checkpointer, start)
+        with pytest.raises(UserError, match="--from_step=2"):
+            health.check_step(measured(jnp.nan), step, lambda: "")
+        assert checkpointer.steps() == [1, 2, 3]
+
+
+def test_an_evaluation_that_is_not_finite_stops(folder):
+    with opened(folder) as checkpointer:
+        health = recovery.Health(checkpointer, start=0)
+        health.check_evaluation({"eval/loss": 9.0, "eval/perplexity": jnp.inf}, 3)
+        with pytest.raises(UserError, match="step 3: eval/loss is nan"):
+            health.check_evaluation({"eval/loss": float("nan")}, 3)
+        assert checkpointer.steps() == [1, 2]
+
+
+# Runs.
+
+
+def config_of(steps, **optim):
+    config = gpt_shakespeare_char.get_config("smoke")
+    data = {"source": "cldr", "text": "en", "batch_size": 32, "max_len": 16}
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    config.data.tokenizer.kind, config.model.vocab_size = "bytes", 259
+    config.model.trunk.num_layers = config.log_every = config.checkpoint.every = 1
+    config.steps, config.evaluation.every = steps, 1000
+    fields = {"schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+    for name, value in (fields | optim).items():
+        setattr(config.optim, name, value)
+    return config
+
+
+@pytest.fixture
+def steps_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIFORM_CACHE", str(tmp_path / "cache"))
+
+    def find():
+        lines = metrics.read_lines(str(tmp_path / "run"))
+        return {x["step"]: x["train/loss"] for x in lines if "train/loss" in x}
+
+    return find
+
+
+def test_a_run_goes_on_after_a_step_that_ruined_it_and_back_to_older_ones(
+    tmp_path, steps_of
+):
+    workdir = str(tmp_path / "run")
+    train.run(config_of(3, learning_rate=1e-3), workdir)
+    good = steps_of()
+    with pytest.raises(UserError, match="is now .*set_aside/4"):
+        train.run(config_of(6, learning_rate=1e30), workdir)
+    sane = config_of(6, learning_rate=1e-3)
+    train.run(sane, workdir)
+    straight = steps_of()
+    assert [*straight] == [1, 2, 3, 4, 5, 6]
+    assert {k: straight[k] for k in good} == good
+    assert max(straight.values()) < 20
+    # Back to step 2, with another rate: what was done after it is kept elsewhere.
+    slower = config_of(5, learning_rate=1e-4)
+    train.run(slower, workdir, from_step=2)
+    again = steps_of()
+    assert [*again] == [1, 2, 3, 4, 5]
+    assert again[3] == straight[3]
+    assert again[4] != straight[4]
+    assert {"3", "4.1", "5", "6", metrics.FILE} <= {
+        *os.listdir(tmp_path / "run/set_aside")
+    }
+    # A scheduler starts the same command again: it does not begin from step 2 anew.
+    scores = train.run(slower, workdir, from_step=2)
+    assert scores["test/loss"] > 0
+    assert steps_of() == again
+    with pytest.raises(TriformError, match="from_step=77"):
+        train.run(slower, workdir, from_step=77)
+
+
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
+    """Law 6, with SIGKILL: while it starts, compiles, trains, saves and evaluates."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    arguments = ["--config=configs/gpt_shakespeare_char.py:smoke"]
+    settings = {"data.source": "cldr", "data.text": "en", "data.batch_size": 32}
+    settings |= {"data.max_len": 16, "data.tokenizer.kind": "bytes", "steps": 400}
+    settings |= {"model.vocab_size": 259, "model.trunk.num_layers": 1}
+    settings |= {"checkpoint.every": 7, "evaluation.every": 50, "log_every": 5}
+    arguments += [f"--config.{k}={v}" for k, v in settings.items()]
+    env = dict(os.environ, TRIFORM_CACHE=str(tmp_path / "cache"), XLA_FLAGS="")
+
+    def started(name):
+        command = [sys.executable, str(root / "train.py"), *arguments]
+        return subprocess.Popen(
+            [*command, f"--workdir={tmp_path / name}"],
+            cwd=root,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    begin = time.monotonic()
+    whole = started("whole")
+    _, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors[-3000:]
+    took, rng = time.monotonic() - begin, random.Random(0)
+    reached = []
+    for _ in range(6):
+        killed = started("killed")
+        time.sleep(took * rng.uniform(0.4, 1))
+        killed.kill()
+        killed.communicate()
+        lines = metrics.read_lines(str(tmp_path / "killed"))
+        reached.append(max((x["step"] for x in lines), default=0))
+    assert max(reached) > 0
+    last = started("killed")
+    _, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, errors[-3000:]
+    assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
+
+
+def contents(workdir):
+    """Checksums of the last checkpoint's arrays, and the numbers of all steps."""
+    config = CheckpointConfig()
+    with Checkpointer(str(workdir / "checkpoints"), config) as checkpointer:
+        step = checkpointer.latest()
+    saved = workdir / "checkpoints" / str(step) / "meta" / "metadata"
+    arrays = json.loads(saved.read_text())["body"]["arrays"]
+    kept = {
+        (x["step"], k): v
+        for x in metrics.read_lines(str(workdir))
+        for k, v in x.items()
+        if not k.endswith(("per_second", "wait", "time"))
+    }
+    return step, arrays, kept
