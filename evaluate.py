@@ -200,8 +200,9 @@ def _columns(kept: list[dict[str, np.ndarray]]) -> dict[str, list | np.ndarray]:
 
 
 def _nats(total: Mapping[str, Any]) -> float:
-    """The summed totals of all terms."""
-    return sum(float(term.total) for term in total["terms"].values())
+    """The summed nats of all targets, whatever terms a task adds to its loss."""
+    found = [m for m in total.values() if isinstance(m, metrics.Perplexity)]
+    return sum(float(m.total) for m in found or total["terms"].values())
 
 
 def run(

@@ -4,6 +4,7 @@ python generate.py --workdir=runs/transformer_cldr --input="3 May 2024"
 cat sentences.txt | python generate.py --workdir=DIR --method=sample --top_p=0.9
 python generate.py --workdir=runs/gpt_char --input="ROMEO:" --max_tokens=500
 python generate.py --workdir=DIR --input_file=in.csv --output=out.jsonl
+python generate.py --workdir=DIR --chat
 """
 
 import itertools
@@ -14,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from triform.answers import inputs
+from triform.answers import chat, inputs
 from triform.answers.inputs import Asked
 from triform.answers.output import JsonLines, Output
 from triform.answers.sampler import Sampler
@@ -141,6 +142,14 @@ def main(argv: list[str]) -> None:
         "scores": flag.scores,
         "strict": flag.strict,
     }
+    if flag.chat:
+        if file or flag.scores or flag.num_samples > 1:
+            raise UserError(
+                "--chat: it prints one answer for every line; leave out --output, "
+                "--scores and --num_samples"
+            )
+        chat.talk(sampler, asked, options)
+        return
     if file is not None:
         file.open()
     report = Report(flag.output)
@@ -173,6 +182,9 @@ def define() -> None:
         None,
         "A file with an input a line, a table (JSONL, CSV, TSV, Parquet) with the "
         "columns of training, an image or a folder of images; repeatable.",
+    )
+    flags.DEFINE_bool(
+        "chat", False, "Keep a conversation; a line /reset begins another."
     )
     flags.DEFINE_string("output", "", "A new file for one JSON object per input.")
     flags.DEFINE_bool("overwrite", False, "Replace --output if it is there.")

@@ -2,6 +2,7 @@
 
 # Start of a test's name as pytest prints it -> why.
 LONG = {
+    "tests/test_chat_run.py": "trainings",
     "tests/test_checkpoint.py::test_sigkill": "processes",
     "tests/test_console.py": "an installation and processes",
     "tests/test_docs.py": "three trainings",

@@ -14,6 +14,7 @@ from triform.data.datasets.base import (
     TextConfig,
 )
 from triform.data.datasets.causal_lm import CausalLM, CausalLMConfig
+from triform.data.datasets.conversations import Conversations, ConversationsConfig
 from triform.data.datasets.images import Images, ImagesConfig
 from triform.data.datasets.masked_lm import MaskedLM, MaskedLMConfig
 from triform.data.datasets.requests import Item, Requests
@@ -33,6 +34,7 @@ __all__ = [
     "DATASETS",
     "EVALUATION",
     "CausalLMConfig",
+    "ConversationsConfig",
     "Corpus",
     "DataConfig",
     "Dataset",
@@ -57,6 +59,7 @@ DATASETS = {
     Seq2SeqConfig: Seq2Seq,
     MixtureConfig: Seq2Seq,
     CausalLMConfig: CausalLM,
+    ConversationsConfig: Conversations,
     MaskedLMConfig: MaskedLM,
     SpanCorruptionConfig: SpanCorruption,
     SequenceClassificationConfig: SequenceClassification,
