@@ -291,6 +291,8 @@ def run(
         stack.enter_context(workdirs.lock(workdir))
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
+        if isinstance(stop, signals.Interrupt):
+            stop.leaving = lambda came: start.end(f"interrupted by {came}")
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         if from_step is not None:
