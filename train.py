@@ -192,7 +192,8 @@ def finished(experiment: Experiment, checkpointer: Checkpointer) -> dict[str, An
     workdir = str(checkpointer.directory.parent)
     scores = workdirs.tested(workdir, done) if done >= steps else {}
     if scores:
-        workdirs.restore(experiment, checkpointer)
+        with stage("reading the last checkpoint", least=SOON):
+            workdirs.restore(experiment, checkpointer)
         if checkpointer.latest() != done:
             return {}
         print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
