@@ -275,8 +275,10 @@ def test_generate(uninterrupted, cache):
         "generate.py", uninterrupted, cache, *(f"--input={x}" for x in lines if x)
     )
     assert alone.stdout.split("\n")[:3] == [out[0], out[2], out[3]]
-    wrong = run("generate.py", uninterrupted, cache, "--input=" + "3 " * 300, code=1)
-    assert "the model reads at most data.max_len=32" in wrong.stderr
+    long = "--input=" + "3 " * 300
+    assert "tokens left out" in run("generate.py", uninterrupted, cache, long).stderr
+    wrong = run("generate.py", uninterrupted, cache, long, "--strict", code=1)
+    assert "data.max_len=32" in wrong.stderr
 
 
 MISTAKES = [
