@@ -366,7 +366,7 @@ def test_of_what_fails_nothing_is_left(there, tmp_path, monkeypatch):
         pathlib.Path(partial, "a").write_text("a")
         raise UserError("no")
     # Of two that fill the same folder the second is refused, and the first one stays.
-    with pytest.raises(UserError, match="not empty"):  # noqa: SIM117
+    with pytest.raises(UserError, match="not empty"):
         with all_or_nothing(str(target)) as partial:
             pathlib.Path(partial, "a").write_text("second")
             target.mkdir(exist_ok=True)
