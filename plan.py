@@ -236,10 +236,13 @@ def changes(
             f"learning rate: {rates[0]:.4g} -> {rates[1]:.4g} between steps {step} and "
             f"{step + 1}, because steps or optim.* have changed"
         )
-    names = [k for k in schema.differences(old, new) if k.startswith("data.")]
+    # Where data are: that they are the same was found out by their content.
+    where = ("source", "data_dir", "manual_dir", "cache_dir")
+    found = schema.differences(old, new)
+    names = [k for k in found if k.startswith("data.") and k[5:] not in where]
     if step and names:
         data = copy.deepcopy(old.data)
-        for name in ("data_dir", "manual_dir", "cache_dir"):  # where they are today
+        for name in where:
             setattr(data, name, getattr(new.data, name))
         split = Split.open(data, codecs, data.train_split, new.model.sizes())
         was = TrainBatches(split.batches, old.seed)

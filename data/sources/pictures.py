@@ -152,6 +152,10 @@ class PictureSource(Divided):
         digest = hashlib.sha256(repr((VERSION, split, known)).encode()).hexdigest()
         return f"pictures-{digest[:32]}"
 
+    def location(self) -> str:
+        """Their folder."""
+        return self.found.root
+
     def where(self, split: str, item: int) -> str:
         """The picture's path."""
         return self.rows[int(self.numbers(split)[item])][0]
