@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -200,8 +201,9 @@ def _columns(kept: list[dict[str, np.ndarray]]) -> dict[str, list | np.ndarray]:
 
 
 def _nats(total: Mapping[str, Any]) -> float:
-    """The summed totals of all terms."""
-    return sum(float(term.total) for term in total["terms"].values())
+    """The summed nats of all targets, whatever terms a task adds to its loss."""
+    found = [m for m in total.values() if isinstance(m, metrics.Perplexity)]
+    return sum(float(m.total) for m in found or total["terms"].values())
 
 
 def run(
@@ -306,7 +308,8 @@ def main(argv: list[str]) -> None:
         report["decode"] |= {"method": "beam", "beam_size": flag.beam_size}
     report = files.strict(report | result.scalars)
     beams = f"_beam{flag.beam_size}" if flag.beam_size else ""
-    name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}".replace(":", "_")
+    name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}"
+    name = re.sub(r"[:/\\]", "_", name)
 
     def show() -> None:
         print(files.dumps(report, indent=2), flush=True)

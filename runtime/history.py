@@ -33,7 +33,7 @@ def path_of(workdir: str) -> str:
 def read(workdir: str) -> list[dict[str, Any]]:
     """The starts of a workdir, oldest first; without lines that a kill has torn."""
     found = []
-    for line in (files.read_text(path_of(workdir), "replace") or "").splitlines():
+    for line in (files.read_text(path_of(workdir), "replace") or "").split("\n"):
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict)]

@@ -283,7 +283,7 @@ def test_generate(uninterrupted, cache):
 
 MISTAKES = [
     (["--config=configs/nope.py"], "no such file"),
-    ([f"--config={SMOKE}", "--config.model.trunk.nun_layers=1"], "mean num_layers?"),
+    ([f"--config={SMOKE}", "--config.model.trunk.nun_layers=1"], "trunk.num_layers?"),
     ([f"--config={SMOKE}", "--config.steps=many"], "--config.steps=many"),
     ([f"--config={SMOKE}", "--config.model.trunk.num_heads=3"], "must divide d_model"),
     ([f"--config={SMOKE}", "--config.mesh.tensor=3"], "number of devices, 1"),
@@ -294,7 +294,7 @@ MISTAKES = [
     ([f"--config={SMOKE}", "config.steps=3"], "unexpected argument 'config.steps=3'"),
     ([f"--config={SMOKE}", "--workdir="], "--workdir is empty"),
     ([f"--config={SMOKE}", "--workdir=README.md"], "is a file; name a folder"),
-    (["--config.steps=3"], "name an experiment with --config=configs/NAME.py"),
+    (["--config.steps=3"], "no --config, and no --workdir of a run"),
 ]
 
 
@@ -329,7 +329,11 @@ def test_non_finite_loss_stops_with_step_and_examples(tmp_path, cache):
     assert meta["data"]["step"] == 2
 
 
-@pytest.mark.parametrize("name", config_flag.names())
+# Those on files of one's own have tests of their own, which write the files.
+NAMES = [name for name in config_flag.names() if not name.startswith("my_")]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_smoke(name, tmp_path, cache, shared_data, monkeypatch):
     """The smoke variant of every config trains, evaluates, saves and scores."""
     data = importlib.import_module(f"triform.configs.{name}").get_config("smoke").data
