@@ -135,12 +135,22 @@ class Blanks(Requests):
         """Candidates of every mask with their probabilities; the text of the best."""
         filled, best = [], []
         for ids, shares in zip(row["candidates"], row["shares"], strict=True):
-            names = [self.tok.show([i]).strip() or self.tok.pieces[i] for i in ids]
+            names = self._names(ids.tolist())
             filled.append(dict(zip(names, map(float, shares), strict=True)))
             best.append(names[0])
         filled, best = filled[: item.at], best[: item.at]
         score = sum(math.log(max(max(x.values()), 1e-30)) for x in filled)
         return {"text": self._text(item.shown, best), "score": score, "filled": filled}
+
+    def _names(self, ids: list[int]) -> list[str]:
+        """What each id stands for, no two the same: its text, or else its piece."""
+        names: list[str] = []
+        for i in ids:
+            name = self.tok.show([i]).strip()
+            plain = name and name not in names and "\ufffd" not in name
+            names.append(name if plain or i >= len(self.tok.pieces) else "")
+            names[-1] = names[-1] or self.tok.pieces[i]
+        return names
 
     def _text(self, text: str, best: list[str]) -> str:
         """The text with its first masks replaced; a piece of a word joins it."""
