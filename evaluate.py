@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,6 +71,7 @@ class Evaluator:
         log: TextIO | None = None,
     ):
         self.experiment, self.codecs, self.log = experiment, codecs, log
+        self.warned = [""]  # each warning is said once
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
         config = experiment.config
         if config.evaluation.metrics or any(x.scores for x in config.evaluations):
@@ -156,6 +158,9 @@ class Evaluator:
             ours = [tok.normalize(written[i]) for i in ids]
             scored = scores.score(config, ours, [known[i] for i in ids])
             found |= {f"{lead}{name}": x for name, x in scored.items()}
+            if scored.get("bleu_warning", "") not in self.warned:
+                self.warned.append(scored["bleu_warning"])
+                print(f"{lead}bleu: {scored['bleu_warning']}", file=self.log)
         if changed := sum(known[i] != one_line(texts[i][1]) for i in written):
             found["references"] = (
                 f"{changed} of {len(written)} changed: normalised as the tokenizer does"
@@ -200,8 +205,9 @@ def _columns(kept: list[dict[str, np.ndarray]]) -> dict[str, list | np.ndarray]:
 
 
 def _nats(total: Mapping[str, Any]) -> float:
-    """The summed totals of all terms."""
-    return sum(float(term.total) for term in total["terms"].values())
+    """The summed nats of all targets, whatever terms a task adds to its loss."""
+    found = [m for m in total.values() if isinstance(m, metrics.Perplexity)]
+    return sum(float(m.total) for m in found or total["terms"].values())
 
 
 def run(
@@ -306,7 +312,8 @@ def main(argv: list[str]) -> None:
         report["decode"] |= {"method": "beam", "beam_size": flag.beam_size}
     report = files.strict(report | result.scalars)
     beams = f"_beam{flag.beam_size}" if flag.beam_size else ""
-    name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}".replace(":", "_")
+    name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}"
+    name = re.sub(r"[:/\\]", "_", name)
 
     def show() -> None:
         print(files.dumps(report, indent=2), flush=True)

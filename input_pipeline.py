@@ -311,7 +311,8 @@ def report(train: TrainBatches) -> str:
             for x, size in zip(dataset.sizes.values(), sizes.values(), strict=True)
         ):
             lines.append(f"  the longest needs {_shown(sizes)}")
-    return "\n".join([*lines, *(f"  {line}" for line in _cut(train))])
+    more = (*_cut(train), *dataset.remarks())
+    return "\n".join([*lines, *(f"  {line}" for line in more)])
 
 
 def _cut(train: TrainBatches) -> list[str]:

@@ -130,6 +130,8 @@ def test_a_plugin_is_trained_killed_resumed_and_used_with_printed_commands(
     assert {"generate", "evaluate", "sweep", "train", "inspect"} <= done.keys()
     report = json.loads(done["evaluate"])
     assert report["validation/token_loss"] > 0 > report["validation/entropy_loss"]
+    # A term that a task adds is not among the nats of the text.
+    assert report["validation/bits_per_byte"] > 0
     assert len(done["generate"]) > len("...\n")
     assert "CalmConfig" in done["inspect"]
     assert f"resuming after step {max(kept) + 4}" in done["train"]

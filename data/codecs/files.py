@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from triform.data import store
-from triform.data.codecs import Codec, text
+from triform.data.codecs import Codec, chat, text
+from triform.data.codecs.chat import ChatTemplate
 from triform.data.codecs.classes import Classes
 from triform.data.codecs.text import Tokenizer
 from triform.runtime.errors import DataError
@@ -33,6 +34,12 @@ def build(config: Any, sizes: Mapping[str, int], earlier: str = "") -> dict[str,
             codecs["text"] = _build_tokenizer(config, sizes["vocab_size"])
         path = config.tokenizer.path or earlier or config.tokenizer.kind
         _require_rows(codecs["text"], sizes["vocab_size"], path)
+    if hasattr(config, "template"):
+        path = config.tokenizer.path
+        folder = os.path.dirname(path) if path else earlier
+        codecs["chat"] = chat.choose(
+            config.template, codecs["text"], folder, config.day
+        )
     before = _saved_names(earlier) if earlier else {}
     for field, size in config.classes().items():
         known = sizes.get(size, -1)
@@ -80,10 +87,10 @@ def class_counts(config: Any, codecs: Mapping[str, Codec]) -> dict[str, int]:
 
 
 def save(codecs: Mapping[str, Codec], workdir: str) -> None:
-    """Writes the tokenizer and the names of classes into a workdir."""
+    """Writes tokenizer, chat template and the names of classes into a workdir."""
     names = {k: list(c.names) for k, c in codecs.items() if isinstance(c, Classes)}
     for codec in codecs.values():
-        if isinstance(codec, Tokenizer):
+        if isinstance(codec, Tokenizer | ChatTemplate):
             codec.save(workdir)
     if names:
         path = os.path.join(workdir, CLASSES)
@@ -100,6 +107,12 @@ def load(workdir: str, config: Any) -> dict[str, Codec]:
     codecs: dict[str, Codec] = {}
     if hasattr(config, "tokenizer"):
         codecs["text"] = _load_tokenizer(workdir)
+        if hasattr(config, "template"):
+            codecs["chat"] = chat.choose(
+                config.template, codecs["text"], workdir, config.day
+            )
+        elif template := chat.own(workdir):
+            codecs["chat"] = ChatTemplate(codecs["text"], template)
     return codecs | load_classes(workdir, config)
 
 

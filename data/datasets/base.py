@@ -132,7 +132,9 @@ class TextConfig(DataConfig):
             self.tokenizer.path = paths.absolute(self.tokenizer.path)
         named = (x.rpartition(":") for x in self.tokenizer.corpora)
         self.tokenizer.corpora = tuple(
-            f"{sources.absolute(source)}:{name}" for source, _, name in named
+            # Without a source it is no name: `validate` says so.
+            f"{source and sources.absolute(source)}{colon}{name}"
+            for source, colon, name in named
         )
 
 
@@ -225,6 +227,10 @@ class Dataset:
     def scalars(self, total: float) -> dict[str, float]:
         """Further metrics of the summed nats of all targets of the split."""
         return {}
+
+    def remarks(self) -> list[str]:
+        """Lines of the report on the training data, besides numbers of rows."""
+        return []
 
     def text(self, item: int) -> tuple[str, str] | None:
         """(source, reference), if what a model generates is scored against one."""
