@@ -334,7 +334,7 @@ class Report:
     copied: dict[str, str]  # from a saved array of another name
     skipped: dict[str, Shape]
     new: dict[str, Shape]
-    mismatches: list[str]  # settings by which the models differ, if that shows
+    mismatches: list[str]  # settings that differ, if that shows
 
     def __str__(self) -> str:
         def size(shapes: Mapping[str, Shape]) -> str:
@@ -354,7 +354,7 @@ class Report:
                 *lines(self.skipped, "skipped, the model has no such parameter:"),
                 f"  newly initialised: {len(self.new)} arrays, {size(self.new)}",
                 *lines(self.new, "newly initialised:"),
-                *lines(dict.fromkeys(self.mismatches, ""), "the models differ:"),
+                *lines(dict.fromkeys(self.mismatches, ""), "other settings than there:"),
             ]
         )
 
@@ -382,10 +382,10 @@ def architecture(source: str, here: ModelConfig) -> ModelConfig:
 
 
 def _saved_params(
-    rule: InitRule, model: ModelConfig
-) -> tuple[dict[str, np.ndarray], str, list[str]]:
-    """(looped parameters by our names, description, mismatches with `model`) of a
-    rule's source.
+    rule: InitRule, config: ExperimentConfig
+) -> tuple[dict[str, np.ndarray], str, list[str], list[str]]:
+    """(looped parameters by our names, description, mismatches of the model, and of
+    what it reads, with `config`) of a rule's source.
     """
     workdir, which = parse(rule.source)
     run = open_run(workdir, which)
@@ -401,8 +401,9 @@ def _saved_params(
             f"init: no array of {rule.source!r} is left after only={rule.only!r}; "
             f"saved names are such as {next(iter(flatten_dict(params, sep='/')))!r}"
         )
-    differing = architectures.mismatches(run.config.model, model)
-    return found, f"{workdir}, {run.which}", differing
+    differing = architectures.mismatches(run.config.model, config.model)
+    inputs = architectures.inputs(run.config.data, config.data)
+    return found, f"{workdir}, {run.which}", differing, inputs
 
 
 def _stacked(saved: Tree, wanted: Tree) -> Tree:
@@ -421,13 +422,14 @@ def start(
 
     Later rules replace what earlier ones restored.
     """
-    saved, sources, differing = {}, [], []
+    saved, sources, differing, read = {}, [], [], []
     model, placement = experiment.config.model, experiment.placement
     for rule in rules:
-        found, source, mismatches = _saved_params(rule, model)
+        found, source, mismatches, inputs = _saved_params(rule, experiment.config)
         saved |= found
         sources.append(source)
         differing += mismatches
+        read += inputs
     shapes = jax.eval_shape(experiment.make_state)
     wanted = shapes.variables()
     tree = _stacked(unflatten_dict(saved, sep="/"), wanted["params"])
@@ -458,8 +460,8 @@ def start(
     used = {*report.restored, *report.adapted, *report.copied.values()}
     report.skipped |= {k: x.shape for k, x in saved.items() if k not in used}
     # A saved array of the same name and another shape is not what was asked for.
-    if any(name in saved for name in report.new):
-        report.mismatches = differing
+    shows = any(name in saved for name in report.new)
+    report.mismatches = (differing if shows else []) + read
     if not used:
         causes = "; ".join(differing) or "their names differ"
         raise UserError(

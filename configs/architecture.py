@@ -48,6 +48,17 @@ def mismatches(there: ModelConfig, here: ModelConfig) -> list[str]:
     ]
 
 
+def inputs(there: Any, here: Any) -> list[str]:
+    """'data.mean is (0.4,) there, (0.5,) here' for all that trained weights expect of
+    two configs of data.
+    """
+    return [
+        f"data.{name} is {getattr(there, name)!r} there, {getattr(here, name)!r} here"
+        for name in here.EXPECTED
+        if hasattr(there, name) and getattr(there, name) != getattr(here, name)
+    ]
+
+
 def _base(model: ModelConfig) -> ModelConfig:
     """The model that adapters are added to; a model without them is its own."""
     while len(model.wraps()) == 1:

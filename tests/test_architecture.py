@@ -82,6 +82,16 @@ def test_the_cause_stands_in_the_refusal_and_in_the_report(workdir):
     assert "trunk.d_ff is 12 there, 192 here" in str(report)
 
 
+def test_pixels_that_weights_do_not_expect_are_told(workdir):
+    there, here = vision(16), vision(16)
+    there.data.mean, there.data.resample = (0.1,), "bicubic"
+    source, _ = workdir(there)
+    said = str(start(here, source)[1])
+    assert "data.mean is (0.1,) there, (0.5,) here" in said
+    assert "data.resample is 'bicubic' there, 'bilinear' here" in said
+    assert "other settings" not in str(start(there, source)[1])
+
+
 def test_a_run_may_start_from_copies_alone(workdir, monkeypatch):
     """All arrays come from saved ones of other names: none is restored by its own."""
     source, params = workdir(language_model())

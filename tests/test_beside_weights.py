@@ -149,7 +149,7 @@ class Labelled:
         self.codecs, self.model_sizes = {field: Classes(ours)}, {}
         self.numbered, self.config = lambda field: theirs, self
         self.label = self.tags = "label"
-        self.classes = lambda: {field: "num_labels"}
+        self.classes, self.features = lambda: {field: "num_labels"}, lambda: ()
         self.describe = "example {}".format
 
 
@@ -306,9 +306,8 @@ def test_an_id_beyond_the_table_never_reaches_the_model(tmp_path):
     """Padding that has no row does not matter; a text with such an id is refused."""
     answers = []
     for name, added in (("plain", ()), ("padded", ("[PAD]",))):
-        source = with_added(
-            tmp_path / name, *added, **dict.fromkeys(["pad"] * len(added), "[PAD]")
-        )
+        roles = {"pad": "[PAD]"} if added else {}
+        source = with_added(tmp_path / name, *added, **roles)
         report = import_model(source, str(tmp_path / f"{name}-run"))
         assert any("38 ids, the model 37" in line for line in report) == bool(added)
         sampler = Sampler(str(tmp_path / f"{name}-run"))

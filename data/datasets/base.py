@@ -24,6 +24,9 @@ TARGETS = ("class", "number")  # what is predicted of a text or a word
 class DataConfig:
     """Where examples come from, and how many make a batch."""
 
+    # Fields that trained weights expect to stay as they were.
+    EXPECTED: ClassVar[tuple[str, ...]] = ()
+
     USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
     # A file, folder or pattern, or several with commas between; or the name of an

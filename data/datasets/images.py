@@ -4,7 +4,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -31,6 +31,8 @@ CROPS = ("none", "pad", "resized")
 @dataclasses.dataclass
 class ImagesConfig(DataConfig):
     """Square images; what is random is so in training only."""
+
+    EXPECTED: ClassVar[tuple[str, ...]] = ("mean", "std", "resample")
 
     image: str = "image"  # the feature that is read, uint8 [h, w, c]
     # The feature that is predicted, the number of a class; empty: images alone.
