@@ -8,7 +8,10 @@
 Nothing is imported before it is asked for. See docs/python.md.
 """
 
+import contextlib
 import importlib
+import os
+import tempfile
 from typing import Any
 
 # Name -> the module that it is, or that has it.
@@ -23,6 +26,25 @@ _NAMES = {
 }
 
 __all__ = list(_NAMES)
+
+
+def _find_temporary_folder() -> None:
+    """Makes `tempfile` usable in a container where only the cache can be written.
+
+    Libraries ask for a temporary folder while they are imported, and fail without one.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        cache = os.environ.get("TRIFORM_CACHE") or "~/.cache/triform"
+        folder = os.path.join(os.path.abspath(os.path.expanduser(cache)), "tmp")
+        with contextlib.suppress(OSError):
+            if not os.path.expanduser(cache).startswith("~"):
+                os.makedirs(folder, exist_ok=True)
+                tempfile.tempdir = folder
+
+
+_find_temporary_folder()
 
 
 def __getattr__(name: str) -> Any:

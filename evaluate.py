@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -307,7 +308,8 @@ def main(argv: list[str]) -> None:
         report["decode"] |= {"method": "beam", "beam_size": flag.beam_size}
     report = files.strict(report | result.scalars)
     beams = f"_beam{flag.beam_size}" if flag.beam_size else ""
-    name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}".replace(":", "_")
+    name = f"evaluation_{report['split']}_{flag.checkpoint}{beams}"
+    name = re.sub(r"[:/\\]", "_", name)
 
     def show() -> None:
         print(files.dumps(report, indent=2), flush=True)

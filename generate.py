@@ -36,8 +36,8 @@ def requests(flag: Any) -> tuple[Iterator[Asked], int]:
     if flag.input is not None:
         return inputs.of_flags(flag.input), min(flag.batch_size, len(flag.input))
     if flag.input_file:
-        found = itertools.chain.from_iterable(map(inputs.of_file, flag.input_file))
-        return found, flag.batch_size
+        found = [inputs.of_file(path) for path in flag.input_file]  # that all are there
+        return itertools.chain.from_iterable(found), flag.batch_size
     if sys.stdin is not None and sys.stdin.isatty():
         print("type a line, Ctrl-D to end", file=sys.stderr)
         return inputs.of_stdin(), 1  # answer every line at once
@@ -150,6 +150,8 @@ def main(argv: list[str]) -> None:
             )
         chat.talk(sampler, asked, options)
         return
+    if file is not None:
+        file.open()
     report = Report(flag.output)
     live = sampler.continues and not (file or flag.scores or flag.num_samples > 1)
     if live and size == 1:
@@ -162,7 +164,7 @@ def main(argv: list[str]) -> None:
         if file is not None:
             file.write({"input": one.value, **output.row(sampler.gives)})
             continue
-        for line in shown(output, flag.scores):
+        for line in shown(output, flag.scores and "score" in sampler.gives):
             print(line, flush=True)
     if file is not None:
         file.close()

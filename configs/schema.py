@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from triform.configs import saving
-from triform.configs.variants import smoke, update, vary
+from triform.configs.variants import adapters, smoke, update, vary
 from triform.data.batch import Field
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets import (
@@ -89,6 +89,7 @@ __all__ = [
     "TokenizerConfig",
     "TransformerConfig",
     "VisionConfig",
+    "adapters",
     "differences",
     "from_json",
     "smoke",

@@ -24,6 +24,8 @@ from triform.runtime.errors import DataError
 
 LAYOUT = "v4"  # of the arrays; another one makes other cache entries
 DAY = 86_400  # seconds
+# Names that nobody else gives: a cache may lie among other people's folders.
+STAGED, PARTS = "triform-part-", "triform-parts-"
 
 
 def single(value: Any) -> list:
@@ -198,7 +200,7 @@ def read(
 
 
 def place(config: Any, source: str, split: str, item: int) -> str:
-    """'multi30k_translate train, example 7', or 'data.csv, line 9 (train, example 7)'."""
+    """'multi30k_translate train, example 7', or 'a.csv, line 9 (train, example 7)'."""
     where = origin(config, source).where(split, item)
     name = f"{split}, example {item}"
     return f"{where} ({name})" if where else f"{source} {name}"
@@ -236,8 +238,9 @@ def cached(
     if not os.path.isdir(final):
         os.makedirs(os.path.dirname(final), exist_ok=True)
         _sweep(os.path.dirname(final))
-        part = tempfile.mkdtemp(dir=os.path.dirname(final), prefix="part-")
-        parts = os.path.join(os.path.dirname(final), f"parts-{os.path.basename(final)}")
+        folder, name = os.path.split(final)
+        part = tempfile.mkdtemp(dir=folder, prefix=STAGED)
+        parts = os.path.join(folder, f"{PARTS}{name}")
         os.makedirs(parts, exist_ok=True)
         try:
             write(part, parts)
@@ -264,13 +267,20 @@ def _sweep(directory: str) -> None:
     """Removes what killed processes began: folders at once unused for a day, parts that
     may still be wanted for a week.
     """
-    now = time.time()
+    limits = {STAGED: DAY, PARTS: 7 * DAY}
     for entry in os.scandir(directory):
-        age = now - entry.stat().st_mtime
-        if entry.name.startswith("part-") and age > DAY:
+        limit = next((x for k, x in limits.items() if entry.name.startswith(k)), None)
+        if limit is not None and time.time() - _last_use(entry.path) > limit:
             shutil.rmtree(entry.path, ignore_errors=True)
-        if entry.name.startswith("parts-") and age > 7 * DAY:
-            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _last_use(folder: str) -> float:
+    """When the folder or a file in it was last written: some are written for days."""
+    try:
+        inside = [entry.stat().st_mtime for entry in os.scandir(folder)]
+        return max([os.stat(folder).st_mtime, *inside])
+    except OSError:
+        return time.time()  # it is in use: another process just removed something
 
 
 def _write(

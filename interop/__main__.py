@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from triform.interop.workdir import export_model, import_model
-from triform.runtime import commands, host
+from triform.runtime import commands, host, streams
 from triform.runtime.errors import UserError
 from triform.runtime.launch import one_line
 from triform.workdir import open_config
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def cli(argv: Sequence[str], program: str = "") -> int:
     """The program, from the command line to the exit code."""
+    streams.prepare()
     host.return_freed_memory()
     # Weights are moved, not computed with: an accelerator stays free.
     jax.config.update("jax_platforms", "cpu")

@@ -284,9 +284,7 @@ def _write_beside(
         tokenizers.write_json(folder, preprocessor.NAME, content)
 
 
-def exportable(
-    config: ExperimentConfig, original: dict[str, Any] | None = None
-) -> str:
+def exportable(config: ExperimentConfig, original: dict[str, Any] | None = None) -> str:
     """The class of transformers that a run of this config becomes.
 
     `original` is the config.json that its workdir was imported with. UserError that

@@ -29,9 +29,11 @@ def replacing(path: str, binary: bool = False) -> Iterator[IO]:
         with open(part, f"x{kind}", encoding=encoding) as f:
             yield f
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(part)
+        if isinstance(error, OSError) and error.filename == part:
+            error.filename = path  # the name that means something to a user
         raise
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from triform.runtime import files
 from triform.runtime.launch import one_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -31,15 +32,10 @@ def path_of(workdir: str) -> str:
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The starts of a workdir, oldest first; without lines that a kill has torn."""
-    if not os.path.exists(path_of(workdir)):
-        return []
     found = []
-    with open(path_of(workdir), encoding="utf-8", errors="replace") as f:
-        for line in f:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
+    for line in (files.read_text(path_of(workdir), "replace") or "").split("\n"):
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict)]
 
 
@@ -128,7 +124,5 @@ class Start:
         self._write([*read(self.workdir)[:-1], self.line])
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        path = path_of(self.workdir)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
-        os.replace(f"{path}.tmp", path)
+        with files.replacing(path_of(self.workdir)) as f:
+            f.writelines(files.dumps(line) + "\n" for line in lines)

@@ -208,6 +208,9 @@ class Memory:
     def classes(self, feature):
         return self._classes.get(f"{self._name}:{feature}", ())
 
+    def column(self, split, feature):
+        return [x[feature] for x in self._of(split)]
+
     def where(self, split, item):
         return ""
 
@@ -256,6 +259,9 @@ def sources(monkeypatch, tmp_path):
 
             def classes(self, feature):
                 return known.get(f"{self.name}:{feature}", ())
+
+            def column(self, split, feature):
+                return [x[feature] for x in self._of(split)]
 
             def where(self, split, item):
                 return ""

@@ -118,8 +118,9 @@ def test_a_plugin_is_trained_killed_resumed_and_used_with_printed_commands(
     process.communicate(timeout=60)
     plugin.unlink()
     workdir = home / "mine" / "my runs" / "d"
-    names = os.listdir(workdir / "checkpoints")
-    kept = [int(name) for name in names if name.isdigit()]
+    kept = [
+        int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
+    ]
     goal = f"--config.steps={max(kept) + 4}"
     again = shell(f"triform train --workdir='../mine/my runs/d' {goal}").stdout
     assert f"resuming after step {max(kept)}" in again

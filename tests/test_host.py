@@ -1,6 +1,8 @@
 """What is said to the compiler before it starts, and paths as they are typed."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +58,19 @@ def test_a_path_begins_in_the_home_folder_or_is_refused(monkeypatch, tmp_path):
     for typed in ("~", "~/a", "~nobody/a"):
         with pytest.raises(UserError, match="set TRIFORM_CACHE"):
             paths.absolute(typed, setting="TRIFORM_CACHE")
+
+
+def test_a_temporary_folder_is_found_where_only_the_cache_can_be_written(tmp_path):
+    code = """
+import tempfile
+def none():
+    raise FileNotFoundError("No usable temporary directory")
+tempfile._get_default_tempdir = none
+import triform
+print(tempfile.mkdtemp())
+"""
+    env = dict(os.environ, TRIFORM_CACHE=str(tmp_path / "cache"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(str(tmp_path / "cache" / "tmp")), done.stderr

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ import pytest
 from triform import plan, train
 from triform.configs import gpt_shakespeare_char, schema
 from triform.data.codecs.text import ByteTokenizer
-from triform.data.datasets import CausalLMConfig, Seq2SeqConfig
+from triform.data.datasets import (
+    CausalLMConfig,
+    Corpus,
+    MixtureConfig,
+    Seq2SeqConfig,
+)
 from triform.evaluate import Evaluator
 from triform.experiment import Experiment
 from triform.input_pipeline import Split, TrainBatches, moved
@@ -194,6 +200,25 @@ def test_rows_of_another_length_are_compared_by_share(sources):
     )
     text = moved(old, new, old.per_epoch // 2)
     assert re.search(r"epoch 1 was \d+% done.*: about \d+% of it come twice", text)
+
+
+@pytest.mark.parametrize("buckets", [(), (8,)])
+def test_a_limited_evaluation_is_spread_over_every_corpus(sources, buckets):
+    sources(many=pairs(60), few=pairs(3))
+    parts = tuple(Corpus(name, "a", "b") for name in ("many", "few"))
+    ours = MixtureConfig(corpora=parts, max_len=16, batch_size=8, buckets=buckets)
+    split = Split.open(ours, CODECS, "train", SIZES)
+
+    def scored(limit):
+        return sorted(i for x, _ in split.batches.evaluation(limit) for i in x.tolist())
+
+    assert scored(0) == scored(60) == [*range(63)]
+    found = scored(6)
+    groups = Counter(split.dataset.group(item)[0] for item in found)
+    assert sorted(groups.values()) == [3, 6]
+    numbers = [split.dataset.group(item)[1] for item in found]
+    # Files are often sorted: the first ones would be of one kind.
+    assert numbers[:6] == [0, 10, 20, 30, 40, 50]
 
 
 # --- A run ---

@@ -16,6 +16,7 @@ import pytest
 
 from triform import recovery, train
 from triform.configs import gpt_shakespeare_char
+from triform.data import store
 from triform.runtime import metrics, read_errors
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import CheckpointError, TriformError, UserError
@@ -122,6 +123,21 @@ def test_only_temporary_folders_of_steps_are_removed(folder):
     left = set(os.listdir(folder / "checkpoints"))
     assert names[0] not in left
     assert left >= set(names[1:])
+
+
+def test_only_what_killed_processes_left_in_a_cache_is_removed(tmp_path):
+    old = time.time() - 30 * store.DAY
+    ours = [f"{x}abc" for x in (store.STAGED, store.PARTS)]
+    theirs = ["part-00000", "parts-1", "model.part", f"mine-{store.STAGED}"]
+    for name in [*ours, *theirs, f"{store.STAGED}used", f"{store.PARTS}used"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+        if "used" not in name:
+            os.utime(tmp_path / name / "file", (old, old))
+        os.utime(tmp_path / name, (old, old))
+    store._sweep(str(tmp_path))
+    left = set(os.listdir(tmp_path))
+    assert left == {*theirs, f"{store.STAGED}used", f"{store.PARTS}used"}
 
 
 # Numbers that are not finite.

@@ -22,6 +22,7 @@ from triform import train as training
 from triform.configs import transformer_cldr
 from triform.data.sources.tfds_source import BUILDERS
 from triform.experiment import Experiment
+from triform.runtime import history
 from triform.runtime.checkpoint import Checkpointer
 from triform.workdir import checkpoint_dir, saved_config
 
@@ -205,6 +206,7 @@ def test_an_interruption_before_the_first_step_ends_at_once(tmp_path, cache):
     assert process.returncode == 75
     assert "SIGINT before the first step" in errors
     assert not (tmp_path / "config.json").exists()
+    assert history.read(str(tmp_path))[-1]["outcome"] == "interrupted by SIGINT"
 
 
 def test_finished_run_says_so_and_evaluates(uninterrupted, cache):

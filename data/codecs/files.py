@@ -152,6 +152,12 @@ def _class_names(
     features = config.features()
     train = store.open_store(config, config.train_split, codecs["text"], features)
     seen = train.values[field]
+    if len(seen) and (seen == seen[0]).all():
+        raise DataError(
+            f"data.{field}={feature!r}: all {len(seen):,} labels of {config.source} "
+            f"{config.train_split} are {seen[0].item()!r}: nothing can be learned from "
+            "one class; name another column or add the other classes"
+        )
     if seen.dtype.kind == "U":
         return np.unique(seen).tolist()
     # What is no number of a class is refused when the split is opened.

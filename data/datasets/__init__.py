@@ -94,6 +94,10 @@ def request_batch(
     that cannot be read or is too long.
     """
     kind = requests(config, codecs, sizes)
+    if not kind.answers():
+        raise DataError(
+            f"data={type(config).__name__}: there are no requests of this kind of data"
+        )
     items = [kind.read(request) for request in inputs]
     batch, left_out = kind.batch(items, rows)
     for number, (request, left) in enumerate(zip(inputs, left_out, strict=True)):
