@@ -71,6 +71,7 @@ class Evaluator:
         log: TextIO | None = None,
     ):
         self.experiment, self.codecs, self.log = experiment, codecs, log
+        self.warned = [""]  # each warning is said once
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
         config = experiment.config
         if config.evaluation.metrics or any(x.scores for x in config.evaluations):
@@ -157,6 +158,9 @@ class Evaluator:
             ours = [tok.normalize(written[i]) for i in ids]
             scored = scores.score(config, ours, [known[i] for i in ids])
             found |= {f"{lead}{name}": x for name, x in scored.items()}
+            if scored.get("bleu_warning", "") not in self.warned:
+                self.warned.append(scored["bleu_warning"])
+                print(f"{lead}bleu: {scored['bleu_warning']}", file=self.log)
         if changed := sum(known[i] != one_line(texts[i][1]) for i in written):
             found["references"] = (
                 f"{changed} of {len(written)} changed: normalised as the tokenizer does"

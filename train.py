@@ -301,9 +301,9 @@ def run(
         if scores := finished(experiment, checkpointer):
             return scores
         print(plan.describe(experiment))
-        print(plan.export(config))
         print(plan.sources(config), flush=True)
         codecs = codecs or find_codecs(config, workdir)
+        print(plan.export(config, workdir, codecs), flush=True)
         splits = plan.Splits.open(experiment, codecs)
         splits.print()
         state, meta = restore_or_init(experiment, splits.train, checkpointer)

@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> schema.ExperimentConfig:
         ),
         task=schema.ClassificationConfig(label_smoothing=0.1),
         data=schema.ImagesConfig(
-            source="my_images",
+            source="./my_images",
             size=32,
             channels=3,
             batch_size=64,

@@ -26,9 +26,9 @@ VARIANTS = {
 def get_config(variant: str = "") -> schema.ExperimentConfig:
     """Variants: '' (minutes on 2 cores), 'lora' (trains adapters), 'smoke'."""
     trunk = schema.TransformerConfig(num_layers=2, d_model=128, num_heads=4, d_ff=512)
-    trunk.max_len, trunk.norm_position, trunk.dropout = 0, "pre", 0.1
+    trunk.max_len, trunk.positions, trunk.ffn = 0, "learned", "gelu"
     config = schema.ExperimentConfig(
-        model=schema.EncoderConfig(trunk, vocab_size=4000, num_labels=-1),
+        model=schema.EncoderConfig(trunk, 4000, num_labels=-1, masked_head=False),
         task=schema.ClassificationConfig(),
         data=schema.SequenceClassificationConfig(
             source="my_labels.csv", max_len=64, batch_size=32, truncate=True

@@ -24,12 +24,12 @@ VARIANTS = {
 def get_config(variant: str = "") -> schema.ExperimentConfig:
     """Variants: '' (minutes on 2 cores), 'lora' (trains adapters), 'smoke'."""
     trunk = schema.TransformerConfig(num_layers=4, d_model=192, num_heads=6, d_ff=768)
-    trunk.max_len, trunk.norm_position, trunk.dropout = 0, "pre", 0.1
+    trunk.max_len, trunk.positions, trunk.norm_position = 0, "learned", "pre"
     config = schema.ExperimentConfig(
         model=schema.LanguageModelConfig(trunk, vocab_size=4000),
         task=schema.TokenPredictionConfig(label_smoothing=0.0),
         data=schema.CausalLMConfig(
-            source="my_text", txt_example="passage", max_len=128, batch_size=16
+            source="./my_text", txt_example="passage", max_len=128, batch_size=16
         ),
         optim=schema.OptimConfig(
             "adamw", 2e-3, "cosine", warmup_steps=100, clip_norm=1.0

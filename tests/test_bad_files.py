@@ -222,6 +222,11 @@ PICTURES = {
         "p",
         "a/1.png: .*metadata.csv has no row for it",
     ),
+    "pictures of one class": (
+        {f"p/a/{i}.png": picture() for i in range(9)},
+        "p",
+        "p has the class 'a' only",
+    ),
     "another table": (pictured(**{"p__own.csv": CSV}), "p", "own.csv.*called metadata"),
 }
 KINDS = {

@@ -306,7 +306,9 @@ def test_an_id_beyond_the_table_never_reaches_the_model(tmp_path):
     """Padding that has no row does not matter; a text with such an id is refused."""
     answers = []
     for name, added in (("plain", ()), ("padded", ("[PAD]",))):
-        source = with_added(tmp_path / name, *added, **dict.fromkeys(["pad"] * len(added), "[PAD]"))
+        source = with_added(
+            tmp_path / name, *added, **dict.fromkeys(["pad"] * len(added), "[PAD]")
+        )
         report = import_model(source, str(tmp_path / f"{name}-run"))
         assert any("38 ids, the model 37" in line for line in report) == bool(added)
         sampler = Sampler(str(tmp_path / f"{name}-run"))
@@ -366,7 +368,7 @@ def test_of_what_fails_nothing_is_left(there, tmp_path, monkeypatch):
         pathlib.Path(partial, "a").write_text("a")
         raise UserError("no")
     # Of two that fill the same folder the second is refused, and the first one stays.
-    with pytest.raises(UserError, match="not empty"):  # noqa: SIM117
+    with pytest.raises(UserError, match="not empty"):
         with all_or_nothing(str(target)) as partial:
             pathlib.Path(partial, "a").write_text("second")
             target.mkdir(exist_ok=True)

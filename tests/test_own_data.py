@@ -86,8 +86,9 @@ def test_a_template_trains_and_goes_on_where_the_data_went(
 
 def test_a_template_trains_adapters_of_another_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIFORM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "own").mkdir()
     config = my_text.get_config("smoke")
-    config.data.source = str(texts(tmp_path))
+    config.data.source = str(texts(tmp_path / "own"))
     train.run(config, str(tmp_path / "first"))
     adapters = my_text.get_config("lora")
     made = my_text.get_config("smoke")

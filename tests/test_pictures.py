@@ -142,7 +142,8 @@ def test_folders_of_splits(folder):
 
 
 def test_a_class_that_training_lacks_is_named_before_the_first_step(folder):
-    for name in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"):
+    names = [f"train/{c}/{i}.png" for c in "ab" for i in range(9)]
+    for name in (*names, "test/a/1.png", "test/c/1.png"):
         write(folder, name, (8, 9 if "c" in name else 8, 3))
     with pytest.raises(
         DataError, match=r"test/c/1.png .*is 'c', none of the 2 classes"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from triform import plan, train
-from triform.configs import gpt_shakespeare_char, schema
+from triform.configs import gpt_shakespeare_char, llama, schema
 from triform.data.codecs.text import ByteTokenizer
 from triform.data.datasets import (
     CausalLMConfig,
@@ -80,10 +80,20 @@ def test_a_source_that_is_not_prepared_is_said(monkeypatch, tmp_path):
 def test_the_plan_says_as_what_a_run_can_be_exported():
     ours = config()
     ours.model.trunk.ffn, ours.model.trunk.bias = "gelu_tanh", "all"
-    assert plan.export(ours) == "export: as gpt2 of transformers"
+    assert plan.export(ours) == "export: as GPT2LMHeadModel of transformers"
     ours.model.trunk.bias = "none"
     assert plan.export(ours).startswith("export: not possible: ")
     assert "model.trunk.bias" in plan.export(ours)
+
+
+def test_the_plan_says_whether_the_tokenizer_can_be_exported():
+    ours = llama.get_config("smoke").resolved()
+    assert "LlamaForCausalLM" in plan.export(ours, codecs=CODECS)
+    ours.model.trunk.bias = "qkv"  # qwen2, whose tokenizers transformers rebuilds
+    assert plan.export(ours) == "export: as Qwen2ForCausalLM of transformers"
+    said = plan.export(ours, codecs=CODECS)
+    assert said.startswith("export: not possible: ")
+    assert "data.tokenizer.path" in said
 
 
 @pytest.mark.parametrize(("warmup", "said"), [(5, False), (6, True), (600, True)])

@@ -140,6 +140,11 @@ def _class_names(
     """
     feature = getattr(config, field)
     names = store.origin(config, config.source).classes(feature)
+    if len(names) == 1:
+        raise DataError(
+            f"data.{field}={feature!r}: {config.source} has the class {names[0]!r} only: "
+            "nothing can be learned from one class; add the others"
+        )
     if names:
         return names
     if not config.features():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec, resolved, zeros
@@ -21,6 +22,7 @@ from triform.data.datasets.base import (
 )
 from triform.data.datasets.requests import Item, Requests
 from triform.data.progress import counted
+from triform.data.sources import pictures
 from triform.runtime.errors import DataError
 
 CROPS = ("none", "pad", "resized")
@@ -114,9 +116,9 @@ class Pictures(Requests):
         if isinstance(value, str) and not value.strip():
             return Item([], value)
         if isinstance(value, str | os.PathLike):
-            image, shown = augment.opened(os.fspath(value)), os.fspath(value)
+            image, shown = pictures.decoded(os.fspath(value)), os.fspath(value)
         else:
-            image, shown = augment.pixels(value), "image"
+            image, shown = pixels(value), "image"
         return Item([in_evaluation(self.config, image)], shown)
 
     def size(self, item: Item) -> int:
@@ -140,6 +142,21 @@ class Pictures(Requests):
     def limit(self) -> str:
         """The setting of the size."""
         return f"data.size={self.config.size}"
+
+
+def pixels(image: Any) -> np.ndarray:
+    """uint8 [h, w] or [h, w, c] of a Pillow image or an array; DataError if it is
+    neither.
+    """
+    if isinstance(image, Image.Image):
+        return pictures.eight_bits(ImageOps.exif_transpose(image), "image")
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise DataError(
+            f"{type(image).__name__} of {array.dtype} {array.shape} is no image; give "
+            "uint8 [h, w] or [h, w, c]"
+        )
+    return array
 
 
 def scaling(config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ def decoded(path: str) -> np.ndarray:
             with Image.open(path) as image:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
-                return _eight_bits(upright, path)
+                return eight_bits(upright, path)
     except DataError:
         raise
     except Exception as error:  # its decoders raise whatever they like
@@ -47,7 +47,7 @@ def decoded(path: str) -> np.ndarray:
         ) from error
 
 
-def _eight_bits(image: Image.Image, path: str) -> np.ndarray:
+def eight_bits(image: Image.Image, path: str) -> np.ndarray:
     """Grey with one channel, everything else as red, green and blue."""
     if image.mode.startswith("I;16") or image.mode == "I":
         wide = np.asarray(image).astype(np.int64)
@@ -151,6 +151,10 @@ class PictureSource(Divided):
         ]
         digest = hashlib.sha256(repr((VERSION, split, known)).encode()).hexdigest()
         return f"pictures-{digest[:32]}"
+
+    def location(self) -> str:
+        """Their folder."""
+        return self.found.root
 
     def where(self, split: str, item: int) -> str:
         """The picture's path."""
