@@ -136,8 +136,13 @@ def define(argv: Sequence[str]) -> list[str]:
 def choose(config: ExperimentConfig, key: str, name: str) -> None:
     """Sets model, task or data to the type of that name.
 
-    What the old value has, too, is kept. UserError names the choices.
+    What the old value has, too, is kept. A model may be from:WORKDIR, the architecture
+    of that run with the heads of this config. UserError names the choices.
     """
+    if key == "model" and name.startswith("from:"):
+        source = name.removeprefix("from:")
+        config.model = workdirs.architecture(source, config.model)
+        return
     kinds = {kind.__name__: kind for kind in CHOICES[key]}
     if name not in kinds:
         raise UserError(f"--config.{key}={name}: expected one of {', '.join(kinds)}")

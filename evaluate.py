@@ -21,9 +21,10 @@ from absl import flags
 
 from triform import scores
 from triform import workdir as workdirs
+from triform.answers.writing import Targets
 from triform.data.codecs import Codec
+from triform.data.lines import one_line
 from triform.experiment import Experiment
-from triform.generate import make_generate, one_line
 from triform.input_pipeline import Split
 from triform.runtime import files, launch, metrics, paths
 from triform.runtime.progress import stage
@@ -73,7 +74,7 @@ class Evaluator:
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
         config = experiment.config
         if config.evaluation.metrics or any(x.scores for x in config.evaluations):
-            self.generate = make_generate(experiment, codecs["text"])
+            self.targets = Targets(experiment, codecs)
 
     def __call__(
         self,
@@ -128,12 +129,9 @@ class Evaluator:
 
     def _written(self, variables: Any, batch: Any, items: np.ndarray) -> dict[int, str]:
         """Example -> generated text."""
-        experiment = self.experiment
-        inputs = experiment.placement.for_generation(
-            variables, batch, experiment.axes()
-        )
-        tokens = np.asarray(self.generate(*inputs, np.uint32(0))[0])
-        texts = map(self.codecs["text"].decode, tokens)
+        numbers = np.stack([items, np.zeros_like(items)], 1).astype(np.int32)
+        drafts = self.targets(variables, batch, numbers)
+        texts = (one_line(draft.text) for draft in drafts)
         return dict(zip(items.tolist(), texts, strict=False))
 
     def _score(
@@ -146,19 +144,27 @@ class Evaluator:
             config, metrics=names, lowercase=config.lowercase or tok.lowercase
         )
         texts = {i: dataset.text(i) for i in written}
+        # What the model cannot write is no mistake of its: ligatures, say, that the
+        # tokenizer takes apart. Outputs and references are compared as it has them, and
+        # as they are printed.
+        known = {i: one_line(tok.normalize(ref)) for i, (_, ref) in texts.items()}
         groups: dict[str, list[int]] = {}
         for i in written:
             groups.setdefault(dataset.group(i)[0], []).append(i)
         found = {}
         for group, ids in groups.items():
-            ours, references = [written[i] for i in ids], [texts[i][1] for i in ids]
             lead = f"{group}/" if group else ""
-            scored = scores.score(config, ours, references)
+            ours = [tok.normalize(written[i]) for i in ids]
+            scored = scores.score(config, ours, [known[i] for i in ids])
             found |= {f"{lead}{name}": x for name, x in scored.items()}
+        if changed := sum(known[i] != one_line(texts[i][1]) for i in written):
+            found["references"] = (
+                f"{changed} of {len(written)} changed: normalised as the tokenizer does"
+            )
         step = max(1, len(written) // max(1, config.samples))
         samples = "\n".join(
-            f"source     {texts[i][0]}\nreference  {texts[i][1]}\n"
-            f"output     {one_line(written[i])}\n"
+            f"source     {one_line(texts[i][0])}\nreference  {known[i]}\n"
+            f"output     {one_line(tok.normalize(written[i]))}\n"
             for i in [*written][::step][: config.samples]
         )
         return found, samples

@@ -198,6 +198,14 @@ class Experiment:
         measured = {"terms": terms, **task.metrics(outputs, batch, ctx)}
         return across.sum(measured), task.predict(outputs, batch)
 
+    def predict_step(
+        self, variables: Tree, step: Array, batch: Tree, across: Across
+    ) -> tuple[Metrics, Mapping[str, Array]]:
+        """({}, the task's answers [B, ...]) for rows without truth, pure."""
+        ctx = Context(step, {}, False, across.rows)
+        outputs, _ = self.task.outputs(variables, batch, ctx)
+        return {}, self.task.answer(outputs, batch)
+
     def values(self, measured: Mapping[str, Any], step: int) -> dict[str, float]:
         """{name: value} of what evaluation summed; `loss`: the objective at `step`."""
         terms = {name: m.value() for name, m in measured["terms"].items()}

@@ -17,7 +17,7 @@ from triform.data import store
 from triform.data.codecs import Codec
 from triform.experiment import Experiment
 from triform.input_pipeline import Batches, Split, TrainBatches, moved, report
-from triform.interop.families import family_for
+from triform.interop.workdir import exportable
 from triform.runtime import commands, optim
 from triform.runtime.errors import DataError, UserError
 from triform.runtime.partition import parameter_table
@@ -63,9 +63,9 @@ def describe(experiment: Experiment) -> str:
 
 
 def export(config: ExperimentConfig) -> str:
-    """As what family of transformers the run can be exported, or why it cannot."""
+    """As what class of transformers the run can be exported, or why it cannot."""
     try:
-        return f"export: as {family_for(config.model).model_type} of transformers"
+        return f"export: as {exportable(config)} of transformers"
     except UserError as error:
         return f"export: not possible: {error}"
 
@@ -77,7 +77,7 @@ def sources(config: ExperimentConfig, read: bool = False) -> str:
     """
     lines = []
     for data, name, splits in _origins(config):
-        where = store.origin(data, name).location()
+        where = store.location(data, name)
         if not where:
             lines.append(
                 f"data: {name!r} is not prepared here; train.py prepares or downloads "
@@ -190,7 +190,7 @@ def evaluations(splits: Splits) -> str:
         "steps between"
     )
     if share > DEAR:
-        line += "; set evaluation.examples or raise evaluation.every to spend less"
+        line += "; lower evaluation.examples or raise evaluation.every to spend less"
     return line
 
 

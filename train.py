@@ -205,13 +205,13 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     source, rules = "", workdirs.init_rules(config)
     if workdirs.saved_config(workdir) is not None:
         saved = codec_files.load(workdir, data)
-        if saved.keys() >= data.classes().keys():
+        if codec_files.is_complete(saved, data):
             return saved
         source = workdir  # imported weights: their classes have no names yet
     elif rules:
         source = workdirs.parse(rules[0].source)[0]
     with stage(f"tokenizer and classes of {data.source!r}"):
-        return codec_files.build(data, config.model.sizes(), tokenizer_from=source)
+        return codec_files.build(data, config.model.sizes(), earlier=source)
 
 
 def restore_or_init(

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from triform.configs import architecture as architectures
 from triform.configs import plugins, schema
 from triform.configs.schema import ExperimentConfig, InitRule
 from triform.data.codecs import Codec
@@ -24,6 +25,7 @@ from triform.data.codecs import files as codec_files
 from triform.data.codecs.text import Tokenizer
 from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
+from triform.models import ModelConfig
 from triform.models.stacking import looped_layers, stacked_layers
 from triform.runtime import files, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
@@ -332,13 +334,14 @@ class Report:
     copied: dict[str, str]  # from a saved array of another name
     skipped: dict[str, Shape]
     new: dict[str, Shape]
+    mismatches: list[str]  # settings by which the models differ, if that shows
 
     def __str__(self) -> str:
         def size(shapes: Mapping[str, Shape]) -> str:
             return f"{sum(int(np.prod(s)) for s in shapes.values()):,} parameters"
 
         def lines(names: Mapping[str, Any], title: str) -> list[str]:
-            shown = [f"    {name} {how}" for name, how in names.items()]
+            shown = [f"    {name} {how}".rstrip() for name, how in names.items()]
             return [f"  {title}", *shown] if shown else []
 
         return "\n".join(
@@ -351,6 +354,7 @@ class Report:
                 *lines(self.skipped, "skipped, the model has no such parameter:"),
                 f"  newly initialised: {len(self.new)} arrays, {size(self.new)}",
                 *lines(self.new, "newly initialised:"),
+                *lines(dict.fromkeys(self.mismatches, ""), "the models differ:"),
             ]
         )
 
@@ -372,8 +376,17 @@ def init_rules(config: ExperimentConfig) -> tuple[InitRule, ...]:
     return (InitRule(config.init_from),) if config.init_from else config.init
 
 
-def _saved_params(rule: InitRule) -> tuple[dict[str, np.ndarray], str]:
-    """(looped parameters by our names, description) of a rule's source."""
+def architecture(source: str, here: ModelConfig) -> ModelConfig:
+    """The model of WORKDIR with the heads of `here`; UserError if there is none."""
+    return architectures.taken(open_config(parse(source)[0]).model, here)
+
+
+def _saved_params(
+    rule: InitRule, model: ModelConfig
+) -> tuple[dict[str, np.ndarray], str, list[str]]:
+    """(looped parameters by our names, description, mismatches with `model`) of a
+    rule's source.
+    """
     workdir, which = parse(rule.source)
     run = open_run(workdir, which)
     params = looped_layers(jax.device_get(run.variables["params"]))
@@ -388,7 +401,8 @@ def _saved_params(rule: InitRule) -> tuple[dict[str, np.ndarray], str]:
             f"init: no array of {rule.source!r} is left after only={rule.only!r}; "
             f"saved names are such as {next(iter(flatten_dict(params, sep='/')))!r}"
         )
-    return found, f"{workdir}, {run.which}"
+    differing = architectures.mismatches(run.config.model, model)
+    return found, f"{workdir}, {run.which}", differing
 
 
 def _stacked(saved: Tree, wanted: Tree) -> Tree:
@@ -407,19 +421,20 @@ def start(
 
     Later rules replace what earlier ones restored.
     """
-    saved, sources = {}, []
+    saved, sources, differing = {}, [], []
+    model, placement = experiment.config.model, experiment.placement
     for rule in rules:
-        found, source = _saved_params(rule)
+        found, source, mismatches = _saved_params(rule, model)
         saved |= found
         sources.append(source)
-    model, placement = experiment.config.model, experiment.placement
+        differing += mismatches
     shapes = jax.eval_shape(experiment.make_state)
     wanted = shapes.variables()
     tree = _stacked(unflatten_dict(saved, sep="/"), wanted["params"])
     saved = flatten_dict(tree, sep="/")
     shardings = placement.shardings(wanted)
     variables = jax.jit(experiment.init_variables, out_shardings=shardings)()
-    report = Report("; ".join(sources), {}, {}, {}, {}, {})
+    report = Report("; ".join(sources), {}, {}, {}, {}, {}, [])
 
     def choose(path: tuple, fresh: jax.Array) -> jax.Array:
         name = paths.path_name(path)
@@ -442,11 +457,16 @@ def start(
     params = jax.tree_util.tree_map_with_path(choose, variables["params"])
     used = {*report.restored, *report.adapted, *report.copied.values()}
     report.skipped |= {k: x.shape for k, x in saved.items() if k not in used}
-    if not report.restored and not report.adapted:
+    # A saved array of the same name and another shape is not what was asked for.
+    if any(name in saved for name in report.new):
+        report.mismatches = differing
+    if not used:
+        causes = "; ".join(differing) or "their names differ"
         raise UserError(
             f"init_from={rules[0].source!r}: none of its {len(saved)} arrays has a "
-            f"name and shape of model={type(model).__name__}; name a workdir of the "
-            "same family, or rename its arrays with config.init"
+            f"name and shape of model={type(model).__name__}: {causes}; set these, "
+            f"take --config.model=from:{rules[0].source}, or rename its arrays with "
+            "config.init"
         )
     places = placement.shardings(shapes)
     state = jax.jit(experiment.state_of, out_shardings=places)(

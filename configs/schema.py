@@ -270,6 +270,8 @@ class ExperimentConfig:
                     "heads or choose another task"
                 )
             size = outputs[name]
+            if name in spec and size:
+                self._validate_kind(name, spec[name])
             if name in spec and size and not self._comparable(spec[name], size):
                 below, key = spec[name].below, _key(self.model, size)
                 what = f"ids below {below}" if below else "numbers"
@@ -279,6 +281,21 @@ class ExperimentConfig:
                     f"one of so many classes, and data={type(self.data).__name__} has "
                     f"{what}; {fix}choose data, model and task that fit"
                 )
+
+    def _validate_kind(self, name: str, true: Field) -> None:
+        """Does the task predict a class where the data have one, else a number?"""
+        task, number = type(self.task), name in TASKS[type(self.task)].numbers
+        if number == (not true.below and true.axes[-1] in BATCH_AXES):
+            return
+        kinds = ("numbers", "classes") if number else ("classes", "numbers")
+        fix = "choose data and task that fit"
+        if hasattr(self.data, "target"):
+            target = "number" if number else "class"
+            fix = f"set data.target={target!r}, or {fix}"
+        raise ValueError(
+            f"task={task.__name__}: it predicts {kinds[0]}, and data="
+            f"{type(self.data).__name__} has {kinds[1]} in {name!r}; {fix}"
+        )
 
     def _comparable(self, true: Field, size: str) -> bool:
         """Does an output whose last axis has the size of that name predict a field?"""
@@ -346,6 +363,7 @@ class ExperimentConfig:
         names = ["eval"]
         for split in self.evaluations:
             split.validate()
+            self.evaluation.require_words(split.scores)
             if split.name in names:
                 raise ValueError(
                     f"evaluations: name={split.name!r}: two have it (data.eval_split's "

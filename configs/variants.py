@@ -54,8 +54,8 @@ def smoke(config: Any, split: str = "") -> None:
         if hasattr(model, "vocab_size"):
             model.vocab_size = min(model.vocab_size, 1000)
     for trunk in config.model.trunks().values():
-        cycle = trunk.cycle()
-        trunk.num_layers = cycle if cycle > 1 else 2
+        cycle = trunk.cycle()  # a scanned trunk has whole ones
+        trunk.num_layers = min(trunk.num_layers, max(2, cycle))
         trunk.d_model, trunk.num_heads, trunk.d_ff, trunk.max_len = 16, 2, 32, 0
         trunk.num_kv_heads = min(trunk.num_kv_heads, 1)
         trunk.head_dim = min(trunk.head_dim, 8)

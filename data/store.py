@@ -121,6 +121,13 @@ def origin(config: Any, source: str) -> Source:
     return sources.source(source, config.data_dir, config.manual_dir, reading)
 
 
+def location(config: Any, source: str) -> str:
+    """Where the examples of a source are, for the eye; '' if still to be prepared."""
+    found = origin(config, source)
+    # A source of a plugin need not say it.
+    return found.location() if hasattr(found, "location") else "from a plugin"
+
+
 def examples(config: Any, source: str, split: str) -> Sequence[Mapping[str, Any]]:
     """The examples of a split, as the source has them."""
     return origin(config, source).examples(split)

@@ -93,9 +93,7 @@ def heads(hf: settings.Given, weights: Any) -> dict[str, Any]:
     if masked and hf["model_type"] != "bert" and act != "gelu":
         rule = "their masked head has 'gelu' whatever the layers have, ours has one"
         raise settings.refused("hidden_act", act, rule, "import another checkpoint")
-    classes = settings.labels(hf)
-    if kind in ("ForPreTraining", "Model"):
-        classes = 2
+    classes = 2 if masked or kind == "Model" else settings.labels(hf)
     return {
         "masked_head": masked,
         "num_tags": classes if kind == "ForTokenClassification" else 0,
@@ -111,7 +109,7 @@ def architecture(config: EncoderConfig, name: str) -> dict[str, Any]:
         kind = "PreTraining" if config.num_labels else "MaskedLM"
         return {"architectures": [f"{name}For{kind}"]}
     kind = "TokenClassification" if config.num_tags else "SequenceClassification"
-    names = settings.label_names(config.num_tags or config.num_labels)
+    names = settings.unnamed(config.num_tags or config.num_labels)
     return {"architectures": [f"{name}For{kind}"], **names}
 
 

@@ -75,7 +75,9 @@ def family_for(config: Any) -> Family:
         if not found:
             return family
         reasons.append((len(found), f"{family.model_type}: {'; '.join(found)}"))
-    nearest = min(reasons, default=(0, type(config).__name__))[1]
+    if not reasons:
+        raise UserError(f"transformers has no model like {type(config).__name__}")
+    nearest = min(reasons)[1]
     raise UserError(
         f"transformers has no such model; the nearest is {nearest}; it can be exported "
         "after training with these settings"

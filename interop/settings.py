@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from triform.data.codecs.classes import PLACEHOLDER
 from triform.models.config import ROPE_SCALINGS, RopeConfig, TransformerConfig
 from triform.runtime.errors import UserError
 
@@ -195,19 +196,33 @@ def plain(config: Any) -> Any:
 
 
 def labels(hf: Given) -> int:
-    """Number of classes."""
-    if hf.get("id2label"):
-        return len(hf["id2label"])
-    return hf.get("num_labels", 2)
+    """Number of classes; UserError if they are not one among several."""
+    count = len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 2)
+    kind, expected = hf.get("problem_type"), "single_label_classification"
+    expected = "regression" if count == 1 else expected
+    if kind not in (None, expected):
+        rule = f"with num_labels={count} only {expected!r} can be imported"
+        advice = "set it to that to fine-tune the weights so, or import others"
+        raise refused("problem_type", kind, rule, advice)
+    names = hf.get("id2label") or {}
+    if names and {str(key) for key in names} != {str(i) for i in range(count)}:
+        rule = f"expected names of the classes 0 to {count - 1}"
+        advice = "use the config.json of these weights"
+        raise refused("id2label", sorted(names), rule, advice)
+    return count
 
 
-def label_names(count: int) -> dict[str, Any]:
-    """How a config.json says the number of classes."""
-    names = [f"LABEL_{i}" for i in range(count)]
+def label_names(names: Sequence[str]) -> dict[str, Any]:
+    """How a config.json names the classes."""
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
+
+
+def unnamed(count: int) -> dict[str, Any]:
+    """How a config.json says the number of classes without names."""
+    return label_names([PLACEHOLDER.format(i) for i in range(count)])
 
 
 def shortest_cycle(values: tuple[int, ...]) -> tuple[int, ...]:

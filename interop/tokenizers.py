@@ -1,5 +1,6 @@
-"""Tokenizers: which files go along, and the ids of special tokens."""
+"""Tokenizers: which files go along, special tokens, and what stands around texts."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,7 +9,12 @@ from typing import Any
 
 import sentencepiece
 
+from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import text as tokenizer
+from triform.data.codecs.framing import Framing, around, from_processor, twice
+from triform.data.codecs.tokenizer import Tokenizer
+from triform.interop.fast import fast
+from triform.interop.mapping import Family
 from triform.runtime.errors import UserError
 
 GENERATION = "generation_config.json"
@@ -29,17 +35,23 @@ KEPT = (
     "tokenizer.model",
 )
 ROLES = ("pad", "eos", "unk", "bos", "cls", "sep", "mask")
+CONFIG, JSON = KEPT[0], "tokenizer.json"
 # T5's SentencePiece model has a name of its own; ours is that of the others.
-JSON, PIECES, MODEL = "tokenizer.json", "spiece.model", "tokenizer.model"
+PIECES, MODEL = "spiece.model", "tokenizer.model"
+# Files of other forms of a tokenizer, and settings of these.
+FORMS = tuple(x for x in KEPT if x.endswith(("vocab.json", ".txt", ".spm", ".model")))
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:
-    """A file's object, {} without the file; UserError if it is not one."""
+    """A file's object, {} without the file; UserError if it is not one.
+
+    UTF-8, with or without a byte order mark.
+    """
     path = os.path.join(folder, name)
     if not os.path.exists(path):
         return {}
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8-sig") as f:
             found = json.load(f)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); copy the file again") from error
@@ -50,7 +62,7 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
 
 def write_json(folder: str, name: str, content: Mapping[str, Any]) -> None:
     """Writes an object, indented."""
-    with open(os.path.join(folder, name), "w") as f:
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
         json.dump(content, f, indent=2)
         f.write("\n")
 
@@ -62,7 +74,8 @@ def bring(source: str, workdir: str, hf: Mapping[str, Any]) -> str:
     if hf["model_type"] == "t5" and PIECES in there and JSON not in there:
         model = os.path.join(workdir, MODEL)
         shutil.copyfile(os.path.join(source, PIECES), model)
-        known["sentinels"] = _sentinels(model, read_json(source, KEPT[0]))
+        known["sentinels"] = _sentinels(model, read_json(source, CONFIG))
+    known |= _template(source, hf)
     write_json(workdir, tokenizer.SIDECAR, known)
     path = tokenizer.find(workdir)
     if path is None:
@@ -83,15 +96,7 @@ def _sentinels(model: str, settings: Mapping[str, Any]) -> list[int]:
 
 def ids(source: str, hf: Mapping[str, Any]) -> dict[str, Any]:
     """{role: id} of the special tokens that a folder names, and the decoder's start."""
-    vocabulary = _vocabulary(source)
-    found = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        content = read_json(source, name)
-        for role in ROLES:
-            token = content.get(f"{role}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token in vocabulary:
-                found[role] = vocabulary[token]
+    found = _named(source)
     for role in ROLES:
         if isinstance(value := hf.get(f"{role}_token_id"), int):
             found[role] = value
@@ -106,6 +111,94 @@ def ids(source: str, hf: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _named(source: str) -> dict[str, int]:
+    """{role: id} of the special tokens that a folder's tokenizer names."""
+    vocabulary, found = _vocabulary(source), {}
+    for name in ("special_tokens_map.json", CONFIG):
+        content = read_json(source, name)
+        for role in ROLES:
+            token = content.get(f"{role}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token in vocabulary:
+                found[role] = vocabulary[token]
+    return found
+
+
+# model_type -> the class of its tokenizers where tokenizer_config.json names none.
+CLASSES = {
+    "bert": "BertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "longformer": "RobertaTokenizer",
+    "t5": "T5Tokenizer",
+    "marian": "MarianTokenizer",
+}
+
+
+def template(folder: str, hf: Mapping[str, Any]) -> Framing | None:
+    """What transformers puts around texts with a folder's tokenizer; None: nothing.
+
+    The post-processor of tokenizer.json, else what the tokenizer's class does; without
+    that file the settings add_bos_token and add_eos_token. Types are 0 where it gives
+    the model none. UserError for a post-processor that cannot be read.
+    """
+    settings, found = read_json(folder, CONFIG), None
+    name = settings.get("tokenizer_class") or hf.get("tokenizer_class") or ""
+    name = name.removesuffix("Fast") or CLASSES.get(hf.get("model_type", ""), "")
+    given = read_json(folder, JSON)
+    if processor := given.get("post_processor"):
+        try:
+            found = from_processor(processor)
+        except ValueError as error:
+            path = os.path.join(folder, JSON)
+            raise UserError(f"{path}: {error}; replace it") from error
+    elif not given and {"add_bos_token", "add_eos_token"} & {*settings}:
+        found = _added(folder, settings)
+    else:
+        found = _of_class(folder, hf, name)
+    if found is None or not found.adds():
+        return None
+    types = ["token_type_ids"] * (name == "BertTokenizer")
+    typed = "token_type_ids" in settings.get("model_input_names", types)
+    return found if typed else found.bounded(1)
+
+
+def _added(folder: str, settings: Mapping[str, Any]) -> Framing:
+    named = _named(folder)
+    lead, end = (
+        [named[role]] if settings.get(f"add_{role}_token") and role in named else []
+        for role in ("bos", "eos")
+    )
+    return twice(lead, end)
+
+
+def _of_class(folder: str, hf: Mapping[str, Any], name: str) -> Framing:
+    """What a class of tokenizers puts around texts by itself."""
+    vocabulary, known = _vocabulary(folder), ids(folder, hf)
+
+    def token(role: str, usual: str) -> list[int]:
+        i = known.get(role, vocabulary.get(usual))
+        return [] if i is None else [i]
+
+    eos = token("eos", "</s>")
+    if name == "BertTokenizer":
+        cls, sep = token("cls", "[CLS]"), token("sep", "[SEP]")
+        return around(cls, sep, sep, second=1)
+    if name == "RobertaTokenizer":
+        cls, sep = token("cls", "<s>"), token("sep", "</s>")
+        return around(cls, sep * 2, sep)
+    if name == "T5Tokenizer":
+        return around((), eos, eos)
+    return around((), (), eos) if name == "MarianTokenizer" else Framing()
+
+
+def _template(source: str, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """{"template": ...} for the sidecar; {} where no file says anything."""
+    found = template(source, hf)
+    if found is not None:
+        return {"template": dataclasses.asdict(found)}
+    return {"template": None} if read_json(source, JSON).get("post_processor") else {}
+
+
 def _ends(source: str, hf: Mapping[str, Any]) -> list[int]:
     """Every id that ends a text that transformers generates with a folder."""
     given = read_json(source, GENERATION) or hf
@@ -118,7 +211,7 @@ def _vocabulary(source: str) -> dict[str, int]:
     """{token: id} of whatever vocabulary a folder has."""
     found = {}
     if os.path.exists(path := os.path.join(source, "vocab.txt")):
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             found |= {token.rstrip("\n"): i for i, token in enumerate(f)}
     found |= read_json(source, "vocab.json")
     content = read_json(source, JSON)
@@ -127,13 +220,35 @@ def _vocabulary(source: str) -> dict[str, int]:
         pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
     found |= pieces
     found |= {x["content"]: x["id"] for x in content.get("added_tokens", ())}
-    return found
+    return found if content else found | _model_pieces(source)
 
 
-def give(workdir: str, target: str, length: int) -> dict[str, Any]:
+def _model_pieces(source: str) -> dict[str, int]:
+    """{token: id} of a SentencePiece file; {} without one that can be read."""
+    paths = [os.path.join(source, name) for name in (PIECES, MODEL)]
+    path = next((p for p in paths if os.path.exists(p)), "")
+    if not path:
+        return {}
+    try:
+        core = sentencepiece.SentencePieceProcessor(model_file=path)
+    except (OSError, RuntimeError):  # reported where the file is loaded
+        return {}
+    return {core.id_to_piece(i): i for i in range(core.vocab_size())}
+
+
+# Their model_type -> (types of normaliser and pre-tokeniser that transformers puts into
+# every tokenizer of it, whatever the file says).
+REBUILT = {"qwen2": ("NFC", ["Split", "ByteLevel"])}
+
+
+def give(
+    workdir: str, target: str, config: ExperimentConfig, family: Family
+) -> dict[str, Any]:
     """Copies a workdir's tokenizer into a Hugging Face folder, described for it.
 
-    Returns the ids of its special tokens as config.json calls them; {} without one.
+    transformers frames texts with it as training did. Returns the ids of its special
+    tokens as config.json calls them; {} without one. UserError if transformers has no
+    such tokenizer.
     """
     there = _copy(workdir, target, (JSON, *KEPT))
     path = tokenizer.find(workdir)
@@ -143,29 +258,67 @@ def give(workdir: str, target: str, length: int) -> dict[str, Any]:
         tok = tokenizer.load(path)
     except ValueError as error:
         raise UserError(f"{error}; mend or remove the file") from error
+    types = config.model.sizes().get("num_types", 0)
+    framing = tok.framing(config.data.USE).bounded(types)
+    if PIECES in there:  # the workdir's name of it
+        os.remove(os.path.join(target, MODEL))
+    kept = CONFIG in there and {JSON, PIECES, MODEL} & there
+    theirs = template(target, {"model_type": family.model_type}) or Framing()
+    if not kept or theirs.bounded(types) != framing:
+        for name in FORMS:
+            if name in there:
+                os.remove(os.path.join(target, name))
+        content = fast(tok, framing)
+        _require_kept(content, family)
+        with open(os.path.join(target, JSON), "wb") as f:
+            f.write(content)
+        _describe(target, tok, config, types)
     found = tok.specials
-    settings = {"model_max_length": length}
-    for role in ROLES:
-        i = getattr(found, role)
-        if i is not None and i < len(tok.pieces):
-            settings[f"{role}_token"] = tok.pieces[i]
-    if isinstance(tok, tokenizer.HuggingFaceTokenizer):
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    elif isinstance(tok, tokenizer.SentencePieceTokenizer):
-        if PIECES in there or KEPT[0] not in there:
-            os.replace(os.path.join(target, MODEL), os.path.join(target, PIECES))
-        extra = tok.vocab_size - len(tok.pieces)
-        settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": extra}
-    else:  # the ids are ByT5's
-        settings |= {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
-    if KEPT[0] not in there:
-        write_json(target, KEPT[0], settings)
     return {
         "pad_token_id": found.pad,
         "eos_token_id": found.eos,
         "bos_token_id": found.bos,
         "decoder_start_token_id": found.start,
     }
+
+
+def _require_kept(content: bytes, family: Family) -> None:
+    """UserError if transformers would read the tokenizer by other rules."""
+    if family.model_type not in REBUILT:
+        return
+    found = json.loads(content)
+    steps = found["pre_tokenizer"] or {}
+    kinds = [x["type"] for x in steps.get("pretokenizers", [steps]) if x]
+    normalizer = (found["normalizer"] or {}).get("type")
+    if (normalizer, kinds) != REBUILT[family.model_type]:
+        raise UserError(
+            f"model: it is exported as {family.model_type}, whose tokenizers "
+            "transformers reads by rules of their own, so that it would read texts "
+            "otherwise than in training; train with the tokenizer.json of a "
+            f"{family.model_type} model (data.tokenizer.path), or move the tokenizer "
+            "out of the workdir to export the weights alone"
+        )
+
+
+def _describe(
+    target: str, tok: Tokenizer, config: ExperimentConfig, types: int
+) -> None:
+    """Writes tokenizer_config.json; what an imported one says of other things stays."""
+    settings = read_json(target, CONFIG)
+    for key in ("add_bos_token", "add_eos_token", "extra_ids", "vocab_file"):
+        settings.pop(key, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.setdefault("model_max_length", config.model.longest().get("L", 0))
+    settings["clean_up_tokenization_spaces"] = False
+    settings["model_input_names"] = [
+        *("input_ids", *(["token_type_ids"] if types else [])),
+        "attention_mask",
+    ]
+    for role in ROLES:
+        i = getattr(tok.specials, role)
+        if i is not None and i < len(tok.pieces):
+            settings[f"{role}_token"] = tok.pieces[i]
+    write_json(target, CONFIG, settings)
 
 
 def _copy(source: str, target: str, names: Iterable[str]) -> set[str]:

@@ -49,7 +49,7 @@ def read(hf: settings.Given, weights: Any) -> dict[str, Any]:
 
 def write(config: VisionConfig) -> dict[str, Any]:
     """Names of the classes."""
-    return settings.label_names(config.num_labels)
+    return settings.unnamed(config.num_labels)
 
 
 def rows(config: VisionConfig) -> list[Row]:

@@ -97,7 +97,7 @@ def _files(folder: str, single: str) -> dict[str, str]:
             "save_pretrained of a transformers that writes safetensors"
         )
     try:
-        with open(index) as f:
+        with open(index, encoding="utf-8-sig") as f:
             return dict(json.load(f)["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index}: no weight_map ({error}); copy it again") from error
@@ -138,7 +138,7 @@ def write(folder: str, tensors: Iterable[Tensor], shard: int = SHARD) -> Iterato
         files |= {t.name: name for t in part}
         yield from write_file(os.path.join(folder, name), part)
     total = sum(t.size() for t in order)
-    with open(os.path.join(folder, INDEX), "w") as f:
+    with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         json.dump(index, f, indent=2, sort_keys=True)
 

@@ -1,11 +1,8 @@
 """From a Hugging Face folder to a workdir and back; all or nothing."""
 
-import contextlib
 import dataclasses
 import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,14 +13,23 @@ from tqdm import tqdm
 from triform.configs.schema import ExperimentConfig, to_json
 from triform.data.codecs import files as codec_files
 from triform.data.codecs import text as tokenizer
-from triform.data.codecs.classes import Classes
+from triform.data.codecs.classes import PLACEHOLDER, Classes
+from triform.data.datasets import ImagesConfig
 from triform.experiment import Experiment
-from triform.interop import families, peft, settings, tokenizers
+from triform.interop import (
+    families,
+    generation,
+    peft,
+    preprocessor,
+    settings,
+    tokenizers,
+)
 from triform.interop.mapping import Family
+from triform.interop.staging import all_or_nothing
 from triform.interop.suggest import experiment_config
 from triform.interop.transfer import Import, tensors
 from triform.interop.weights import SHARD, Weights, write
-from triform.models import EncoderDecoderConfig, LoRAConfig
+from triform.models import EncoderDecoderConfig, LoRAConfig, ModelConfig
 from triform.models.lora import merge
 from triform.runtime import optim
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
@@ -36,7 +42,6 @@ from triform.workdir import (
 )
 
 HF_CONFIG = "hf_config.json"  # the config.json that was imported
-GENERATION = "generation_config.json"
 # Without a tokenizer: the ids of ours.
 OURS = {
     "pad_token_id": tokenizer.PAD,
@@ -55,34 +60,28 @@ EXECUTION = {
 }
 
 
-@contextlib.contextmanager
-def _all_or_nothing(target: str) -> Iterator[str]:
-    """A folder that becomes `target` if all goes well, and nothing otherwise.
-
-    UserError if `target` is there and not empty.
-    """
-    target = os.path.abspath(target)
-    if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
-        raise UserError(f"{target}: is there and not empty; name a new folder")
-    partial = f"{target}.part"
-    # Left by one that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    try:
-        yield partial
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def _classes(experiment: ExperimentConfig, hf: dict[str, Any]) -> dict[str, Classes]:
-    """The classes that a config.json names, by field of the data."""
-    names = hf.get("id2label") or {}
-    ordered = [str(names[i]) for i in sorted(names, key=int)]
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered):
-        return {}  # transformers' names of classes without one
-    return {field: Classes(ordered) for field in experiment.data.classes()}
+    """The classes of the model's head, by field of the data, as a config.json calls
+    them.
+    """
+    found, names = {}, hf.get("id2label") or {}
+    for field, size in experiment.data.classes().items():
+        count = experiment.model.sizes()[size]
+        given = names if len(names) == count else {}
+        ordered = [given.get(str(i), PLACEHOLDER.format(i)) for i in range(count)]
+        found[field] = Classes(list(map(str, ordered)))
+    return found
+
+
+def _labels(workdir: str, config: ExperimentConfig) -> dict[str, Any]:
+    """How a config.json names the classes of a workdir; {} if they have no names."""
+    found = codec_files.load_classes(workdir, config.data)
+    for field, size in config.data.classes().items():
+        count = config.model.sizes().get(size, 0)
+        if field in found and not found[field].placeholders and count:
+            rest = map(PLACEHOLDER.format, range(found[field].size, count))
+            return settings.label_names([*found[field].names, *rest])
+    return {}
 
 
 def _bar(total: int, title: str) -> tqdm:
@@ -109,16 +108,18 @@ def import_model(
     hf = tokenizers.read_json(source, "config.json")
     if not hf:
         raise UserError(f"{source}: holds no config.json; name a folder with one")
-    with _all_or_nothing(workdir) as partial, Weights(source) as weights:
+    with all_or_nothing(workdir) as partial, Weights(source) as weights:
         found = Import(weights, hf, scan_layers, ignore)
         model, adapters, kind = found.config, {}, ""
         if adapter:
             model, adapters, kind = peft.load(adapter, found.family, found.config)
         size = sum(x.size for x in adapters.values())
         experiment = experiment_config(model)
+        said = _beside(source, hf, experiment)
         missing = tokenizers.bring(source, partial, hf)
+        said += _ids_without_rows(partial, model)
         tokenizers.write_json(partial, HF_CONFIG, hf)
-        with open(os.path.join(partial, "config.json"), "w") as f:
+        with open(os.path.join(partial, "config.json"), "w", encoding="utf-8") as f:
             f.write(to_json(experiment))
         codec_files.save(_classes(experiment, hf), partial)
         with _bar(found.size(), "reading") as bar:
@@ -141,7 +142,53 @@ def import_model(
             f"  {source} {missing}: put one into {workdir} before text is read or "
             "written"
         )
-    return report
+    return report + [f"  {line}" for line in said]
+
+
+def _beside(source: str, hf: dict[str, Any], config: ExperimentConfig) -> list[str]:
+    """Takes over what a folder says beside the weights; a line for each setting that
+    has no counterpart.
+    """
+    lines = []
+    if config.model.generates():
+        given = generation.settings_of(
+            hf, tokenizers.read_json(source, generation.NAME)
+        )
+        config.decode, lines = generation.taken(given, config.model)
+    if isinstance(config.data, ImagesConfig):
+        given = tokenizers.read_json(source, preprocessor.NAME)
+        lines += preprocessor.taken(given, config.data)
+    return lines
+
+
+# Special tokens that a model reads: they must have a row.
+READ = ("bos", "cls", "sep", "mask")
+
+
+def _ids_without_rows(workdir: str, model: ModelConfig) -> list[str]:
+    """A line for ids of the tokenizer that the model has no row for.
+
+    UserError if one of them is a special token that every text brings.
+    """
+    path, rows = tokenizer.find(workdir), model.sizes().get("vocab_size", 0)
+    tok = tokenizer.load(path) if path else None
+    if tok is None or not rows:
+        return []
+    decoded = ("start",) if "S" in model.longest() else ()
+    for role in (*READ, *decoded):
+        if (i := getattr(tok.specials, role)) is not None and i >= rows:
+            raise UserError(
+                f"the tokenizer's {role} token has id {i}, the model {rows} rows; add "
+                "rows with transformers' resize_token_embeddings, or use the "
+                "tokenizer of these weights"
+            )
+    if tok.vocab_size <= rows:
+        return []
+    names = ", ".join(map(repr, tok.pieces[rows : rows + 4])) or "unnamed ones"
+    return [
+        f"the tokenizer has {tok.vocab_size} ids, the model {rows}: texts with "
+        f"{names} are refused; as padding they are not read"
+    ]
 
 
 def _save(
@@ -182,11 +229,10 @@ def export_model(
     lora = config.model if isinstance(config.model, LoRAConfig) else None
     model = lora.model if lora else config.model
     original = tokenizers.read_json(workdir, HF_CONFIG)
-    family, hf = _settings(model, original)
-    _require_parameters(config, family)
+    family, hf = _described(config, original)
     if adapter:
         _require_adapter(config, lora)
-    with _all_or_nothing(target) as partial:
+    with all_or_nothing(target) as partial:
         params, about, which = _restore(workdir, config, checkpoint)
         if adapter:
             kind = about.get("adapter_dtype") or "F32"
@@ -199,16 +245,15 @@ def export_model(
             merged = merge(unflatten_dict(params, sep="/"), lora)
             params = _flat(jax.device_get(merged))
         dtype, odd = about.get("dtype", "F32"), about.get("odd_dtypes", {})
-        known = tokenizers.give(workdir, partial, model.longest().get("L", 0))
+        known = tokenizers.give(workdir, partial, config, family)
         known = _special_ids(family, known)
         if not original:
             hf = known | hf
         hf.pop("torch_dtype", None)
         hf["dtype"] = NAMES[dtype]
+        hf |= _labels(workdir, config)
         tokenizers.write_json(partial, "config.json", hf)
-        written = os.path.exists(os.path.join(partial, GENERATION))
-        if known and not written and model.generates():
-            tokenizers.write_json(partial, GENERATION, known)
+        _write_beside(partial, config, known, original)
         found = tensors(family, model, params, dtype, odd)
         with _bar(sum(t.size() for t in found), "writing") as bar:
             for size in write(partial, found, shard):
@@ -219,6 +264,46 @@ def export_model(
         f"{NAMES[dtype]}",
         f"  {target}: load it with transformers.{_auto(hf)}.from_pretrained",
     ]
+
+
+def _write_beside(
+    folder: str, config: ExperimentConfig, known: dict[str, Any], hf: dict[str, Any]
+) -> None:
+    """What belongs to the weights besides config.json."""
+    if config.model.generates():
+        original = tokenizers.read_json(folder, generation.NAME)
+        before = generation.settings_of(hf, original)
+        longest = max(shape["L"] for shape in config.data.shapes())
+        ours = generation.given_back(config.decode, config.model, longest, before)
+        content = generation.merged(original or known, ours)
+        if content and content != original:
+            tokenizers.write_json(folder, generation.NAME, content)
+    if isinstance(config.data, ImagesConfig):
+        original = tokenizers.read_json(folder, preprocessor.NAME)
+        content = preprocessor.given_back(config.data, original)
+        tokenizers.write_json(folder, preprocessor.NAME, content)
+
+
+def exportable(
+    config: ExperimentConfig, original: dict[str, Any] | None = None
+) -> str:
+    """The class of transformers that a run of this config becomes.
+
+    `original` is the config.json that its workdir was imported with. UserError that
+    says what transformers cannot express.
+    """
+    return _described(config, original or {})[1]["architectures"][0]
+
+
+def _described(
+    config: ExperimentConfig, original: dict[str, Any]
+) -> tuple[Family, dict[str, Any]]:
+    """(family, config.json) of a run; UserError if it has none."""
+    model = config.model
+    model = model.model if isinstance(model, LoRAConfig) else model
+    family, hf = _settings(model, original)
+    _require_parameters(config, family)
+    return family, hf
 
 
 def _special_ids(family: Family, known: dict[str, Any]) -> dict[str, Any]:

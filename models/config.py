@@ -250,6 +250,8 @@ class ModelConfig:
     trunk: TransformerConfig
     # Rows of the table of parameter axes (runtime/parameters.py) that come first.
     PARAMETERS: ClassVar[tuple[tuple[str, str], ...]] = ()
+    # Fields that belong to the task: its heads.
+    HEADS: ClassVar[tuple[str, ...]] = ()
 
     def reads(self) -> dict[str, tuple[str, str]]:
         """Field -> (axes, dtype) that a batch must have; see data/batch.py."""

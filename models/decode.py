@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 Array = jax.Array
 Extend = Callable[[Array, Array, Any], tuple[Array, Any]]
+Ends = int | tuple[int, ...]  # the ids that end a text
 METHODS = ("greedy", "beam", "sample")
 NEVER = -1e9  # finite, so that sums of it stay finite
 
@@ -23,12 +25,13 @@ class DecodeConfig:
     """How text is generated."""
 
     method: str = "beam"  # how a text is chosen
-    beam_size: int = 4  # hypotheses kept at each step
+    beam_size: int = 4  # hypotheses kept at each step; 1: greedy search
     length_penalty: float = 0.6  # alpha of Wu et al. 2016, eq. 14
     temperature: float = 1.0  # the rest: sampling only
     top_k: int = 0  # sample among the k likeliest; 0: all
     top_p: float = 1.0  # sample among the likeliest that hold this probability
     max_len: int = 0  # tokens at most; 0: data.max_len
+    banned: tuple[int, ...] = ()  # ids that are never written
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -45,6 +48,8 @@ class DecodeConfig:
         require(self.top_k >= 0, "top_k", "must not be negative; 0 is off")
         require(0 < self.top_p <= 1, "top_p", "must lie in (0, 1]; 1 is off")
         require(self.max_len >= 0, "max_len", "must not be negative; 0: data.max_len")
+        ids = all(isinstance(i, int) and i >= 0 for i in self.banned)
+        require(ids, "banned", "must be a tuple of ids")
 
 
 def generate(
@@ -54,20 +59,22 @@ def generate(
     first: Array,
     positions: Array,
     *,
-    eos: int,
+    eos: Ends,
     length: int,
     rng: Array,
-) -> tuple[Array, Array]:
-    """Continues every row; returns (tokens int32 [B, length], log-probabilities [B]).
+) -> tuple[Array, Array, Array]:
+    """Continues every row.
 
-    `first` and `positions` int32 [B] are the token to feed first and its position. The
-    tokens end with `eos` where it was reached, then zeros.
+    Returns (tokens int32 [B, length], score of each text [B], log-probability of each
+    token [B, length]). `first` and `positions` int32 [B] are the token to feed first
+    and its position; `rng` is a key, or one a row. The tokens end with one of `eos`
+    where it was reached, then zeros. One beam is greedy search.
     """
-    if config.method == "beam":
+    if config.method == "beam" and config.beam_size > 1:
         return beam_search(config, extend, cache, first, positions, eos, length)
     text = begin(cache, first, positions, length, rng)
     text = advance(config, extend, text, eos, length)
-    return text.tokens, text.score
+    return text.tokens, text.logp.sum(-1), text.logp
 
 
 @struct.dataclass
@@ -76,64 +83,95 @@ class Text:
 
     count: Array  # int32 []
     tokens: Array  # int32 [B, length]
-    score: Array  # float32 [B]: log-probabilities so far
-    done: Array  # bool [B]
+    logp: Array  # float32 [B, length]: of every token; 0 where none is
+    done: Array  # bool [B]: ended
     last: Array  # int32 [B]: to be fed next
     positions: Array  # int32 [B]: of `last`
     cache: Any
-    rng: Array
+    keys: Array  # [B]
+    before: Array  # int32 [B]: tokens that each text has from an earlier call
 
 
-def begin(cache: Any, first: Array, positions: Array, length: int, rng: Array) -> Text:
-    """Nothing written yet; see `generate`."""
+def begin(
+    cache: Any,
+    first: Array,
+    positions: Array,
+    length: int,
+    rng: Array,
+    before: Array | int = 0,
+) -> Text:
+    """Nothing written yet; see `generate`.
+
+    Token t of a text, counted from `before`, is drawn with fold_in(its key, t): it
+    depends neither on other rows nor on how a text is divided into calls.
+    """
     batch = first.shape[0]
     tokens = jnp.zeros((batch, length), jnp.int32)
-    score, done = jnp.zeros(batch), jnp.zeros(batch, bool)
-    return Text(jnp.int32(0), tokens, score, done, first, positions, cache, rng)
+    logp, done = jnp.zeros((batch, length)), jnp.zeros(batch, bool)
+    if rng.ndim == 0:
+        rng = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
+    before = jnp.broadcast_to(jnp.asarray(before, jnp.int32), (batch,))
+    count = jnp.int32(0)
+    return Text(count, tokens, logp, done, first, positions, cache, rng, before)
 
 
 def advance(
-    config: DecodeConfig, extend: Extend, text: Text, eos: int, until: Array | int
+    config: DecodeConfig, extend: Extend, text: Text, eos: Ends, until: Array | int
 ) -> Text:
-    """Writes on until `until` tokens are there or every row has ended.
+    """Writes on until `until` tokens are there ([] or, of each row, [B]) or every row
+    has ended.
 
     In one go or in several, the tokens are the same: streaming shows what a single call
-    would give.
+    would give. A row must not be continued after others have gone beyond its `until`.
     """
-    pick = greedy if config.method == "greedy" else sampler(config)
+    pick = sampler(config) if config.method == "sample" else greedy
+
+    def resting(t: Text) -> Array:
+        return t.done | (t.count >= until)
 
     def body(t: Text) -> Text:
-        rng, key = jax.random.split(t.rng)
+        rests = resting(t)
         logits, cache = extend(t.last[:, None], t.positions[:, None], t.cache)
-        logp = jax.nn.log_softmax(logits[:, 0])
-        token = jnp.where(t.done, 0, pick(key, logp))
+        logp = without_banned(config, jax.nn.log_softmax(logits[:, 0]))
+        keys = jax.vmap(jax.random.fold_in)(t.keys, t.before + t.count)
+        token = jnp.where(rests, 0, pick(keys, logp))
         gained = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
-        return Text(
+        return t.replace(
             count=t.count + 1,
             tokens=t.tokens.at[:, t.count].set(token),
-            score=t.score + jnp.where(t.done, 0.0, gained),
-            done=t.done | (token == eos),
-            last=token,
-            positions=t.positions + 1,
+            logp=t.logp.at[:, t.count].set(jnp.where(rests, 0.0, gained)),
+            done=t.done | (ends(token, eos) & ~rests),
+            last=jnp.where(rests, t.last, token),
+            positions=t.positions + ~rests,
             cache=cache,
-            rng=rng,
         )
 
-    def going(t: Text) -> Array:
-        return (t.count < until) & ~t.done.all()
-
-    return jax.lax.while_loop(going, body, text)
+    return jax.lax.while_loop(lambda t: ~resting(t).all(), body, text)
 
 
-def greedy(key: Array, logp: Array) -> Array:
+def ends(token: Array, eos: Ends) -> Array:
+    """bool like `token`: which of them end a text."""
+    return jnp.isin(token, jnp.atleast_1d(jnp.asarray(eos, jnp.int32)))
+
+
+def without_banned(config: DecodeConfig, logp: Array) -> Array:
+    """logp [..., V] with NEVER for the ids that are never written."""
+    if not config.banned:
+        return logp
+    return logp.at[..., np.array(config.banned)].set(NEVER)
+
+
+def greedy(keys: Array, logp: Array) -> Array:
     """The likeliest token of logp [B, V]."""
     return logp.argmax(-1).astype(jnp.int32)
 
 
 def sampler(config: DecodeConfig) -> Callable[[Array, Array], Array]:
-    """Draws from logp [B, V]: temperature, then top-k, then top-p (Holtzman 2020)."""
+    """Draws from logp [B, V] with keys [B]: temperature, then top-k, then top-p
+    (Holtzman 2020).
+    """
 
-    def draw(key: Array, logp: Array) -> Array:
+    def draw(keys: Array, logp: Array) -> Array:
         logits = logp / config.temperature
         if config.top_k:
             k = min(config.top_k, logits.shape[-1])
@@ -146,7 +184,7 @@ def sampler(config: DecodeConfig) -> Callable[[Array, Array], Array]:
             inside = jnp.cumsum(probability, -1) - probability < config.top_p
             least = jnp.where(inside, ordered, jnp.inf).min(-1, keepdims=True)
             logits = jnp.where(logits >= least, logits, -jnp.inf)
-        return jax.random.categorical(key, logits).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
     return draw
 
@@ -156,30 +194,33 @@ def length_norm(length: Array | int, alpha: float) -> Array:
     return ((5.0 + length) / 6.0) ** alpha
 
 
+def take(tree: Any, index: Array) -> Any:
+    """The entries `index` [B, n] of the second axis of all arrays [B, N, ...]."""
+
+    def one(x: Array) -> Array:
+        shape = *index.shape, *(1,) * (x.ndim - 2)
+        return jnp.take_along_axis(x, index.reshape(shape), 1)
+
+    return jax.tree.map(one, tree)
+
+
 def beam_search(
     config: DecodeConfig,
     extend: Extend,
     cache: Any,
     first: Array,
     positions: Array,
-    eos: int,
+    eos: Ends,
     length: int,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """The hypothesis with the best log-probability / length_norm of every row.
 
     Keeps beam_size live and beam_size finished hypotheses a row. Stops when no live one
-    can still beat the best finished one. Returns ([B, length], score [B]).
+    can still beat the best finished one. Returns (tokens [B, length], score [B],
+    log-probability of each token [B, length]).
     """
     batch, beams = first.shape[0], config.beam_size
     alpha = config.length_penalty
-
-    def flat(x: Array) -> Array:
-        return x.reshape(batch * beams, *x.shape[2:])
-
-    def take(x: Array, index: Array) -> Array:
-        return jnp.take_along_axis(
-            x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), 1
-        )
 
     cache = cache.map_rows(lambda x: jnp.repeat(x, beams, 0))
     positions = jnp.repeat(positions, beams)
@@ -187,22 +228,25 @@ def beam_search(
 
     def body(carry):
         i, token, cache, live, live_logp, done, done_score = carry
-        logits, cache = extend(flat(token)[:, None], (positions + i)[:, None], cache)
-        logp = jax.nn.log_softmax(logits[:, 0]).reshape(batch, beams, -1)
+        logits, cache = extend(token.reshape(-1, 1), (positions + i)[:, None], cache)
+        logp = without_banned(config, jax.nn.log_softmax(logits[:, 0]))
+        logp = logp.reshape(batch, beams, -1)
         vocab = logp.shape[-1]
         total = (live_logp[..., None] + logp).reshape(batch, beams * vocab)
-        # 2 * beams candidates: at least `beams` of them do not end.
-        score, index = jax.lax.top_k(total, 2 * beams)
+        # So many candidates that at least `beams` of them do not end.
+        score, index = jax.lax.top_k(total, beams * min(vocab, 1 + np.size(eos)))
         parent, token = index // vocab, index % vocab
-        grown = take(live, parent).at[:, :, i].set(token)
-        ends = token == eos
+        gained = jnp.take_along_axis(logp.reshape(batch, -1), index, 1)
+        tokens, gains = take(live, parent)
+        grown = tokens.at[:, :, i].set(token), gains.at[:, :, i].set(gained)
+        over = ends(token, eos)
 
-        ended = jnp.where(ends, score / length_norm(i + 1, alpha), NEVER)
-        pool = jnp.concatenate([done, grown], 1)
+        ended = jnp.where(over, score / length_norm(i + 1, alpha), NEVER)
+        pool = jax.tree.map(lambda *x: jnp.concatenate(x, 1), done, grown)
         done_score, best = jax.lax.top_k(jnp.concatenate([done_score, ended], 1), beams)
         done = take(pool, best)
 
-        live_logp, best = jax.lax.top_k(jnp.where(ends, NEVER, score), beams)
+        live_logp, best = jax.lax.top_k(jnp.where(over, NEVER, score), beams)
         live, token, parent = (take(x, best) for x in (grown, token, parent))
         chosen = (rows + parent).reshape(-1)
         cache = cache.map_rows(lambda x: x[chosen], memory=False)
@@ -214,7 +258,8 @@ def beam_search(
         hope = live_logp.max(-1) / length_norm(length, alpha)
         return (i < length) & (hope > done_score[:, 0]).any()
 
-    empty = jnp.zeros((batch, beams, length), jnp.int32)
+    shape = (batch, beams, length)
+    empty = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
     # At first all beams are equal: only one may live.
     start_logp = jnp.full((batch, beams), NEVER).at[:, 0].set(0.0)
     carry = (
@@ -231,6 +276,9 @@ def beam_search(
     )
     # A row where nothing ended in time gives its best unfinished hypothesis.
     ended = done_score[:, 0] > NEVER / 2
-    tokens = jnp.where(ended[:, None], done[:, 0], live[:, 0])
+    tokens, gains = (
+        jnp.where(ended[:, None], over[:, 0], going[:, 0])
+        for over, going in zip(done, live, strict=True)
+    )
     live_score = live_logp[:, 0] / length_norm(length, alpha)
-    return tokens, jnp.where(ended, done_score[:, 0], live_score)
+    return tokens, jnp.where(ended, done_score[:, 0], live_score), gains

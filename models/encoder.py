@@ -5,6 +5,7 @@ One module for every config that names a frontend and heads: see also vision.py.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -55,6 +56,8 @@ class FrontendConfig(ModelConfig):
 @dataclasses.dataclass(unsafe_hash=True)
 class EncoderConfig(FrontendConfig):
     """A bidirectional stack, its embeddings, and the heads that are wanted."""
+
+    HEADS: ClassVar[tuple[str, ...]] = ("masked_head", "num_tags", "num_labels", "pool")
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
     vocab_size: int = 32_000  # also what a tokenizer is trained to

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ from triform.models.heads import LabelHead
 @dataclasses.dataclass(unsafe_hash=True)
 class VisionConfig(FrontendConfig):
     """A bidirectional stack over patches of a square image, and a classifier."""
+
+    HEADS: ClassVar[tuple[str, ...]] = ("num_labels",)
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
     image_size: int = 224  # height and width, in pixels; 0: that of the data

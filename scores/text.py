@@ -1,11 +1,29 @@
 """Scores of generated text: BLEU and chrF (sacreBLEU), exact match."""
 
 import dataclasses
+import importlib.util
+import re
 from collections.abc import Callable, Sequence
 
 from sacrebleu.metrics import BLEU, CHRF
 
 Scores = dict[str, float | str]
+# Language of the targets -> sacreBLEU's tokenizer of it; of languages that put no
+# spaces between words and have none, characters; of all others 13a.
+TOKENIZERS = {
+    **dict.fromkeys(("zh", "zho", "chi", "cmn", "yue", "wuu"), "zh"),
+    **dict.fromkeys(("ja", "jpn"), "ja-mecab"),
+    **dict.fromkeys(("ko", "kor"), "ko-mecab"),
+    **dict.fromkeys(("th", "tha", "lo", "lao", "km", "khm", "my", "mya"), "char"),
+    **dict.fromkeys(("bo", "bod", "dz", "dzo"), "char"),
+}
+# What these import -> the extra of ours that installs it.
+EXTRAS = {"ja-mecab": ("MeCab", "japanese"), "ko-mecab": ("mecab_ko", "korean")}
+# Scripts without spaces: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han.
+UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+    "\U00020000-\U0003ffff]"
+)
 
 
 @dataclasses.dataclass
@@ -16,7 +34,8 @@ class EvaluationConfig:
     # Names in scores.SCORES; none: losses only, nothing is generated.
     metrics: tuple[str, ...] = ("bleu", "chrf", "exact_match")
     lowercase: bool = False  # compare text case-insensitively
-    language: str = "de"  # of the targets, for Moses tokenisation
+    language: str = "de"  # of the targets: decides how BLEU divides them into words
+    bleu_tokenizer: str = ""  # of sacreBLEU, such as "char"; empty: by the language
     # While training, score at most so many examples of every split, or of each corpus
     # in it, spread evenly; 0: all. The test at the end and evaluate.py score all.
     examples: int = 0
@@ -33,6 +52,7 @@ class EvaluationConfig:
                     f"evaluation.metrics={self.metrics}: {name!r} is unknown, expected "
                     f"some of {', '.join(SCORES)}, written as \"('bleu','chrf')\""
                 )
+        self.require_words(self.metrics)
         for name in ("every", "samples", "examples", "average"):
             least = 1 if name == "every" else 0
             if getattr(self, name) < least:
@@ -40,12 +60,50 @@ class EvaluationConfig:
                     f"evaluation.{name}={getattr(self, name)}: must be at least {least}"
                 )
 
+    def tokenizer(self) -> str:
+        """sacreBLEU's name of what divides outputs and references into words."""
+        language = re.split("[-_]", self.language.lower())[0]
+        return self.bleu_tokenizer or TOKENIZERS.get(language, "13a")
+
+    def require_words(self, names: Sequence[str]) -> None:
+        """ValueError if one of these scores cannot tell the words of the language."""
+        kind = self.tokenizer()
+        if kind not in BLEU.TOKENIZERS:
+            raise ValueError(
+                f"evaluation.bleu_tokenizer={kind!r}: expected one of "
+                f"{', '.join(BLEU.TOKENIZERS)}, or '' to go by evaluation.language"
+            )
+        module, extra = EXTRAS.get(kind, ("", ""))
+        if "bleu" in names and module and importlib.util.find_spec(module) is None:
+            raise ValueError(
+                f"evaluation.language={self.language!r}: its BLEU needs sacreBLEU's "
+                f"{kind}; run `pip install 'triform[{extra}]'`, or set "
+                "evaluation.bleu_tokenizer=char to count characters"
+            )
+        if "bleu_moses" in names and kind in ("zh", "ja-mecab", "char"):
+            raise ValueError(
+                f"evaluation.language={self.language!r}: Moses does not divide it into "
+                "words; replace 'bleu_moses' in evaluation.metrics by 'bleu'"
+            )
+
 
 def bleu(config: EvaluationConfig, ours: list[str], references: list[str]) -> Scores:
-    """Corpus BLEU in percent (Papineni et al. 2002; Post 2018), tokenised 13a."""
-    metric = BLEU(lowercase=config.lowercase)
+    """Corpus BLEU in percent (Papineni et al. 2002; Post 2018).
+
+    Its signature names the tokenizer; `bleu_warning` is there if that cannot find the
+    words of the references.
+    """
+    kind = config.tokenizer()
+    metric = BLEU(lowercase=config.lowercase, tokenize=kind)
     score = metric.corpus_score(ours, [references]).score
-    return {"bleu": score, "bleu_signature": str(metric.get_signature())}
+    found: Scores = {"bleu": score, "bleu_signature": str(metric.get_signature())}
+    text = "".join(references)
+    if kind == "13a" and 5 * len(UNSPACED.findall(text)) > len(text):
+        found["bleu_warning"] = (
+            f"tokeniser 13a does not divide these references into words; set "
+            f"evaluation.language, which is {config.language!r}"
+        )
+    return found
 
 
 def bleu_moses(

@@ -45,6 +45,7 @@ class Task:
 
     fields: tuple[str, ...] = ()  # of the batch that the task reads
     needs: tuple[str, ...] = ()  # outputs of the model
+    numbers: tuple[str, ...] = ()  # those that are numbers, not scores of classes
     reports: tuple[str, ...] = ("loss",)  # names that evaluation reports
     couples_rows = False  # does a term compare rows with one another?
 
@@ -91,9 +92,25 @@ class Task:
         """{name: array [B, ...]}: what is kept of every example."""
         return {}
 
+    def answer(self, outputs: Outputs, batch: Batch) -> Mapping[str, Array]:
+        """{name: array [B, ...]}: what is said of a request, of which nothing is known.
+
+        As `predict`; its losses mean nothing.
+        """
+        return self.predict(outputs, batch)
+
     def score(self, rows: Mapping[str, Any]) -> Mapping[str, float]:
         """Metrics of all examples' predictions, arrays [N, ...] on the host."""
         return {}
+
+
+def candidates(logits: Array, count: int = 5) -> dict[str, Array]:
+    """{candidates: int32 [..., n], shares: float32 [..., n]} of logits [..., V]: the
+    likeliest classes, descending, and their probabilities.
+    """
+    shares = jax.nn.softmax(logits, -1)
+    shares, best = jax.lax.top_k(shares, min(count, logits.shape[-1]))
+    return {"candidates": best.astype(jnp.int32), "shares": shares}
 
 
 def row_mean(values: Array, weights: Array) -> Array:

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from triform.runtime.metrics import CalibrationError, Mean, Metrics, Perplexity
-from triform.tasks.base import Batch, Context, Outputs, Scalars, Task, row_mean
+from triform.tasks.base import (
+    Batch,
+    Context,
+    Outputs,
+    Scalars,
+    Task,
+    candidates,
+    row_mean,
+)
 
 Array = jax.Array
 
@@ -137,6 +145,12 @@ class TokenPrediction(Prediction):
         nll, weights = self._parts(outputs, batch, False).nll, self._weights(batch)
         best = outputs[self.target].argmax(-1).astype(jnp.int32)
         return {"loss": row_mean(nll, weights), "targets": best, "weights": weights}
+
+    def answer(self, outputs: Outputs, batch: Batch) -> dict[str, Array]:
+        """targets [B, L], and the likeliest candidates of each [B, L, n]."""
+        logits = outputs[self.target]
+        best = logits.argmax(-1).astype(jnp.int32)
+        return {"targets": best, **candidates(logits)}
 
 
 class Classification(Prediction):

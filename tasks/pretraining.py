@@ -5,7 +5,15 @@ import dataclasses
 import jax.numpy as jnp
 
 from triform.runtime.metrics import Mean, Metrics
-from triform.tasks.base import Batch, Context, Outputs, Scalars, Task, row_mean
+from triform.tasks.base import (
+    Batch,
+    Context,
+    Outputs,
+    Scalars,
+    Task,
+    candidates,
+    row_mean,
+)
 from triform.tasks.prediction import CrossEntropy, PredictionConfig
 
 # Term -> (field and output, weights).
@@ -56,3 +64,7 @@ class Pretraining(Task):
             "loss": row_mean(masked.nll, batch["weights"]),
             "label": outputs["label"].argmax(-1).astype(jnp.int32),
         }
+
+    def answer(self, outputs: Outputs, batch: Batch) -> dict[str, jnp.ndarray]:
+        """The likeliest candidates of every masked token [B, P, n]."""
+        return candidates(outputs["targets"])

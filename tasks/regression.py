@@ -22,6 +22,7 @@ class Regression(Task):
     """Squared error of label [B], averaged over the real rows."""
 
     fields, needs = ("label", "label_weights"), ("label",)
+    numbers = ("label",)
     reports = ("loss", "pearson")
 
     def weights(self, batch: Batch) -> Scalars:

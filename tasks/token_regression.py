@@ -20,6 +20,7 @@ class TokenRegression(Task):
     """Squared error of targets [B, L], averaged over their weights."""
 
     fields, needs = ("targets", "weights"), ("targets",)
+    numbers = ("targets",)
     reports = ("loss", "absolute_error")
 
     def weights(self, batch: Batch) -> Scalars:

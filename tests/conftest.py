@@ -232,6 +232,9 @@ def sources(monkeypatch, tmp_path):
             def __init__(self, name, *options):
                 self.name = name
 
+            def location(self):
+                return "in memory"
+
             def _of(self, split):
                 found = corpora[self.name]
                 return found[split] if isinstance(found, dict) else found

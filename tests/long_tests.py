@@ -3,6 +3,7 @@
 # Start of a test's name as pytest prints it -> why.
 LONG = {
     "tests/test_checkpoint.py::test_sigkill": "processes",
+    "tests/test_console.py": "an installation and processes",
     "tests/test_docs.py": "three trainings",
     "tests/test_entry_points.py": "processes",
     "tests/test_interop_workdir.py::test_memory": "a process",

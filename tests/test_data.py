@@ -53,7 +53,7 @@ def coded(config, tok=TOK, **sizes):
     sizes = SIZES | sizes
     with tempfile.TemporaryDirectory() as folder:
         tok.save(folder)
-        return files.build(config, sizes, tokenizer_from=folder), sizes
+        return files.build(config, sizes, earlier=folder), sizes
 
 
 def opened(config, split="train", tok=TOK, **sizes):
@@ -863,95 +863,6 @@ def test_tags_that_do_not_match_their_words_are_named(sources):
 
 
 # --- Texts that are not from a split ---
-
-
-def test_a_request_is_what_a_split_would_hold(sources):
-    """Inputs as of an example with the same texts; targets zero, weights too."""
-    texts = ["ab", "c", "defghi"]
-    sources(
-        m=[{"x": text, "y": "t", "label": i} for i, text in enumerate(texts)],
-        n=[{"x": text, "y": text + "z", "label": 0} for text in texts],
-    )
-    cases = (
-        (Seq2SeqConfig(source="m", inputs="x", targets="y", max_len=9), texts),
-        (SequenceClassificationConfig(source="m", first="x", max_len=9), texts),
-        (
-            SequenceClassificationConfig(
-                source="n",
-                first="x",
-                second="y",
-                max_len=19,
-                global_tokens="question",
-            ),
-            [f"{text}\t{text}z" for text in texts],
-        ),
-    )
-    for config, lines in cases:
-        (codecs, _), expected = coded(config), rows(opened(config))
-        batch = datasets.request_batch(config, lines, 4, codecs, {})
-        assert batch.keys() == expected.keys() == config.spec().keys()
-        assert {len(x) for x in batch.values()} == {4}
-        read = [
-            k
-            for k, field in config.spec().items()
-            if field.axes in ("BS", "BL") and k not in ("inputs", "targets", "weights")
-        ]
-        if "encoder_inputs" not in batch:
-            read.append("inputs")
-        for name in read:
-            np.testing.assert_array_equal(batch[name][:3], expected[name], name)
-            assert not batch[name][3].any()
-        for name in batch.keys() & {"targets", "weights", "label", "label_weights"}:
-            assert not batch[name].any()
-
-
-def test_a_second_text_may_hold_tabs_and_may_not_be_missing():
-    config = SequenceClassificationConfig(first="x", second="y", max_len=16)
-    batch = datasets.request_batch(config, ["a\tb\tc", "\t"], 2, {"text": TOK}, {})
-    assert batch["inputs"][0, :7].tolist() == [*ids("CaSb\tcS")]
-    assert batch["inputs"][1, :4].tolist() == ids("CSS_")
-    with pytest.raises(DataError, match="input line 12 .'no tab'.*tab between them"):
-        datasets.request_batch(
-            config, ["a\tb", "no tab"], 2, {"text": TOK}, {}, first=10
-        )
-
-
-def test_a_request_takes_the_shortest_row_that_holds_all():
-    fields = {"max_len": 12, "buckets": (4, 8), "max_source_len": 6}
-    config = Seq2SeqConfig(**fields)
-    assert config.shapes() == ({"S": 2, "L": 4}, {"S": 4, "L": 8}, {"S": 6, "L": 12})
-    for lines, source, target in (
-        (["a"], 2, 4),
-        (["a", "abc"], 4, 8),
-        (["abcde"], 6, 12),
-    ):
-        batch = datasets.request_batch(config, lines, 3, {"text": TOK}, {})
-        assert batch["encoder_inputs"].shape == (3, source)
-        assert batch["inputs"].shape == (3, target)
-        assert (batch["inputs"][:, 0] == TOK.start).all()
-
-
-@pytest.mark.parametrize(
-    ("config", "limit"),
-    [
-        (Seq2SeqConfig(max_len=6, buckets=(4,)), "data.max_len=6"),
-        (Seq2SeqConfig(max_len=60, max_source_len=6), "data.max_source_len=6"),
-        (SequenceClassificationConfig(max_len=6), "data.max_len=6"),
-    ],
-)
-def test_a_request_that_is_too_long_names_its_line(config, limit):
-    with pytest.raises(DataError) as caught:
-        datasets.request_batch(
-            config, ["a", "x" * 7, "b"], 4, {"text": TOK}, {}, first=40
-        )
-    for part in ("input line 42 ('xxxxxxx')", "tokens", limit, "shorten or split it"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["joined", "masked", "spans", "tagged"])
-def test_what_does_not_read_lines_says_so(name):
-    with pytest.raises(DataError, match="lines of text.*evaluate.py"):
-        datasets.request_batch(KINDS[name], ["a"], 1, {"text": TOK}, {})
 
 
 # --- Configurations ---

@@ -38,11 +38,17 @@ def toy_table(seed=0, vocab=VOCAB, length=LENGTH, eos=0.0):
 
 def run_toy(table, rows, **options):
     """(tokens [B, length], scores [B]) of the rows of a table."""
-    return _toy(DecodeConfig(**options), table.shape)(table, np.array(rows))
+    return run_all(table, rows, **options)[:2]
+
+
+def run_all(table, rows, eos=EOS, **options):
+    """The same, and log-probabilities of the tokens [B, length]."""
+    key = tuple(sorted(vars(DecodeConfig(**options)).items()))
+    return _compiled(key, table.shape, eos)(table, np.array(rows))
 
 
 @functools.cache
-def _compiled(key, shape):
+def _compiled(key, shape, eos):
     config = DecodeConfig(**dict(key))
 
     @jax.jit
@@ -59,16 +65,12 @@ def _compiled(key, shape):
             Toy(rows, zeros),
             zeros,
             zeros,
-            eos=EOS,
+            eos=eos,
             length=shape[1],
             rng=jax.random.key(0),
         )
 
     return run
-
-
-def _toy(config, shape):
-    return _compiled(tuple(sorted(vars(config).items())), shape)
 
 
 def log_softmax(x):
@@ -125,7 +127,7 @@ def test_the_length_penalty_matters():
     assert (lengths[0] < lengths[1]).any()
 
 
-@pytest.mark.parametrize("beams", [1, 2, 5])
+@pytest.mark.parametrize("beams", [2, 5])
 def test_the_score_is_that_of_the_tokens(beams):
     for seed in range(10):
         table = toy_table(seed)
@@ -155,7 +157,7 @@ def search(table, row, beams, alpha):
     return live[0][0], live[0][1] / norm(length, alpha)
 
 
-@pytest.mark.parametrize(("beams", "alpha"), [(1, 0.6), (2, 0.6), (3, 2.0)])
+@pytest.mark.parametrize(("beams", "alpha"), [(2, 0.0), (2, 0.6), (3, 2.0)])
 def test_stopping_early_changes_nothing(beams, alpha):
     options = {"beam_size": beams, "length_penalty": alpha}
     for seed in range(20):
@@ -168,15 +170,49 @@ def test_stopping_early_changes_nothing(beams, alpha):
             assert scores[row] == pytest.approx(score, rel=1e-5, abs=2e-6)
 
 
-def test_one_beam_is_greedy_where_nothing_ends():
-    # Of two candidates a step, EOS is never one: it is the least likely of four.
+@pytest.mark.parametrize("alpha", [0.0, 3.0])
+def test_one_beam_is_greedy(alpha):
+    """Whatever ends where, and whatever the length penalty."""
     for seed in range(10):
-        table = toy_table(seed, eos=-50.0)
-        beam, score = run_toy(table, range(ROWS), beam_size=1, length_penalty=0.0)
-        greedy, logp = run_toy(table, range(ROWS), method="greedy")
-        np.testing.assert_array_equal(beam, greedy)
-        np.testing.assert_allclose(score, logp, rtol=1e-6)
-        assert (greedy != EOS).all()
+        table = toy_table(seed, eos=[-50.0, 0.0, 2.0][seed % 3])
+        beam = run_all(table, range(ROWS), beam_size=1, length_penalty=alpha)
+        greedy = run_all(table, range(ROWS), method="greedy")
+        for a, b in zip(beam, greedy, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "greedy"}, {"method": "sample"}, {"beam_size": 3}, {"beam_size": 1}],
+)
+def test_every_token_has_its_log_probability(options):
+    """Their sum is the text's; after the end there is nothing."""
+    options = {"length_penalty": 0.0, **options}
+    for seed in range(6):
+        table = toy_table(seed, eos=1.0)
+        tokens, scores, logp = map(np.asarray, run_all(table, range(ROWS), **options))
+        np.testing.assert_allclose(logp.sum(-1), scores, rtol=1e-5, atol=1e-6)
+        for row in range(ROWS):
+            before, last, over = 0, 0, False
+            for place, token in enumerate(tokens[row]):
+                step = log_softmax(table[row, place, before, last])[token]
+                expected = 0.0 if over else step
+                assert logp[row, place] == pytest.approx(expected, abs=2e-6)
+                before, last, over = last, token, over or token == EOS
+
+
+@pytest.mark.parametrize("options", [{"method": "greedy"}, {"beam_size": 3}])
+def test_any_of_several_ends_ends_a_text(options):
+    """As one end does in a table where they are one token: probabilities add."""
+    both, ended = (EOS, 2), set()
+    for seed in range(10):
+        table = toy_table(seed, eos=-1.0)
+        tokens = np.asarray(run_toy(table, range(ROWS), eos=both, **options)[0])
+        for row in tokens.tolist():
+            stops = [i for i, token in enumerate(row) if token in both]
+            assert not any(row[stops[0] + 1 :]) if stops else True
+            ended |= {row[i] for i in stops}
+    assert ended == {*both}
 
 
 def test_greedy_takes_the_likeliest_each_time():
@@ -250,7 +286,8 @@ def test_sampled_frequencies(temperature, top_k, top_p):
     config = DecodeConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     draws = 100_000
     rows = np.broadcast_to(LOGP, (draws, len(LOGP)))
-    tokens = jax.jit(decode.sampler(config))(jax.random.key(0), rows)
+    keys = jax.random.split(jax.random.key(0), draws)
+    tokens = jax.jit(decode.sampler(config))(keys, rows)
     seen = np.bincount(tokens, minlength=len(LOGP)) / draws
     p = expected_distribution(temperature, top_k, top_p)
     assert ((p == 0) == (seen == 0)).all()
@@ -288,9 +325,9 @@ def test_sampling_one_token_is_greedy(options):
 
 def test_top_k_above_the_vocabulary_is_off():
     rows = np.broadcast_to(LOGP, (100, len(LOGP)))
+    keys = jax.random.split(jax.random.key(0), len(rows))
     draws = [
-        decode.sampler(DecodeConfig(top_k=k))(jax.random.key(0), rows)
-        for k in (0, len(LOGP), 1000)
+        decode.sampler(DecodeConfig(top_k=k))(keys, rows) for k in (0, len(LOGP), 1000)
     ]
     np.testing.assert_array_equal(draws[1], draws[0])
     np.testing.assert_array_equal(draws[2], draws[0])
@@ -352,7 +389,7 @@ def writer(request, tiny_config, pair_batch):
 
 
 def write(writer, **options):
-    """[tokens, scores] of a model."""
+    """[tokens, scores, log-probabilities of the tokens] of a model."""
     model, variables, batch, _ = writer
 
     @jax.jit
@@ -373,7 +410,7 @@ def write(writer, **options):
 
 
 def test_greedy_is_argmax_of_full_passes(writer):
-    tokens, scores = write(writer, method="greedy")
+    tokens, scores, _ = write(writer, method="greedy")
     for row in range(ROWS):
         shifted, total = np.zeros((1, LENGTH + 1), np.int32), 0.0
         for place in range(LENGTH):
@@ -387,7 +424,7 @@ def test_greedy_is_argmax_of_full_passes(writer):
 
 
 def test_a_wide_beam_is_exhaustive_with_a_real_model(writer):
-    tokens, scores = write(writer, beam_size=VOCAB**LENGTH, length_penalty=0.6)
+    tokens, scores, _ = write(writer, beam_size=VOCAB**LENGTH, length_penalty=0.6)
     every = np.array(list(hypotheses(VOCAB, LENGTH)))
     inputs = np.pad(every, ((0, 0), (1, 0)))[:, :-1]
     counted = np.arange(LENGTH) <= (every == EOS).argmax(-1)[:, None]
@@ -429,7 +466,7 @@ def test_pieces_are_the_text_in_one_go(writer, options):
             np.testing.assert_array_equal(text.tokens[:, :count], whole[0][:, :count])
             assert not text.tokens[:, count:].any()
         np.testing.assert_array_equal(text.tokens, whole[0])
-        np.testing.assert_array_equal(text.score, whole[1])
+        np.testing.assert_array_equal(text.logp, whole[2])
 
 
 @pytest.mark.parametrize("options", METHODS[:2])
@@ -452,10 +489,66 @@ def test_pieces_of_texts_that_end(options):
         for until in range(1, 9):
             text = advance(text, until)
         for a, b in zip(
-            (text.tokens, text.score, text.count, text.done),
-            (whole.tokens, whole.score, whole.count, whole.done),
+            (text.tokens, text.logp, text.count, text.done),
+            (whole.tokens, whole.logp, whole.count, whole.done),
             strict=True,
         ):
             np.testing.assert_array_equal(a, b)
         ends |= {x.index(EOS) for x in whole.tokens.tolist() if EOS in x}
     assert len(ends) > 1
+
+
+def test_what_a_row_draws_is_its_own():
+    """Other rows, their number and the division into calls change nothing."""
+    config = DecodeConfig(method="sample")
+    table = jnp.asarray(toy_table(5, length=8, eos=-9.0))
+
+    def extend(tokens, positions, cache):
+        token, place = tokens[:, 0], positions[:, 0]
+        return table[cache.row, place, cache.before, token][:, None], cache.replace(
+            before=token
+        )
+
+    def written(rows, stops):
+        """Tokens of rows, in as many calls as there are stops."""
+        rows = jnp.array(rows)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), rows)
+        toy, zeros = Toy(rows, jnp.zeros_like(rows)), jnp.zeros_like(rows)
+        first, positions, parts, at = zeros, zeros, [], 0
+        for stop in stops:
+            text = decode.begin(toy, first, positions, stop - at, keys, at)
+            text = decode.advance(config, extend, text, EOS, stop - at)
+            parts.append(np.asarray(text.tokens))
+            toy, first, positions, at = text.cache, text.last, text.positions, stop
+        return np.concatenate(parts, 1)
+
+    together = written([0, 1, 2], [8])
+    assert len({*map(tuple, together.tolist())}) == ROWS
+    np.testing.assert_array_equal(written([0, 1, 2], [3, 8]), together)
+    for row in range(ROWS):
+        np.testing.assert_array_equal(written([row, row], [8])[0], together[row])
+
+
+def test_a_row_rests_at_its_own_limit():
+    config = DecodeConfig(method="greedy")
+    table = jnp.asarray(toy_table(4, length=8, eos=-9.0))
+
+    def extend(tokens, positions, cache):
+        token, place = tokens[:, 0], positions[:, 0]
+        return table[cache.row, place, cache.before, token][:, None], cache.replace(
+            before=token
+        )
+
+    zeros, limits = jnp.zeros(ROWS, jnp.int32), np.array([2, 0, 7])
+    toy = Toy(jnp.arange(ROWS), zeros)
+    start = decode.begin(toy, zeros, zeros, 8, jax.random.key(0))
+    whole = decode.advance(config, extend, start, EOS, 8)
+    text = decode.advance(config, extend, start, EOS, limits)
+    assert int(text.count) == 7
+    np.testing.assert_array_equal(text.positions, limits)
+    for row, limit in enumerate(limits):
+        np.testing.assert_array_equal(
+            text.tokens[row, :limit], whole.tokens[row, :limit]
+        )
+        assert not text.tokens[row, limit:].any()
+        assert not text.logp[row, limit:].any()

@@ -34,6 +34,14 @@ def test_ten_lines_train_generate_and_classify(namespace):
     assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_every_request_has_its_samples(namespace):
+    outputs = namespace["outputs"]
+    assert [len(x.samples) for x in outputs] == [2, 2, 2]
+    assert all(len(x.token_scores) <= 8 for x in outputs)
+    assert outputs[0].warnings == outputs[1].warnings == ()
+    assert outputs[2].warnings[0].startswith("cut: ")
+
+
 def test_a_changed_config_is_trained(namespace):
     assert np.isfinite(namespace["scores"]["test/loss"])
 

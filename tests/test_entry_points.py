@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from triform.data.lines import one_line
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Each phrase of CLDR is a document of the stream.
 TEXT = (
@@ -29,7 +31,7 @@ def run(tmp_path_factory):
             env=dict(os.environ, TRIFORM_CACHE=str(cache), XLA_FLAGS=""),
             input=text,
             capture_output=True,
-            text=True,
+            text=not isinstance(text, bytes),
             timeout=300,
         )
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
@@ -49,36 +51,57 @@ def workdir(run, tmp_path_factory):
 def test_prompts_are_continued_beyond_the_context(run, workdir):
     args = (f"--workdir={workdir}", "--method=greedy", "--max_tokens=70")
     prompts = ("3 May", "a longer prompt than the context of the model holds")
-    together = run("generate.py", *args, *(f"--input={p}" for p in prompts)).stdout
-    for prompt, line in zip(prompts, together.splitlines(), strict=True):
+    done = run("generate.py", *args, *(f"--input={p}" for p in prompts))
+    assert "warning: input 1: outgrown: " in done.stderr
+    assert "2 of 2 answers have warnings" in done.stderr
+    for prompt, line in zip(prompts, done.stdout.splitlines(), strict=True):
         assert line.startswith(prompt)
         assert len(line) > len(prompt)
         # Alone it is shown as it is written: the same text.
         live = run("generate.py", *args, f"--input={prompt}").stdout
-        assert "".join(c if c.isprintable() else " " for c in live[:-1]) == line
+        assert one_line(live[:-1]) == line
     scored = run("generate.py", *args, "--scores", "--input=3 May").stdout
     score, text = scored.rstrip("\n").split("\t")
     assert float(score) < 0
-    assert text == together.splitlines()[0]
+    assert text == done.stdout.splitlines()[0]
 
 
-def test_sampling_follows_its_seed(run, workdir):
-    args = (f"--workdir={workdir}", "--temperature=1", "--max_tokens=20", "--input=May")
-    texts = [run("generate.py", *args, f"--seed={s}").stdout for s in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+def test_a_pipe_gives_a_line_each(run, workdir):
+    """Whatever ends its lines and whatever they hold; a file has a row for each."""
+    text = b"\xef\xbb\xbfone\r\n\xff\n\nfour"
+    args = (f"--workdir={workdir}", "--temperature=1", "--max_tokens=4")
+    done = run("generate.py", *args, "--batch_size=2", text=text)
+    lines = done.stdout.decode().split("\n")
+    assert len(lines) == 5
+    assert lines[0].startswith("one") and lines[3].startswith("four")
+    assert b"line 2: replaced: byte 1 (0xff) is not UTF-8" in done.stderr
+    assert b"line 2" in run("generate.py", *args, "--strict", text=text, code=1).stderr
+    assert b"nothing was asked" in run("generate.py", *args, text=b"").stderr
 
 
-def test_a_pipe_of_prompts_gives_a_line_each(run, workdir):
-    done = run(
-        "generate.py",
-        f"--workdir={workdir}",
-        *("--max_tokens=4", "--batch_size=2"),
-        text="one\n\nthree\n",
-    )
-    lines = done.stdout.split("\n")
-    assert len(lines) >= 4
-    assert lines[0].startswith("one")
-    assert "three" in done.stdout
+def test_a_table_gives_a_file_of_rows(run, workdir, tmp_path):
+    table, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = ['{"en": "3 May", "label": 1}', '{"de": "Mai"}', "no json", '"May"']
+    table.write_text("\n".join(rows))
+    args = (f"--workdir={workdir}", f"--input_file={table}", f"--output={out}")
+    args += ("--max_tokens=6", "--num_samples=2", "--scores", "--stop=e")
+    assert run("generate.py", *args).stdout == ""
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [x["input"] for x in found] == [
+        {"en": "3 May", "label": 1},
+        {"de": "Mai"},
+        "no json",
+        "May",
+    ]
+    failed = [x["warnings"][0].startswith("failed: ") for x in found if x["warnings"]]
+    assert failed == [True, True]
+    for row in (found[0], found[3]):
+        assert len(row["samples"]) == 2
+        assert row["text"] == row["samples"][0]["text"]
+        assert row["score"] == pytest.approx(sum(row["token_scores"]))
+    assert "there already" in run("generate.py", *args, code=1).stderr
+    strict = (*args, "--overwrite", "--strict")
+    assert "line 2: failed: " in run("generate.py", *strict, code=1).stderr
 
 
 def test_prompts_have_no_beams(run, workdir):

@@ -20,8 +20,9 @@ IMPORTS = {
     "recovery": ("configs",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
-    "evaluate": ("generate", "input_pipeline"),
-    "generate": ("workdir",),
+    "evaluate": ("answers", "input_pipeline"),
+    "generate": ("answers",),
+    "answers": ("workdir",),
     "sweep": ("runtime",),
     "config_flag": ("workdir",),
     "inspection": ("workdir",),
@@ -57,7 +58,7 @@ ROWS = {
         ("data.store",),
         ("data.encoding",),
         ("data.codecs*", "data.sources*", "data.batch"),
-        ("data.progress",),
+        ("data.progress", "data.lines"),
     ),
 }
 # (module, what a function of it imports): why not at the top.

@@ -186,6 +186,8 @@ def test_special_tokens_are_found(tmp_path):
     workdir, target = str(tmp_path / "run"), str(tmp_path / "out")
     assert main(["import", source, workdir]) == 0
     found = json.loads(pathlib.Path(workdir, "special_tokens.json").read_text())
+    # As their class of tokenizers frames, where the file says nothing.
+    assert found.pop("template")["single"] == [[2, 0], ["A", 0], [3, 0]]
     assert found == {"mask": 0, "cls": 2, "pad": 1, "eos": 3, "start": 1}
     tok = tokenizer.load(tokenizer.find(workdir))
     assert (tok.mask, tok.pad, tok.cls, tok.sep, tok.eos) == (0, 1, 2, 3, 3)
@@ -389,10 +391,9 @@ def test_mistakes_are_answered_in_one_line(tmp_path, capsys):
 def test_an_interruption_leaves_nothing(kind, tmp_path, capsys, monkeypatch):
     source = save(build("gpt2"), tmp_path / "hf")
     target = tmp_path / "run"
-    (tmp_path / "run.part").mkdir()  # of one that was killed
 
     def fail(*args):
-        assert (tmp_path / "run.part" / "config.json").exists()
+        assert [x.name for x in tmp_path.glob(".*/*/config.json")] == ["config.json"]
         raise kind
 
     monkeypatch.setattr(transfer.Import, "read", fail)

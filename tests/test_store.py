@@ -192,7 +192,7 @@ def test_a_given_or_saved_tokenizer_is_not_trained_again(sources, tmp_path):
     given = config(tokenizer=TokenizerConfig(path=path))
     assert build_tokenizer(given, 300).digest() == first.digest()
     assert files.load(str(tmp_path), config())["text"].digest() == first.digest()
-    other = files.build(config(), {"vocab_size": 300}, tokenizer_from=str(tmp_path))
+    other = files.build(config(), {"vocab_size": 300}, earlier=str(tmp_path))
     assert other["text"].digest() == first.digest()
     assert loads == [("memory", "train")]
 

@@ -325,3 +325,88 @@ def test_characters_are_one_id_each():
 def test_impossible_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         TokenizerConfig(**fields).validate()
+
+
+# --- Continuations ---
+
+
+def fallback(tmp_path):
+    """Letters and, for all else, bytes one by one, as LLaMA's."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    pieces += ["\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    model = tokenizers.models.BPE(
+        {p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True
+    )
+    core = tokenizers.Tokenizer(model)
+    core.normalizer = tokenizers.normalizers.Sequence(
+        [
+            tokenizers.normalizers.Prepend("\u2581"),
+            tokenizers.normalizers.Replace(" ", "\u2581"),
+        ]
+    )
+    core.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    core.add_special_tokens(pieces[:3])
+    core.save(str(tmp_path / "tokenizer.json"))
+    return tokenizer.load(str(tmp_path / "tokenizer.json"))
+
+
+LIVE = ("the 🙂👍 dogs", "日本語 naïve", "the quick", "👩‍👩‍👧‍👦", "a\ufffdb")
+BROKEN = (
+    b"\xf0\x9f\x99",
+    b"\xf0\x9f\x99\x82\xf0 a",
+    b"\xff\xfe",
+    b"a\xe2\x82",
+    b"\x80a",
+)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fallback"])
+def test_a_continuation_is_what_the_prompt_s_text_gains(trained, kind, tmp_path):
+    tok = fallback(tmp_path) if kind == "fallback" else trained[kind]
+    for text in (*LIVE, *corpus()[:3]):
+        ids = encode(tok, text).tolist()
+        whole = tok.decode([i for i in ids if i not in tok.names])
+        for at in range(len(ids) + 1):
+            prompt, new = ids[:at], [*ids[at:], tok.eos, *ids]
+            before = tok.decode(prompt)
+            if whole.startswith(before):  # no character was cut in two
+                assert before + tok.continuation(prompt, new) == whole
+                assert tok.continuation([tok.eos, *prompt], new) == whole[len(before) :]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fallback"])
+def test_a_stream_shows_the_continuation_and_takes_nothing_back(
+    trained, kind, tmp_path
+):
+    tok = fallback(tmp_path) if kind == "fallback" else trained[kind]
+    rows = [encode(tok, text).tolist() for text in LIVE]
+    if kind in ("bytes", "fallback"):
+        rows += [[3 + byte for byte in broken] for broken in BROKEN]
+    for ids in rows:
+        for new in (ids, [*ids, tok.eos, *ids]):
+            stream = tokenizer.Stream(tok, encode(tok, "the"))
+            shown = [stream(new[:n]) for n in range(len(new) + 1)]
+            shown.append(stream(new, last=True))
+            assert "".join(shown) == tok.continuation(encode(tok, "the"), new)
+            if new == ids and "\ufffd" not in tok.decode(ids):
+                assert not any("\ufffd" in part for part in shown)
+
+
+def test_any_of_several_ends_ends_a_text(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", "a", "<|im_end|>"]
+    tok = published(tmp_path, pieces, '{"ends": [2, 4]}')
+    assert tok.ends == (2, 4) and tok.eos == 2
+    for end in tok.ends:
+        assert tok.decode([3, end, 3]) == tok.continuation([end], [3, end, 3]) == "a"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    assert tokenizer.load(tok.save(str(copy))).ends == (2, 4)
+    (tmp_path / tokenizer.SIDECAR).unlink()
+    assert tokenizer.load(str(tmp_path / "tokenizer.json")).ends == (2,)

@@ -212,7 +212,8 @@ def test_finished_run_says_so_and_evaluates(uninterrupted, cache):
     again = train(uninterrupted, cache, STEPS)
     assert "finished, 10 steps; raise --config.steps" in again.stdout
     assert (uninterrupted / "metrics.jsonl").read_text() == before
-    scored = run("evaluate.py", uninterrupted, cache, "--checkpoint=latest")
+    flags = ("--checkpoint=latest", "--examples=8")  # as evaluation.examples
+    scored = run("evaluate.py", uninterrupted, cache, *flags)
     report = json.loads(scored.stdout)
     line = metric_lines(uninterrupted)[10, "eval"]
     assert report["validation/loss"] == pytest.approx(line["eval/loss"], rel=1e-6)
@@ -272,8 +273,10 @@ def test_generate(uninterrupted, cache):
         "generate.py", uninterrupted, cache, *(f"--input={x}" for x in lines if x)
     )
     assert alone.stdout.split("\n")[:3] == [out[0], out[2], out[3]]
-    wrong = run("generate.py", uninterrupted, cache, "--input=" + "3 " * 300, code=1)
-    assert "the model reads at most data.max_len=32" in wrong.stderr
+    long = "--input=" + "3 " * 300
+    assert "tokens left out" in run("generate.py", uninterrupted, cache, long).stderr
+    wrong = run("generate.py", uninterrupted, cache, long, "--strict", code=1)
+    assert "data.max_len=32" in wrong.stderr
 
 
 MISTAKES = [

@@ -17,21 +17,23 @@ from triform.runtime.errors import DataError
 CLASSES = "classes.json"  # {field: [names]}
 
 
-def build(
-    config: Any, sizes: Mapping[str, int], tokenizer_from: str = ""
-) -> dict[str, Codec]:
+def build(config: Any, sizes: Mapping[str, int], earlier: str = "") -> dict[str, Codec]:
     """The codecs of a new run, by field of the data ("text" is the tokenizer).
 
     A tokenizer is the one that the config names, else that of the workdir
-    `tokenizer_from`, else trained on the training split. DataError if the model has
-    fewer ids or classes than the data.
+    `earlier`, else trained on the training split. Classes keep the order that they have
+    in `earlier`, so that its head fits. DataError if the model has fewer ids or classes
+    than the data.
     """
     codecs: dict[str, Codec] = {}
     if hasattr(config, "tokenizer"):
-        if tokenizer_from and not config.tokenizer.path:
-            codecs["text"] = _load_tokenizer(tokenizer_from)
+        if earlier and not config.tokenizer.path:
+            codecs["text"] = _load_tokenizer(earlier)
         else:
             codecs["text"] = _build_tokenizer(config, sizes["vocab_size"])
+        path = config.tokenizer.path or earlier or config.tokenizer.kind
+        _require_rows(codecs["text"], sizes["vocab_size"], path)
+    before = _saved_names(earlier) if earlier else {}
     for field, size in config.classes().items():
         known = sizes.get(size, -1)
         names = _class_names(config, field, codecs, known)
@@ -40,8 +42,36 @@ def build(
                 f"model.{size}={known}: {config.source!r} has {len(names)} classes in "
                 f"data.{field}={getattr(config, field)!r}; raise it to at least that"
             )
-        codecs[field] = Classes(list(map(str, names)))
+        found = Classes(list(map(str, names)))
+        codecs[field] = _in_order(found, Classes(before.get(field, ())), known)
     return codecs
+
+
+def _in_order(found: Classes, earlier: Classes, known: int) -> Classes:
+    """The classes `found` in the data, as those of `earlier` if they are the same."""
+    count = found.size if known < 0 else known
+    same = not found.named or earlier.holds(found.names)
+    fits = earlier.named and same and found.size <= earlier.size == count
+    return earlier if fits else found
+
+
+def _require_rows(tok: Tokenizer, rows: int, path: str) -> None:
+    """DataError if the model's table has fewer rows than the tokenizer ids."""
+    padding = tok.pad == tok.vocab_size - 1  # which no model reads
+    if tok.vocab_size - padding > rows:
+        raise DataError(
+            f"model.vocab_size={rows}: the tokenizer {path} has {tok.vocab_size} "
+            "ids; raise it to at least that"
+        )
+
+
+def is_complete(codecs: Mapping[str, Codec], config: Any) -> bool:
+    """Do all classes of the data have names?
+
+    Those of an imported model may have placeholders, which the data replace.
+    """
+    found = [codecs.get(field) for field in config.classes()]
+    return all(isinstance(x, Classes) and not x.placeholders for x in found)
 
 
 def class_counts(config: Any, codecs: Mapping[str, Codec]) -> dict[str, int]:
@@ -70,14 +100,21 @@ def load(workdir: str, config: Any) -> dict[str, Codec]:
     codecs: dict[str, Codec] = {}
     if hasattr(config, "tokenizer"):
         codecs["text"] = _load_tokenizer(workdir)
-    path, names = os.path.join(workdir, CLASSES), {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            names = json.load(f)
-    for field in config.classes():
-        if field in names:
-            codecs[field] = Classes(names[field])
-    return codecs
+    return codecs | load_classes(workdir, config)
+
+
+def load_classes(workdir: str, config: Any) -> dict[str, Classes]:
+    """The classes that a run saved, by field of the data."""
+    names = _saved_names(workdir)
+    return {f: Classes(names[f]) for f in config.classes() if f in names}
+
+
+def _saved_names(workdir: str) -> dict[str, list[str]]:
+    path = os.path.join(workdir, CLASSES)
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
 
 
 def _class_names(
@@ -138,12 +175,6 @@ def _build_tokenizer(config: Any, vocab_size: int) -> Tokenizer:
         raise
     except ValueError as error:
         raise DataError(str(error)) from error
-    if result.vocab_size > vocab_size:
-        raise DataError(
-            f"model.vocab_size={vocab_size}: the tokenizer "
-            f"{path or config.tokenizer.kind} has {result.vocab_size} ids; raise it to "
-            "at least that"
-        )
     return result
 
 

@@ -96,6 +96,13 @@ def around(
     )
 
 
+def twice(lead: Sequence[int], end: Sequence[int]) -> Framing:
+    """LEAD A END, and LEAD A END LEAD B END with type 1 from the second LEAD on."""
+    single = (*((i, 0) for i in lead), ("A", 0), *((i, 0) for i in end))
+    second = tuple(("B" if x == "A" else x, 1) for x, _ in single)
+    return Framing(single, single + second)
+
+
 # --- Post-processors of a tokenizer.json ---
 
 

@@ -330,7 +330,7 @@ def _parse(path: str, content: bytes, known: dict[str, Any]) -> Tokenizer:
     if path.endswith(".model"):
         core = sentencepiece.SentencePieceProcessor(model_proto=content)
         return SentencePieceTokenizer(content, recognise(_pieces(core), **known))
-    core = tokenizers.Tokenizer.from_str(content.decode())
+    core = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
     if "template" not in known and core.post_processor is not None:
         processor = json.loads(core.post_processor.__getstate__())
         known = known | {"template": from_processor(processor)}

@@ -1,6 +1,7 @@
 """Kinds of data: what of a source becomes the rows of a batch."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from triform.data.batch import Batch, Sizes
@@ -15,6 +16,7 @@ from triform.data.datasets.base import (
 from triform.data.datasets.causal_lm import CausalLM, CausalLMConfig
 from triform.data.datasets.images import Images, ImagesConfig
 from triform.data.datasets.masked_lm import MaskedLM, MaskedLMConfig
+from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.seq2seq import Corpus, MixtureConfig, Seq2Seq, Seq2SeqConfig
 from triform.data.datasets.sequence_classification import (
     SequenceClassification,
@@ -25,6 +27,7 @@ from triform.data.datasets.token_classification import (
     TokenClassification,
     TokenClassificationConfig,
 )
+from triform.runtime.errors import DataError
 
 __all__ = [
     "DATASETS",
@@ -35,8 +38,10 @@ __all__ = [
     "Dataset",
     "Epoch",
     "ImagesConfig",
+    "Item",
     "MaskedLMConfig",
     "MixtureConfig",
+    "Requests",
     "Seq2SeqConfig",
     "SequenceClassificationConfig",
     "SpanCorruptionConfig",
@@ -44,6 +49,7 @@ __all__ = [
     "TokenClassificationConfig",
     "dataset",
     "request_batch",
+    "requests",
 ]
 
 # config type: dataset
@@ -66,19 +72,31 @@ def dataset(
     return DATASETS[type(config)](config, split, codecs, sizes)
 
 
+def requests(config: Any, codecs: Mapping[str, Codec], sizes: Sizes) -> Requests:
+    """What a model of this kind of data is asked and answers."""
+    return DATASETS[type(config)].requests(config, codecs, sizes)
+
+
 def request_batch(
     config: Any,
-    lines: Sequence[str],
+    inputs: Sequence[Any],
     rows: int,
     codecs: Mapping[str, Codec],
-    sizes: Sizes,
-    first: int = 0,
+    sizes: Sizes = MappingProxyType({}),
 ) -> Batch:
-    """A batch of exactly `rows` rows of these texts, of the shortest shape that holds
-    all; targets are zero.
+    """A batch of exactly `rows` rows of these requests, of the shortest shape that
+    holds all; targets are zero.
 
-    Special tokens in a text are read as such. `sizes` are the model's, by name; `first`
-    is the number of the first line. DataError for a text that is too long, and
-    for a kind of data that does not read texts.
+    `sizes` are the model's, for axes that have the size of one. DataError for a request
+    that cannot be read or is too long.
     """
-    return DATASETS[type(config)].request(config, lines, rows, codecs, sizes, first)
+    kind = requests(config, codecs, sizes)
+    items = [kind.read(request) for request in inputs]
+    batch, left_out = kind.batch(items, rows)
+    for number, (request, left) in enumerate(zip(inputs, left_out, strict=True)):
+        if left:
+            raise DataError(
+                f"request {number + 1} ({request!r:.40}): {left} tokens too long for "
+                f"{kind.limit()}; shorten or split it"
+            )
+    return batch

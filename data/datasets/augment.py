@@ -4,11 +4,23 @@ Images are uint8 [h, w, c] with 1 or 3 channels.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from triform.runtime.errors import DataError
+
 Rng = np.random.Generator
+# How pixels are computed from those of another size, by name.
+RESAMPLES = {
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:
@@ -22,6 +34,36 @@ def to_array(image: Image.Image) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
+def opened(path: str) -> np.ndarray:
+    """The pixels of an image file; DataError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return pixels(image)
+    except Exception as error:  # Pillow raises what the formats' decoders raise
+        reason = getattr(error, "strerror", None) or str(error) or "damaged"
+        raise DataError(f"{path}: no image can be read ({reason})") from error
+
+
+def pixels(image: Any) -> np.ndarray:
+    """uint8 [h, w, c], grey or red, green and blue, upright, of a Pillow image or an
+    array; DataError if it is neither.
+    """
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+        if grey and image.mode not in ("1", "L"):  # 16 bits, which convert() clips
+            wide = np.asarray(image, np.float64) / 257
+            return np.clip(wide, 0, 255).astype(np.uint8)[..., None]
+        return to_array(image.convert("L" if grey else "RGB"))
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise DataError(
+            f"{type(image).__name__} of {array.dtype} {array.shape} is no image; give "
+            "uint8 [h, w] or [h, w, c]"
+        )
+    return array
+
+
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """Grey as red, green and blue or the reverse; [h, w] has one channel."""
     image = image[..., None] if image.ndim == 2 else image
@@ -31,13 +73,16 @@ def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def resized(
-    image: np.ndarray, size: int, box: tuple[float, ...] | None = None
+    image: np.ndarray,
+    size: int,
+    box: tuple[float, ...] | None = None,
+    resample: str = "bilinear",
 ) -> np.ndarray:
     """The image, or the part (left, upper, right, lower) of it, as a square."""
     if box is None and image.shape[:2] == (size, size):
         return image
-    square = to_pillow(image).resize((size, size), Image.Resampling.BILINEAR, box)
-    return to_array(square)
+    how = RESAMPLES[resample]
+    return to_array(to_pillow(image).resize((size, size), how, box))
 
 
 def shifted(image: np.ndarray, most: int, rng: Rng) -> np.ndarray:

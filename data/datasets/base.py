@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from triform.data import sources, store
-from triform.data.batch import Batch, Shape, Sizes, Spec, zeros
+from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
-from triform.data.codecs.framing import Framing
 from triform.data.codecs.text import TokenizerConfig
+from triform.data.datasets.requests import Requests, framing
 from triform.data.sources.formats import TXT_EXAMPLES
 from triform.data.store import Feature
 from triform.runtime import paths
@@ -23,6 +23,8 @@ TARGETS = ("class", "number")  # what is predicted of a text or a word
 @dataclasses.dataclass
 class DataConfig:
     """Where examples come from, and how many make a batch."""
+
+    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
     # A file, folder or pattern, or several with commas between; or the name of an
     # embedded source, one of ours, or a public one of TFDS.
@@ -85,7 +87,6 @@ class TextConfig(DataConfig):
     """Rows of tokens. Lengths include the tokens that a kind of data adds."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ()  # of a tokenizer trained for it
-    USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
     max_len: int = 64  # longer items are left out of training, shortened in evaluation
     # Rows of max_len a batch; shorter buckets hold more rows, of as many tokens in all.
@@ -162,6 +163,7 @@ class Dataset:
     unit = "tokens"  # what `batch.count` counts
     truncates = False  # longer items are shortened in training too, not left out
     metrics: tuple[str, ...] = ()  # what `scalars` gives
+    requests: type[Requests] = Requests  # inputs that are of no split
     sizes: Mapping[str, np.ndarray]  # axis letter -> positions an item needs, int64 [N]
     empty: np.ndarray  # bool [N]: items without text
     digest: str  # equal digests mean equal items
@@ -174,22 +176,8 @@ class Dataset:
         self.tok = codecs.get("text")
         self.framing = framing(config, codecs, sizes)
         self._raw = functools.cache(self._open_raw)
-
-    @classmethod
-    def request(
-        cls,
-        config: Any,
-        lines: Sequence[str],
-        rows: int,
-        codecs: Mapping[str, Codec],
-        sizes: Sizes,
-        first: int,
-    ) -> Batch:
-        """A batch of texts that are not from a split; see `request_batch`."""
-        raise DataError(
-            f"data={type(config).__name__}: its inputs cannot be given as lines of "
-            "text; score them with evaluate.py"
-        )
+        # Names of the classes that the source numbers in a field; () if it has none.
+        self.numbered = functools.cache(self._numbered)
 
     def __len__(self) -> int:
         return len(self.empty)
@@ -263,6 +251,10 @@ class Dataset:
         readers = [store.reader(self.config, f) for f in features]
         return store.examples(self.config, self.config.source, self.split), readers
 
+    def _numbered(self, field: str) -> tuple[str, ...]:
+        found = store.origin(self.config, self.config.source)
+        return tuple(found.classes(getattr(self.config, field)))
+
     def _texts(self, item: int) -> list[str]:
         examples, readers = self._raw()
         return [" ".join(read(examples[item])) for read in readers]
@@ -278,14 +270,6 @@ class Dataset:
                 shares = map(float, row["probabilities"])
                 found["probabilities"] = dict(zip(names, shares, strict=False))
         return found
-
-
-def framing(config: Any, codecs: Mapping[str, Codec], sizes: Sizes) -> Framing | None:
-    """What stands around the texts of a row, with types that the model has."""
-    if "text" not in codecs:
-        return None
-    found = codecs["text"].framing(config.USE)
-    return found.bounded(sizes["num_types"]) if "num_types" in sizes else found
 
 
 def labels(
@@ -316,11 +300,17 @@ def labels(
                 f"{where}: the names of its classes are unknown; restore classes.json "
                 "in the workdir"
             )
-        ids = codec.encode(values)
+        theirs = () if values.dtype.kind == "U" else dataset.numbered(field)
+        ids = codec.encode(values, theirs)
         fix = "correct or remove the example"
         if values.dtype.kind == "f":
             fix += ', or set data.target="number" if numbers are to be predicted'
-        refuse(ids < 0, f"none of the {codec.size} classes; {fix}")
+        rule = f"none of the {codec.size} classes"
+        if codec.named:
+            rule += f" {shown(codec.names)}"
+        if theirs and theirs != codec.names:
+            rule += f"; the data number theirs {shown(theirs)}"
+        refuse(ids < 0, f"{rule}; {fix}")
         return ids
     if values.dtype.kind == "U":
         try:
@@ -334,26 +324,7 @@ def labels(
     return values.astype(np.float32)
 
 
-def fitting_batch(
-    config: Any,
-    axis: str,
-    needed: Sequence[int],
-    lines: Sequence[str],
-    rows: int,
-    first: int,
-    limit: str = "data.max_len",
-) -> Batch:
-    """A batch of zeros of the shortest shape whose `axis` holds all `needed` positions.
-
-    DataError that names the line if none does.
-    """
-    longest = max(needed)
-    for shape in config.shapes():
-        if shape[axis] >= longest:
-            return zeros(config.spec(), {"B": rows, **shape})
-    where = list(needed).index(longest)
-    raise DataError(
-        f"input line {first + where + 1} ({lines[where][:40]!r}): {longest} tokens, "
-        f"the model reads at most {limit}={config.shapes()[-1][axis]}; shorten or "
-        "split it"
-    )
+def shown(names: Sequence[str], most: int = 8) -> str:
+    """'(0 negative, 1 positive)': names with their numbers, the first few."""
+    listed = [f"{i} {name}" for i, name in enumerate(names[:most])]
+    return f"({', '.join(listed)}{', ...' if len(names) > most else ''})"

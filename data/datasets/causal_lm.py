@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from triform.data import store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
+from triform.data.datasets.requests import Item, Requests
 from triform.data.store import Feature
 
 DOCUMENTS = ("joined", "separate")
@@ -55,6 +56,36 @@ class CausalLMConfig(TextConfig):
         )
 
 
+class Prompts(Requests):
+    """Texts to be continued. Ids are taken as they are."""
+
+    columns, continues = ("text",), True
+
+    def read(self, request: Any) -> Item:
+        """A text begins as the tokenizer begins documents; an empty one after EOS."""
+        if isinstance(request, Sequence | np.ndarray) and not isinstance(request, str):
+            ids = np.asarray(request, np.int32)
+            return Item([ids], self.tok.decode(ids))
+        (text,), notes = self.texts(request)
+        return Item(self.tok.prompts([text]), text, notes)
+
+    def size(self, item: Item) -> int:
+        """All of it."""
+        return len(item.parts[0])
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """Its last tokens."""
+        (ids,) = item.parts
+        left_out = max(0, len(ids) - batch["inputs"].shape[1])
+        ids = ids[left_out:]
+        n = len(ids)
+        batch["inputs"][row, :n], batch["weights"][row, :n] = ids, 1
+        if "segments" in batch:
+            batch["segments"][row, :n] = 1
+            batch["positions"][row, :n] = np.arange(n)
+        return left_out
+
+
 class CausalLM(Dataset):
     """Row: L positions of the stream, each with the token that follows it.
 
@@ -69,7 +100,7 @@ class CausalLM(Dataset):
     `eval_stride`, each of which has seen at least L - eval_stride tokens.
     """
 
-    metrics = ("word_perplexity", "bits_per_byte")
+    metrics, requests = ("word_perplexity", "bits_per_byte"), Prompts
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes

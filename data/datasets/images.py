@@ -20,6 +20,7 @@ from triform.data.datasets.base import (
     Epoch,
     labels,
 )
+from triform.data.datasets.requests import Item, Requests
 from triform.runtime.errors import DataError
 
 CROPS = ("none", "pad", "resized")
@@ -36,6 +37,7 @@ class ImagesConfig(DataConfig):
     channels: int = 3  # 1: grey
     mean: tuple[float, ...] = (0.5,)  # of pixels in [0, 1]: one, or one a channel
     std: tuple[float, ...] = (0.5,)  # of pixels, likewise
+    resample: str = "bilinear"  # how another size is computed: augment.RESAMPLES
     # none: all of the image, resized; pad: the same, moved by up to `pad` pixels;
     # resized: a random part, resized, and the middle 7/8 in evaluation.
     crop: str = "none"
@@ -79,6 +81,8 @@ class ImagesConfig(DataConfig):
         self.require(len(self.mean) in (1, self.channels), "mean", many)
         self.require(len(self.std) in (1, self.channels), "std", many)
         self.require(min(self.std) > 0, "std", "must be positive")
+        rule = f"expected one of {', '.join(augment.RESAMPLES)}"
+        self.require(self.resample in augment.RESAMPLES, "resample", rule)
         self.require(self.crop in CROPS, "crop", f"expected one of {', '.join(CROPS)}")
         self.require(self.pad >= 0, "pad", "must be at least 0")
         self.require(
@@ -92,10 +96,76 @@ class ImagesConfig(DataConfig):
         self.require(self.label != "" or not self.mixup, "mixup", rule)
 
 
+class Pictures(Requests):
+    """Paths of image files, Pillow's images, or arrays uint8 [h, w] or [h, w, c]."""
+
+    columns, gives = ("image",), ("label", "score", "probabilities")
+
+    def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
+        super().__init__(config, codecs, sizes)
+        if not config.label:
+            self.gives = ("image",)
+
+    def read(self, request: Any) -> Item:
+        """The image as it is in evaluation."""
+        value = request
+        if isinstance(request, Mapping):
+            (value,), _ = self.values(request)
+        if isinstance(value, str) and not value.strip():
+            return Item([], value)
+        if isinstance(value, str | os.PathLike):
+            image, shown = augment.opened(os.fspath(value)), os.fspath(value)
+        else:
+            image, shown = augment.pixels(value), "image"
+        return Item([in_evaluation(self.config, image)], shown)
+
+    def size(self, item: Item) -> int:
+        """There is one shape."""
+        return 0
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """Normalised."""
+        scale, shift = scaling(self.config)
+        for image in item.parts:
+            np.add(image * scale, shift, out=batch["image"][row])
+            batch[self.config.spec()["image"].counts][row] = 1
+        return 0
+
+    def answer(self, item: Item, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Label and probabilities, or an image, uint8 [size, size, channels]."""
+        if "image" in row:
+            return {"image": to_pixels(self.config, row["image"])}
+        return self.labelled(row)
+
+    def limit(self) -> str:
+        """The setting of the size."""
+        return f"data.size={self.config.size}"
+
+
+def scaling(config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift): x / 255 normalised is x * scale + shift."""
+    mean, std = np.float32(config.mean), np.float32(config.std)
+    return 1 / (255 * std), -mean / std
+
+
+def to_pixels(config: ImagesConfig, image: np.ndarray) -> np.ndarray:
+    """uint8 of what is normalised."""
+    scale, shift = scaling(config)
+    return np.clip(np.rint((image - shift) / scale), 0, 255).astype(np.uint8)
+
+
+def in_evaluation(config: ImagesConfig, image: np.ndarray) -> np.ndarray:
+    """uint8 [size, size, channels] of an image uint8 [h, w] or [h, w, c]."""
+    image, box = augment.with_channels(image, config.channels), None
+    if config.crop == "resized":
+        box = augment.central_box(*image.shape[:2], 7 / 8)
+    return augment.resized(image, config.size, box, config.resample)
+
+
 class Images(Dataset):
     """Row: an image, normalised, and its label, a distribution if images are mixed."""
 
-    unit = "images"
+    unit, requests = "images", Pictures
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
@@ -113,9 +183,7 @@ class Images(Dataset):
             self._pixels = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
             values = np.load(os.path.join(folder, "labels.npy"))
             self._labels = labels(self, "label", values)
-        # x / 255 normalised is x * scale + shift.
-        mean, std = np.float32(config.mean), np.float32(config.std)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._scale, self._shift = scaling(config)
 
     def _write_cache(self, folder: str, parts: str) -> None:
         """All images in one array; nothing if their shapes differ."""
@@ -169,16 +237,12 @@ class Images(Dataset):
             (label,) = labels(self, "label", np.array([value]), [item])
         else:
             image, label = self._pixels[item], self._labels[item]
+        if not epoch.train:
+            return in_evaluation(config, image), label
         image, box = augment.with_channels(image, config.channels), None
         if config.crop == "resized":
-            box = (
-                augment.random_box(*image.shape[:2], rng)
-                if epoch.train
-                else augment.central_box(*image.shape[:2], 7 / 8)
-            )
-        image = augment.resized(image, config.size, box)
-        if not epoch.train:
-            return image, label
+            box = augment.random_box(*image.shape[:2], rng)
+        image = augment.resized(image, config.size, box, config.resample)
         if config.crop == "pad":
             image = augment.shifted(image, config.pad, rng)
         if config.flip and rng.random() < 0.5:
@@ -239,8 +303,7 @@ class Images(Dataset):
         for row, item in enumerate(items):
             self.write(batch, row, item, EVALUATION)
         grid = np.concatenate([np.hstack(batch["image"]), np.hstack(given)])
-        pixels = (grid - self._shift) / self._scale
         file = io.BytesIO()
-        image = augment.to_pillow(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+        image = augment.to_pillow(to_pixels(self.config, grid))
         image.save(file, "png")
         return {".png": file.getvalue()}

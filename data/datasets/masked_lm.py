@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,14 +12,17 @@ from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.datasets.base import Dataset, Epoch
+from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.sequence_classification import (
     EncoderInputsConfig,
     fitted,
+    shortened,
     write_texts,
 )
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
+MASK = "[MASK]"  # in a request, whatever the tokenizer calls it
 # The end of a sentence: a mark and closing quotes or brackets, then space, then a
 # capital letter, which may be quoted; but not after a title or an initial.
 _END = re.compile(
@@ -92,6 +95,75 @@ class MaskedLMConfig(EncoderInputsConfig):
         self.require(0 <= self.short_rate <= 1, "short_rate", "must lie in [0, 1]")
 
 
+class Blanks(Requests):
+    """Texts in which '[MASK]', or the tokenizer's own name of it, is to be filled."""
+
+    columns, gives = ("text",), ("text", "score", "filled")
+
+    def read(self, request: Any) -> Item:
+        """Ids of a text with its masks."""
+        (text,), notes = self.texts(request)
+        own = text.replace(MASK, self.tok.names[self.tok.mask])
+        ids = self.tok.encode([own], specials=True) if text.strip() else []
+        if ids and self.tok.mask not in ids[0]:
+            notes.append("no [MASK] in it: nothing was filled")
+        return Item(ids, text, notes)
+
+    def size(self, item: Item) -> int:
+        """The text and what stands around it."""
+        return sum(map(len, item.parts)) + self.framing.added(1)
+
+    def shape(self, items: Sequence[Item]) -> dict[str, int]:
+        """With as many masked positions as a request has."""
+        most = max(
+            int((np.concatenate([[], *x.parts]) == self.tok.mask).sum()) for x in items
+        )
+        return super().shape(items) | {"P": 1 << max(0, most - 1).bit_length()}
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """A text shortened to the row; `at` is the number of its masks in it."""
+        texts = shortened(item.parts, batch["inputs"].shape[1], self.framing)
+        if texts:
+            write_texts(batch, row, texts, self.framing, self.config.global_tokens)
+        chosen = np.flatnonzero(batch["inputs"][row] == self.tok.mask)
+        chosen = chosen[batch["segments"][row, chosen] > 0]
+        item.at = len(chosen)
+        batch["masked_positions"][row, : item.at] = chosen
+        return sum(map(len, item.parts)) - sum(map(len, texts))
+
+    def answer(self, item: Item, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Candidates of every mask with their probabilities; the text of the best."""
+        filled, best = [], []
+        for ids, shares in zip(row["candidates"], row["shares"], strict=True):
+            names = self._names(ids.tolist())
+            filled.append(dict(zip(names, map(float, shares), strict=True)))
+            best.append(names[0])
+        filled, best = filled[: item.at], best[: item.at]
+        score = sum(math.log(max(max(x.values()), 1e-30)) for x in filled)
+        return {"text": self._text(item.shown, best), "score": score, "filled": filled}
+
+    def _names(self, ids: list[int]) -> list[str]:
+        """What each id stands for, no two the same: its text, or else its piece."""
+        names: list[str] = []
+        for i in ids:
+            name = self.tok.show([i]).strip()
+            plain = name and name not in names and "\ufffd" not in name
+            names.append(name if plain or i >= len(self.tok.pieces) else "")
+            names[-1] = names[-1] or self.tok.pieces[i]
+        return names
+
+    def _text(self, text: str, best: list[str]) -> str:
+        """The text with its first masks replaced; a piece of a word joins it."""
+        pattern = "|".join(map(re.escape, (MASK, self.tok.names[self.tok.mask])))
+        parts = re.split(f"({pattern})", text)
+        for i, name in enumerate(best):
+            joiner = self.tok.joiner
+            if joiner and name.startswith(joiner):
+                parts[2 * i], name = parts[2 * i].rstrip(" "), name[len(joiner) :]
+            parts[2 * i + 1] = name
+        return "".join(parts)
+
+
 class MaskedLM(Dataset):
     """Row: A and B as the tokenizer frames them, as [CLS] A [SEP] B [SEP], and the ids
     at the masked positions.
@@ -104,6 +176,8 @@ class MaskedLM(Dataset):
 
     Of the positions to predict 80 % are masked, 10 % hold a random id, 10 % are left.
     """
+
+    requests = Blanks
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes

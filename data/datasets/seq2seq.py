@@ -13,13 +13,8 @@ from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.framing import Framing
 from triform.data.codecs.text import Tokenizer
-from triform.data.datasets.base import (
-    Dataset,
-    Epoch,
-    TextConfig,
-    fitting_batch,
-    framing,
-)
+from triform.data.datasets.base import Dataset, Epoch, TextConfig
+from triform.data.datasets.requests import Item, Requests
 from triform.data.store import Feature
 
 
@@ -151,12 +146,47 @@ class MixtureConfig(PairsConfig):
         self.require(self.temperature > 0, "temperature", "must be positive")
 
 
+class Sources(Requests):
+    """Texts that an encoder reads. Those of a mixture begin with its prefixes."""
+
+    columns, axis = ("inputs",), "S"
+
+    def read(self, request: Any) -> Item:
+        """Ids of a source."""
+        (text,), notes = self.texts(request)
+        ids = self.tok.encode([text], specials=True) if text.strip() else []
+        return Item(ids, text, notes)
+
+    def size(self, item: Item) -> int:
+        """The source and what stands around it."""
+        return sum(map(len, item.parts)) + self.framing.added(1)
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """The source, shortened so that what stands around it fits, and what starts a
+        target.
+        """
+        if not row:
+            batch["encoder_inputs"][:] = self.tok.pad
+            batch["inputs"][:, 0] = self.tok.start
+        ids = np.concatenate([*item.parts, np.zeros(0, np.int32)])
+        room = batch["encoder_inputs"].shape[1] - self.framing.added(1)
+        write_source(batch, row, ids[:room], self.framing)
+        return max(0, len(ids) - room)
+
+    def limit(self) -> str:
+        """The setting of the source's length."""
+        longest = getattr(self.config, "max_source_len", 0)
+        return f"data.max_source_len={longest}" if longest else super().limit()
+
+
 class Seq2Seq(Dataset):
     """Row: the source as the tokenizer frames it, else with EOS; the target and EOS,
     and the same shifted right.
 
     Items are numbered over all corpora.
     """
+
+    requests = Sources
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
@@ -180,28 +210,6 @@ class Seq2Seq(Dataset):
         self._raw_of = functools.cache(self._open_corpus)
         # The first item of every corpus, and the end of the last.
         self.starts = np.cumsum([0, *map(len, both[0])])
-
-    @classmethod
-    def request(
-        cls,
-        config: Any,
-        lines: Sequence[str],
-        rows: int,
-        codecs: Mapping[str, Codec],
-        sizes: Sizes,
-        first: int,
-    ) -> Batch:
-        """Sources; see `request_batch`."""
-        tok, around = codecs["text"], framing(config, codecs, sizes)
-        ids = tok.encode(lines, specials=True)
-        needed = [len(x) + around.added(1) for x in ids]
-        limit = "data.max_source_len" if config.max_source_len else "data.max_len"
-        batch = fitting_batch(config, "S", needed, lines, rows, first, limit)
-        batch["encoder_inputs"][:] = tok.pad
-        batch["inputs"][:, 0] = tok.start
-        for row, x in enumerate(ids):
-            write_source(batch, row, x, around)
-        return batch
 
     def _corpus_of(self, item: int) -> tuple[int, int]:
         """(corpus, number in it) of an item."""

@@ -15,12 +15,10 @@ from triform.data.datasets.base import (
     Dataset,
     Epoch,
     TextConfig,
-    fitting_batch,
-    framing,
     labels,
 )
+from triform.data.datasets.requests import Item, Requests
 from triform.data.store import Feature
-from triform.runtime.errors import DataError
 
 
 @dataclasses.dataclass
@@ -102,12 +100,47 @@ class SequenceClassificationConfig(EncoderInputsConfig):
         )
 
 
+class Classified(Requests):
+    """One or two texts, of which a model gives the class or a number."""
+
+    columns, gives = ("first", "second"), ("label", "score", "probabilities")
+
+    def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
+        super().__init__(config, codecs, sizes)
+        if config.target == "number":
+            self.gives = ("label",)
+
+    def read(self, request: Any) -> Item:
+        """Ids of the texts."""
+        texts, notes = self.texts(request)
+        shown = "\t".join(texts)
+        ids = self.tok.encode(texts, specials=True) if shown.strip() else []
+        return Item(ids, shown, notes)
+
+    def size(self, item: Item) -> int:
+        """The texts and what stands around them."""
+        return sum(map(len, item.parts)) + self.framing.added(len(item.parts) or 1)
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """Shortened as in evaluation."""
+        texts = shortened(item.parts, batch["inputs"].shape[1], self.framing)
+        if texts:
+            write_texts(batch, row, texts, self.framing, self.config.global_tokens)
+        return sum(map(len, item.parts)) - sum(map(len, texts))
+
+    def answer(self, item: Item, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Label and probabilities, or a number."""
+        return self.labelled(row)
+
+
 class SequenceClassification(Dataset):
     """Row: one or two texts as the tokenizer frames them, and the label.
 
     Of a tokenizer that does not: [CLS] first [SEP] second [SEP], or without these first
     EOS second EOS.
     """
+
+    requests = Classified
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
@@ -118,46 +151,15 @@ class SequenceClassification(Dataset):
         self.digest = opened.digest
         self.texts = list(opened.tokens.values())
         sizes = np.stack([tokens.sizes() for tokens in self.texts])
-        added = self.framing.added(len(self.texts))
         self.empty = sizes.min(0) == 0
-        self.sizes = {"L": sizes.sum(0) + added}
+        self.sizes = {"L": sizes.sum(0) + self.framing.added(len(self.texts))}
         self._label = labels(self, "label", opened.values["label"])
-
-    @classmethod
-    def request(
-        cls,
-        config: Any,
-        lines: Sequence[str],
-        rows: int,
-        codecs: Mapping[str, Codec],
-        sizes: Sizes,
-        first: int,
-    ) -> Batch:
-        """Texts, the second one after a tab; see `request_batch`."""
-        tok, count = codecs["text"], 2 if config.second else 1
-        parts = [line.split("\t", count - 1) for line in lines]
-        short = next((i for i, p in enumerate(parts) if len(p) < count), None)
-        if short is not None:
-            raise DataError(
-                f"input line {first + short + 1} ({lines[short][:40]!r}): expected two "
-                "texts with a tab between them"
-            )
-        around = framing(config, codecs, sizes)
-        ids = [tok.encode(texts, specials=True) for texts in parts]
-        needed = [sum(map(len, texts)) + around.added(count) for texts in ids]
-        batch = fitting_batch(config, "L", needed, lines, rows, first)
-        for row, texts in enumerate(ids):
-            write_texts(batch, row, texts, around, config.global_tokens)
-        return batch
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """Texts whose sum is too long lose their ends, the longer one first."""
         texts = [tokens[item] for tokens in self.texts]
-        length = batch["inputs"].shape[1]
-        room = length - self.framing.added(len(texts))
-        sizes = fitted([len(ids) for ids in texts], room)
-        shown = [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
-        write_texts(batch, row, shown, self.framing, self.config.global_tokens)
+        texts = shortened(texts, batch["inputs"].shape[1], self.framing)
+        write_texts(batch, row, texts, self.framing, self.config.global_tokens)
         batch["label"][row] = self._label[item]
         batch["label_weights"][row] = 1
 
@@ -170,6 +172,16 @@ class SequenceClassification(Dataset):
     def input_text(self, item: int) -> str:
         """The texts of an item, a tab between them."""
         return "\t".join(self._texts(item))
+
+
+def shortened(
+    texts: Sequence[np.ndarray], length: int, around: Framing
+) -> list[np.ndarray]:
+    """One or two texts that fit into a row of this length."""
+    if not texts:
+        return []
+    sizes = fitted([len(ids) for ids in texts], length - around.added(len(texts)))
+    return [ids[:n] for ids, n in zip(texts, sizes, strict=True)]
 
 
 def fitted(sizes: list[int], room: int) -> list[int]:

@@ -10,7 +10,12 @@ from triform.data import store
 from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
-from triform.data.datasets.seq2seq import PairsConfig, write_source, write_target
+from triform.data.datasets.seq2seq import (
+    PairsConfig,
+    Sources,
+    write_source,
+    write_target,
+)
 from triform.data.store import Feature
 from triform.runtime.errors import DataError
 
@@ -70,12 +75,26 @@ class SpanCorruptionConfig(TextConfig):
         self.require(self.span_length >= 1, "span_length", "must be at least 1")
 
 
+class Gaps(Sources):
+    """Texts in which '<extra_id_0>' and so on stand for what is left out."""
+
+    columns = ("text",)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """What is written, with its sentinels."""
+        ids = ids.tolist()
+        over = (i for i, x in enumerate(ids) if x in self.tok.ends)
+        return self.tok.show(ids[: next(over, len(ids))])
+
+
 class SpanCorruption(Dataset):
     """Row: a chunk of the documents, end to end, with a sentinel for every span.
 
     The decoder predicts every sentinel and its span. Chunks are as long as fills the
     encoder's rows; the last of a split may be shorter.
     """
+
+    requests = Gaps
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes

@@ -9,7 +9,9 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
+from triform.data.codecs.tokenizer import well_formed
 from triform.data.datasets.base import TARGETS, Dataset, Epoch, labels
+from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.sequence_classification import (
     EncoderInputsConfig,
     write_texts,
@@ -65,12 +67,61 @@ class TokenClassificationConfig(EncoderInputsConfig):
         return (words, *values)
 
 
+class Tagged(Requests):
+    """Words, each of which a model gives a tag.
+
+    A text is divided at spaces, or into its characters if the tokenizer is one of
+    characters.
+    """
+
+    columns, gives = ("tokens",), ("tags",)
+
+    def read(self, request: Any) -> Item:
+        """Ids of all words; `at` is where each begins."""
+        if isinstance(request, list | tuple):
+            request = {"tokens": request}
+        (value,), notes = self.values(request)
+        if isinstance(value, str):
+            by_character = self.config.tokenizer.kind == "chars"
+            value = list(value.strip()) if by_character else value.split()
+        words = [well_formed(str(word)) for word in each(value)]
+        ids = self.tok.encode_batch(words)
+        begins = np.cumsum([0, *map(len, ids)])
+        return Item([np.concatenate(ids)] if words else [], words, notes, begins)
+
+    def size(self, item: Item) -> int:
+        """The words and what stands around them."""
+        return sum(map(len, item.parts)) + self.framing.added(1)
+
+    def write(self, batch: Batch, row: int, item: Item) -> int:
+        """Words shortened to the row; `at` becomes the position of each, -1: none."""
+        room = batch["inputs"].shape[1] - self.framing.added(1)
+        if not item.parts:
+            return 0
+        ids, begins = item.parts[0][:room], item.at
+        positions = write_texts(
+            batch, row, [ids], self.framing, self.config.global_tokens
+        )
+        kept = (np.diff(begins) > 0) & (begins[:-1] < len(ids))
+        item.at = np.where(kept, positions[0] + begins[:-1], -1)
+        batch["weights"][row, item.at[kept]] = 1
+        return len(item.parts[0]) - len(ids)
+
+    def answer(self, item: Item, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Every word with its tag; None where it was not read."""
+        tags = named(self.config, self.codecs, row["targets"][np.maximum(item.at, 0)])
+        found = zip(item.shown, tags, item.at.tolist(), strict=True)
+        return {"tags": [(word, tag if at >= 0 else None) for word, tag, at in found]}
+
+
 class TokenClassification(Dataset):
     """Row: [CLS] words [SEP], or as the tokenizer frames them; targets are the tags.
 
     A word's tag is at its first piece; other pieces and masked words weigh 0. Each word
     is tokenised by itself.
     """
+
+    requests = Tagged
 
     def __init__(
         self, config: Any, split: str, codecs: Mapping[str, Codec], sizes: Sizes
@@ -115,7 +166,8 @@ class TokenClassification(Dataset):
     def preview(self, batch: Batch) -> str:
         """The first row for the eye, some lines."""
         real = batch["weights"][0] > 0
-        tags = " ".join(map(str, self._named(batch["targets"][0][real][:32])))
+        tags = batch["targets"][0][real][:32]
+        tags = " ".join(map(str, named(self.config, self.codecs, tags)))
         text = self.tok.show(batch["inputs"][0][batch["segments"][0] > 0])
         return f"  {'inputs':17}{text:.300}\n  {'tags':17}{tags}"
 
@@ -126,10 +178,10 @@ class TokenClassification(Dataset):
     def decoded(self, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The tag of every word that has a piece in the row and is not masked."""
         chosen = row["targets"][row["weights"] > 0]
-        return super().decoded(row) | {"tags": self._named(chosen)}
+        tags = named(self.config, self.codecs, chosen)
+        return super().decoded(row) | {"tags": tags}
 
-    def _named(self, tags: np.ndarray) -> list:
-        """Names of classes, or numbers."""
-        if self.config.classes():
-            return self.codecs["tags"].decode(tags)
-        return tags.tolist()
+
+def named(config: Any, codecs: Mapping[str, Codec], tags: np.ndarray) -> list:
+    """Names of tags that are classes, or numbers."""
+    return codecs["tags"].decode(tags) if config.classes() else tags.tolist()

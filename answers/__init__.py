@@ -1,0 +1,1 @@
+"""Requests to a trained workdir, and what it answers."""

@@ -1,0 +1,125 @@
+"""Requests from the command line, from standard input and from files, as they come."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
+
+from triform.data.sources.files import read_rows
+from triform.data.sources.locate import TABLES, suffix
+from triform.data.sources.streams import BOM, opened
+from triform.runtime import paths
+from triform.runtime.errors import UserError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+ROWS = (".jsonl", ".ndjson")  # of which a bad line does not spoil the next
+
+
+@dataclasses.dataclass
+class Asked:
+    """One request, and where it stands."""
+
+    value: Any  # what `Sampler` takes
+    where: str  # 'input 3', 'standard input, line 3', 'a.jsonl, line 3'
+    notes: tuple[str, ...] = ()  # what was changed to read it
+    fault: str = ""  # why it cannot be read
+
+
+def of_flags(values: Iterable[str]) -> Iterator[Asked]:
+    """Texts of the command line, which may hold bytes that are no text."""
+    for number, value in enumerate(values, 1):
+        text, notes = decoded(value.encode("utf-8", "surrogateescape"))
+        yield Asked(text, f"input {number}", notes)
+
+
+def decoded(line: bytes) -> tuple[str, tuple[str, ...]]:
+    """(text, notes): U+FFFD for every byte that is not UTF-8."""
+    try:
+        return line.decode(), ()
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8"
+        return line.decode(errors="replace"), (f"replaced: {at}",)
+
+
+def of_lines(stream: Iterable[bytes], name: str) -> Iterator[Asked]:
+    """One request a line, whatever ends it; a mark at the beginning is none of it."""
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise UserError(
+                    f"{name}: begins as UTF-16 does; convert it to UTF-8 (iconv -f "
+                    "UTF-16 -t UTF-8)"
+                )
+            line = line.removeprefix(BOM)
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        text, notes = decoded(line)
+        yield Asked(text, f"{name}, line {number}", notes)
+
+
+def of_stdin() -> Iterator[Asked]:
+    """The lines of standard input, as they come."""
+    stream: IO[bytes] = sys.stdin.buffer
+    return of_lines(iter(stream.readline, b""), "standard input")
+
+
+def of_file(path: str) -> Iterator[Asked]:
+    """The requests of a file, by the end of its name: rows of a table, an image, else
+    one a line; the images of a folder. UserError if there is no such file.
+    """
+    full = paths.absolute(path)
+    if os.path.isdir(full):
+        return _folder(full, path)
+    if not os.path.isfile(full):
+        raise UserError(f"--input_file={path}: no such file; name one, or a folder")
+    kind = suffix(full)
+    if kind in IMAGES:
+        return iter([Asked(full, path)])
+    if kind in TABLES and kind not in ROWS:
+        return (Asked(row, where) for where, row in read_rows(full))
+    return _lines(full, path, kind in ROWS)
+
+
+def _folder(full: str, path: str) -> Iterator[Asked]:
+    found = sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(full)
+        for name in names
+        if name.lower().endswith(IMAGES)
+    )
+    if not found:
+        raise UserError(
+            f"--input_file={path}: a folder without images ({', '.join(IMAGES)}); name "
+            "a file"
+        )
+    return (Asked(name, name) for name in found)
+
+
+def _lines(full: str, path: str, rows: bool) -> Iterator[Asked]:
+    with opened(full) as stream:
+        for asked in of_lines(stream, path):
+            yield _row(asked) if rows else asked
+
+
+def _row(asked: Asked) -> Asked:
+    """A line of JSON: an object with the columns of training, or a text."""
+    try:
+        value = json.loads(asked.value)
+    except ValueError as error:
+        return dataclasses.replace(asked, fault=f"no JSON ({error})")
+    if not isinstance(value, str | dict | list):
+        return dataclasses.replace(asked, fault=f"{value!r:.40} is no object or text")
+    return dataclasses.replace(asked, value=value)
+
+
+def chunks(requests: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Lists of up to `size` requests as they come, so that a pipe need not end."""
+    part = []
+    for request in requests:
+        part.append(request)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part

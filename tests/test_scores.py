@@ -1,0 +1,105 @@
+"""Scores of text: by the words of its language, against what a model can write."""
+
+import dataclasses
+import importlib.util
+import types
+
+import pytest
+
+from triform import scores
+from triform.data.codecs import text as tokenizer
+from triform.data.codecs.text import TokenizerConfig
+from triform.evaluate import Evaluator
+from triform.scores import EvaluationConfig, text
+
+GERMAN = ["ein Glas", "zwei Meter hoch"]
+CHINESE = ["我是一个学生。", "他住在北京。"]
+
+
+def scored(language, ours, references, *names, **fields):
+    config = EvaluationConfig(metrics=names, language=language, **fields)
+    return scores.score(config, ours, references)
+
+
+@pytest.mark.parametrize(
+    ("language", "kind"),
+    [
+        *(
+            ("de", "13a"),
+            ("en-GB", "13a"),
+            ("ru", "13a"),
+            ("zh", "zh"),
+            ("zh_TW", "zh"),
+        ),
+        *(("cmn-Hans", "zh"), ("th", "char"), ("ja", "ja-mecab"), ("ko", "ko-mecab")),
+    ],
+)
+def test_bleu_divides_words_as_the_language_does_and_says_so(language, kind):
+    config = EvaluationConfig(metrics=("bleu",), language=language)
+    assert config.tokenizer() == kind
+    module, extra = text.EXTRAS.get(kind, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        with pytest.raises(ValueError, match=rf"language='{language}'.*\[{extra}\]"):
+            config.validate()
+        config = dataclasses.replace(config, bleu_tokenizer="char")
+        kind = "char"
+    config.validate()
+    texts = [x * 5 for x in (GERMAN if kind == "13a" else CHINESE)]
+    found = scores.score(config, texts, texts)
+    assert f"|tok:{kind}" in found["bleu_signature"]
+    assert found["bleu"] == pytest.approx(100)
+
+
+def test_a_script_without_spaces_under_another_language_is_warned_of():
+    near = [x.replace("。", "!") for x in CHINESE]
+    found = scored("de", near, CHINESE, "bleu")
+    assert found["bleu"] < 1 and "evaluation.language" in found["bleu_warning"]
+    found = scored("zh", near, CHINESE, "bleu")
+    assert found["bleu"] > 50 and "bleu_warning" not in found
+    assert "bleu_warning" not in scored("de", GERMAN, GERMAN, "bleu")
+
+
+@pytest.mark.parametrize("language", ["zh", "th"])
+def test_moses_is_refused_where_it_finds_no_words(language):
+    config = EvaluationConfig(metrics=("bleu_moses",), language=language)
+    with pytest.raises(ValueError, match="bleu_moses"):
+        config.validate()
+    with pytest.raises(ValueError, match=r"bleu_tokenizer='13b': expected one of"):
+        EvaluationConfig(bleu_tokenizer="13b").validate()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "bytes", "chars"])
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_what_a_tokenizer_normalises_caps_no_score(kind, lowercase):
+    """A model that writes every reference as it can has 1.0; the report says it."""
+    references = [
+        "½ Tasse",
+        "x² Meter",
+        "ﬁnden",
+        "\uff11\uff12 Uhr",
+        "e\u0301té",
+        "plain text",
+    ]
+    config = TokenizerConfig(kind, lowercase)
+    tok = tokenizer.train(config, references * 20, 320)
+    evaluation = EvaluationConfig(metrics=("exact_match", "bleu"), samples=9)
+    experiment = types.SimpleNamespace(
+        config=types.SimpleNamespace(evaluation=evaluation)
+    )
+    dataset = types.SimpleNamespace(
+        text=lambda i: ("source", references[i]), group=lambda i: ("", i)
+    )
+    found = {}
+    for perfect in (True, False):
+        evaluator = Evaluator.__new__(Evaluator)
+        evaluator.experiment, evaluator.codecs = experiment, {"text": tok}
+        rows = tok.encode(references)
+        written = {i: tok.decode(ids) for i, ids in enumerate(rows)}
+        if not perfect:
+            written[5] = "plain texts"
+        found, samples = evaluator._score(dataset, written, evaluation.metrics)
+        right = len(references) - (not perfect)
+        assert found["exact_match"] == pytest.approx(right / len(references))
+    assert written[0] in samples and tok.normalize(references[0]) in samples
+    changed = sum(tok.normalize(x) != x for x in references)
+    assert found.get("references", "0 of")[:4] == f"{changed} of"
