@@ -120,6 +120,10 @@ def define(argv: Sequence[str]) -> list[str]:
             )
         text = workdir
     config = load(text)
+    for key, value in _keys(rest):
+        if key == "plugins":  # types of theirs may be chosen below
+            config.plugins += tuple(re.findall(r"[^,()\[\]'\"]+", value))
+    plugins.load_all(config)
     for key in CHOICES:
         kind, rest = _take(rest, f"config.{key}")
         if kind is not None:
@@ -142,6 +146,7 @@ def choose(config: ExperimentConfig, key: str, name: str) -> None:
     if key == "model" and name.startswith("from:"):
         source = name.removeprefix("from:")
         config.model = workdirs.architecture(source, config.model)
+        config.plugins += workdirs.open_config(workdirs.parse(source)[0]).plugins
         return
     kinds = {kind.__name__: kind for kind in CHOICES[key]}
     if name not in kinds:

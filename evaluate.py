@@ -71,6 +71,7 @@ class Evaluator:
         log: TextIO | None = None,
     ):
         self.experiment, self.codecs, self.log = experiment, codecs, log
+        self.warned = [""]  # each warning is said once
         self.eval_step = experiment.placement.compile_eval(experiment.eval_step)
         config = experiment.config
         if config.evaluation.metrics or any(x.scores for x in config.evaluations):
@@ -157,6 +158,9 @@ class Evaluator:
             ours = [tok.normalize(written[i]) for i in ids]
             scored = scores.score(config, ours, [known[i] for i in ids])
             found |= {f"{lead}{name}": x for name, x in scored.items()}
+            if scored.get("bleu_warning", "") not in self.warned:
+                self.warned.append(scored["bleu_warning"])
+                print(f"{lead}bleu: {scored['bleu_warning']}", file=self.log)
         if changed := sum(known[i] != one_line(texts[i][1]) for i in written):
             found["references"] = (
                 f"{changed} of {len(written)} changed: normalised as the tokenizer does"
@@ -201,8 +205,9 @@ def _columns(kept: list[dict[str, np.ndarray]]) -> dict[str, list | np.ndarray]:
 
 
 def _nats(total: Mapping[str, Any]) -> float:
-    """The summed totals of all terms."""
-    return sum(float(term.total) for term in total["terms"].values())
+    """The summed nats of all targets, whatever terms a task adds to its loss."""
+    found = [m for m in total.values() if isinstance(m, metrics.Perplexity)]
+    return sum(float(m.total) for m in found or total["terms"].values())
 
 
 def run(

@@ -4,6 +4,7 @@ python generate.py --workdir=runs/transformer_cldr --input="3 May 2024"
 cat sentences.txt | python generate.py --workdir=DIR --method=sample --top_p=0.9
 python generate.py --workdir=runs/gpt_char --input="ROMEO:" --max_tokens=500
 python generate.py --workdir=DIR --input_file=in.csv --output=out.jsonl
+python generate.py --workdir=DIR --chat
 """
 
 import itertools
@@ -14,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from triform.answers import inputs
+from triform.answers import chat, inputs
 from triform.answers.inputs import Asked
 from triform.answers.output import JsonLines, Output
 from triform.answers.sampler import Sampler
@@ -35,8 +36,8 @@ def requests(flag: Any) -> tuple[Iterator[Asked], int]:
     if flag.input is not None:
         return inputs.of_flags(flag.input), min(flag.batch_size, len(flag.input))
     if flag.input_file:
-        found = itertools.chain.from_iterable(map(inputs.of_file, flag.input_file))
-        return found, flag.batch_size
+        found = [inputs.of_file(path) for path in flag.input_file]  # that all are there
+        return itertools.chain.from_iterable(found), flag.batch_size
     if sys.stdin is not None and sys.stdin.isatty():
         print("type a line, Ctrl-D to end", file=sys.stderr)
         return inputs.of_stdin(), 1  # answer every line at once
@@ -141,6 +142,16 @@ def main(argv: list[str]) -> None:
         "scores": flag.scores,
         "strict": flag.strict,
     }
+    if flag.chat:
+        if file or flag.scores or flag.num_samples > 1:
+            raise UserError(
+                "--chat: it prints one answer for every line; leave out --output, "
+                "--scores and --num_samples"
+            )
+        chat.talk(sampler, asked, options)
+        return
+    if file is not None:
+        file.open()
     report = Report(flag.output)
     live = sampler.continues and not (file or flag.scores or flag.num_samples > 1)
     if live and size == 1:
@@ -153,7 +164,7 @@ def main(argv: list[str]) -> None:
         if file is not None:
             file.write({"input": one.value, **output.row(sampler.gives)})
             continue
-        for line in shown(output, flag.scores):
+        for line in shown(output, flag.scores and "score" in sampler.gives):
             print(line, flush=True)
     if file is not None:
         file.close()
@@ -171,6 +182,9 @@ def define() -> None:
         None,
         "A file with an input a line, a table (JSONL, CSV, TSV, Parquet) with the "
         "columns of training, an image or a folder of images; repeatable.",
+    )
+    flags.DEFINE_bool(
+        "chat", False, "Keep a conversation; a line /reset begins another."
     )
     flags.DEFINE_string("output", "", "A new file for one JSON object per input.")
     flags.DEFINE_bool("overwrite", False, "Replace --output if it is there.")

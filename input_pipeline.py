@@ -45,7 +45,7 @@ class Batches:
         dataset, shapes = self.dataset, self.config.shapes()
         which = np.full(len(dataset), len(shapes) - 1 if truncate else len(shapes))
         for index in reversed(range(len(shapes))):
-            which[self._fits(shapes[index])] = index
+            which[self.fits(shapes[index])] = index
         which[dataset.empty] = len(shapes)
         found = {i: np.flatnonzero(which == i) for i in range(len(shapes))}
         if not any(map(len, found.values())):
@@ -55,7 +55,7 @@ class Batches:
             )
         return {i: items for i, items in found.items() if len(items)}
 
-    def _fits(self, shape: Shape) -> np.ndarray:
+    def fits(self, shape: Shape) -> np.ndarray:
         """bool [N]: items that the shape holds."""
         fits = np.ones(len(self.dataset), bool)
         for axis, needed in self.dataset.sizes.items():
@@ -89,7 +89,7 @@ class Batches:
 
     def truncated(self, limit: int = 0) -> int:
         """How many items are longer than the longest row: evaluation shortens them."""
-        longer = ~self._fits(self.config.shapes()[-1]) & ~self.dataset.empty
+        longer = ~self.fits(self.config.shapes()[-1]) & ~self.dataset.empty
         return int((longer & self._spread(limit)).sum())
 
     def evaluation(self, limit: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -287,7 +287,7 @@ def _same(a: list[tuple[int, np.ndarray]], b: list[tuple[int, np.ndarray]]) -> b
 
 
 def report(train: TrainBatches) -> str:
-    """One paragraph: items, buckets, steps an epoch, share of positions in use."""
+    """One paragraph: where items are from, buckets, steps an epoch, what is cut."""
     config, dataset = train.batches.config, train.batches.dataset
     visited, shapes = dict.fromkeys(train.buckets, 0), config.shapes()
     for index, items in train.plan(0):
@@ -298,18 +298,40 @@ def report(train: TrainBatches) -> str:
     ]
     if dataset.sizes:
         lines[0] += f", {train.fill():.1%} of their positions are in use"
+    lines += [f"  {line}" for line in dataset.origin()]
+    if dataset.sizes:
         for index, count in visited.items():
             shape = shapes[index]
             lines.append(
                 f"  rows of {_shown(shape)}: {count:,}, {config.rows(shape)} a batch"
             )
-    longest = _shown(shapes[-1])
-    if dataset.truncates and train.batches.truncated():
+        sizes = {axis: int(x.max(initial=0)) for axis, x in dataset.sizes.items()}
+        if any(
+            x.min(initial=size) < size
+            for x, size in zip(dataset.sizes.values(), sizes.values(), strict=True)
+        ):
+            lines.append(f"  the longest needs {_shown(sizes)}")
+    more = (*_cut(train), *dataset.remarks())
+    return "\n".join([*lines, *(f"  {line}" for line in more)])
+
+
+def _cut(train: TrainBatches) -> list[str]:
+    """What of the items training does not see, and what share of all that is."""
+    dataset, shape = train.batches.dataset, train.batches.config.shapes()[-1]
+    longer, empty = train.batches.truncated(), int(dataset.empty.sum())
+    lines = []
+    if longer:
+        lost = total = 0
+        for axis, sizes in dataset.sizes.items():
+            kept = np.minimum(sizes, shape[axis])
+            if not dataset.truncates:  # all of an item goes if one side is too long
+                kept = np.where(train.batches.fits(shape), sizes, 0)
+            lost, total = lost + int((sizes - kept).sum()), total + int(sizes.sum())
+        how = "shortened" if dataset.truncates else "left out of training"
         lines.append(
-            f"  {train.batches.truncated():,} longer than {longest}, shortened"
+            f"{longer:,} of {len(dataset):,} are longer than {_shown(shape)}, {how}: "
+            f"{lost / total:.1%} of all {dataset.unit}"
         )
-    if train.left_out:
-        lines.append(
-            f"  {train.left_out:,} longer than {longest} or empty, left out of training"
-        )
-    return "\n".join(lines)
+    if empty:
+        lines.append(f"{empty:,} of {len(dataset):,} are empty, left out")
+    return lines

@@ -135,7 +135,7 @@ def define() -> None:
 
 def cli(argv: Sequence[str], program: str = "inspect") -> None:
     """The program, from the command line to the exit code."""
-    launch.launch(main, define, __doc__, argv, arguments=True)
+    launch.launch(main, define, __doc__, argv, answers=True, arguments=True)
 
 
 if __name__ == "__main__":

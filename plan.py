@@ -6,15 +6,18 @@ Every function returns lines of text. None changes anything.
 import copy
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
+from triform import workdir as workdirs
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
 from triform.data import store
 from triform.data.codecs import Codec
+from triform.data.codecs import files as codec_files
 from triform.experiment import Experiment
 from triform.input_pipeline import Batches, Split, TrainBatches, moved, report
 from triform.interop.workdir import exportable
@@ -62,12 +65,24 @@ def describe(experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def export(config: ExperimentConfig) -> str:
-    """As what class of transformers the run can be exported, or why it cannot."""
-    try:
-        return f"export: as {exportable(config)} of transformers"
-    except UserError as error:
-        return f"export: not possible: {error}"
+def export(
+    config: ExperimentConfig,
+    workdir: str = "",
+    codecs: Mapping[str, Codec] | None = None,
+) -> str:
+    """As what class of transformers the run can be exported, or why it cannot.
+
+    With `codecs` also whether its tokenizer can be; a new workdir has none yet.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if codecs and workdirs.saved_config(workdir) is None:
+            codec_files.save(codecs, folder)
+            workdir = folder
+        try:
+            found = exportable(config, workdir if codecs else "")
+        except UserError as error:
+            return f"export: not possible: {error}"
+    return f"export: as {found} of transformers"
 
 
 def sources(config: ExperimentConfig, read: bool = False) -> str:
@@ -236,10 +251,13 @@ def changes(
             f"learning rate: {rates[0]:.4g} -> {rates[1]:.4g} between steps {step} and "
             f"{step + 1}, because steps or optim.* have changed"
         )
-    names = [k for k in schema.differences(old, new) if k.startswith("data.")]
+    # Where data are: that they are the same was found out by their content.
+    where = ("source", "data_dir", "manual_dir", "cache_dir")
+    found = schema.differences(old, new)
+    names = [k for k in found if k.startswith("data.") and k[5:] not in where]
     if step and names:
         data = copy.deepcopy(old.data)
-        for name in ("data_dir", "manual_dir", "cache_dir"):  # where they are today
+        for name in where:
             setattr(data, name, getattr(new.data, name))
         split = Split.open(data, codecs, data.train_split, new.model.sizes())
         was = TrainBatches(split.batches, old.seed)

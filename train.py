@@ -192,7 +192,8 @@ def finished(experiment: Experiment, checkpointer: Checkpointer) -> dict[str, An
     workdir = str(checkpointer.directory.parent)
     scores = workdirs.tested(workdir, done) if done >= steps else {}
     if scores:
-        workdirs.restore(experiment, checkpointer)
+        with stage("reading the last checkpoint", least=SOON):
+            workdirs.restore(experiment, checkpointer)
         if checkpointer.latest() != done:
             return {}
         print(f"{workdir}: finished, {done} steps; raise --config.steps to go on")
@@ -291,6 +292,8 @@ def run(
         stack.enter_context(workdirs.lock(workdir))
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
+        if isinstance(stop, signals.Interrupt):
+            stop.leaving = lambda came: start.end(f"interrupted by {came}")
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         if from_step is not None:
@@ -298,9 +301,9 @@ def run(
         if scores := finished(experiment, checkpointer):
             return scores
         print(plan.describe(experiment))
-        print(plan.export(config))
         print(plan.sources(config), flush=True)
         codecs = codecs or find_codecs(config, workdir)
+        print(plan.export(config, workdir, codecs), flush=True)
         splits = plan.Splits.open(experiment, codecs)
         splits.print()
         state, meta = restore_or_init(experiment, splits.train, checkpointer)

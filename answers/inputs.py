@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from triform.data.sources.files import read_rows
-from triform.data.sources.locate import TABLES, suffix
+from triform.data.sources.locate import PICTURES, TABLES, suffix
 from triform.data.sources.streams import BOM, opened
 from triform.runtime import paths
 from triform.runtime.errors import UserError
 
-IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 ROWS = (".jsonl", ".ndjson")  # of which a bad line does not spoil the next
 
 
@@ -74,7 +73,7 @@ def of_file(path: str) -> Iterator[Asked]:
     if not os.path.isfile(full):
         raise UserError(f"--input_file={path}: no such file; name one, or a folder")
     kind = suffix(full)
-    if kind in IMAGES:
+    if kind in PICTURES:
         return iter([Asked(full, path)])
     if kind in TABLES and kind not in ROWS:
         return (Asked(row, where) for where, row in read_rows(full))
@@ -86,13 +85,10 @@ def _folder(full: str, path: str) -> Iterator[Asked]:
         os.path.join(folder, name)
         for folder, _, names in os.walk(full)
         for name in names
-        if name.lower().endswith(IMAGES)
+        if name.lower().endswith(PICTURES)
     )
     if not found:
-        raise UserError(
-            f"--input_file={path}: a folder without images ({', '.join(IMAGES)}); name "
-            "a file"
-        )
+        raise UserError(f"--input_file={path}: a folder without images; name a file")
     return (Asked(name, name) for name in found)
 
 

@@ -62,26 +62,38 @@ def _unset(value: Any) -> bool:
 class JsonLines:
     """A file of one JSON object a line, written as it goes.
 
-    UserError if it is there already, unless `overwrite`.
+    UserError if it is there already, unless `overwrite`. It appears with `open`, so
+    that what fails before leaves nothing behind.
     """
 
     def __init__(self, path: str, overwrite: bool = False):
+        if os.path.isdir(path):
+            raise UserError(f"--output={path}: is a folder; name a file")
         if os.path.isfile(path) and not overwrite:
             raise UserError(
                 f"--output={path}: is there already; name another file, or add "
                 "--overwrite"
             )
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        self._file: TextIO = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        self.path = path
+        self._file: TextIO | None = None
+
+    def open(self) -> None:
+        """The file is there, and empty."""
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds a line, which a reader of the file sees at once."""
-        self._file.write(files.dumps(plain(row)) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(files.dumps(plain(row)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
 
     def close(self) -> None:
         """Nothing more is written."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def plain(value: Any) -> Any:

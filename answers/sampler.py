@@ -77,6 +77,11 @@ class Sampler:
         self.writes = config.model.generates()
         self.continues = self.writes and self.kind.continues
         self.gives = ("text", "score") if self.writes else self.kind.gives
+        if not self.kind.answers():
+            raise UserError(
+                f"{workdir}: there are no requests of data={type(config.data).__name__}"
+                "; score it with evaluate.py"
+            )
         self._targets: dict[int, Targets] = {}
         if self.continues and config.decode.method == "beam":
             if config.decode.beam_size > 1:

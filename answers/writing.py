@@ -186,7 +186,7 @@ class Continuation:
                 before[row] = len(draft.ids)
                 if not draft.finish:
                     given[row], until[row] = self.reads(draft, limit)
-            batch = prompts(given, self.context, self.tokenizer.pad)
+            batch = prompts(given, self.context)
             text = self._start(variables, batch, seed, numbers, before, room)
             stretch = STRETCH if live or stop else room
             for end in range(stretch, int(until.max()) + stretch, stretch):
@@ -256,14 +256,15 @@ class Continuation:
             draft.text = settled(decoded, draft, self.tokenizer)
 
 
-def prompts(given: list[list[int]], context: int, pad: int) -> dict[str, np.ndarray]:
-    """A batch of these ids, padded on the left.
+def prompts(given: list[list[int]], context: int) -> dict[str, np.ndarray]:
+    """A batch of these ids, padded on the left as all batches are: with zeros.
 
-    The length is a power of two or the context, so that few shapes are compiled.
+    The tokenizer's padding may have no row in the model, and no model reads it. The
+    length is a power of two or the context, so that few shapes are compiled.
     """
     length = max(1, *map(len, given))
     length = max(length, min(context, 1 << (length - 1).bit_length()))
-    inputs = np.full((len(given), length), pad, np.int32)
+    inputs = np.zeros((len(given), length), np.int32)
     segments = np.zeros_like(inputs)
     segments[:, -1] = 1  # rows without a prompt must have a token
     for row, ids in enumerate(given):

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from triform.configs import saving
-from triform.configs.variants import smoke, update, vary
+from triform.configs.variants import adapters, smoke, update, vary
 from triform.data.batch import Field
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets import (
     DATASETS,
     CausalLMConfig,
+    ConversationsConfig,
     Corpus,
     Dataset,
     ImagesConfig,
@@ -44,6 +45,7 @@ from triform.models.decode import DecodeConfig
 from triform.models.feed_forward import FFNS
 from triform.models.layers import INITS
 from triform.models.positions import POSITIONS
+from triform.runtime import paths
 from triform.runtime.checkpoint import CheckpointConfig
 from triform.runtime.optim import OptimConfig
 from triform.runtime.partition import BATCH_AXES, PLACEMENTS, MeshConfig
@@ -60,6 +62,7 @@ __all__ = [
     "CausalLMConfig",
     "CheckpointConfig",
     "ClassificationConfig",
+    "ConversationsConfig",
     "Corpus",
     "DecodeConfig",
     "EncoderConfig",
@@ -86,6 +89,7 @@ __all__ = [
     "TokenizerConfig",
     "TransformerConfig",
     "VisionConfig",
+    "adapters",
     "differences",
     "from_json",
     "smoke",
@@ -190,6 +194,10 @@ class ExperimentConfig:
         config.data.make_absolute()
         config.evaluations = tuple(
             replace(x, source=absolute(x.source)) for x in config.evaluations
+        )
+        config.init_from = self.init_from and paths.absolute(self.init_from)
+        config.init = tuple(
+            replace(x, source=x.source and paths.absolute(x.source)) for x in self.init
         )
         try:
             config.data.validate()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from triform.data.sources import SOURCES
+from triform.models import LoRAConfig
 from triform.models.config import ModelConfig
 
 # {'optim.learning_rate': 1e-3, 'data': {'batch_size': 8}}, a function that changes a
@@ -42,6 +43,18 @@ def update(config: Any, values: Mapping[str, Any]) -> None:
             update(getattr(owner, last), value)
         else:
             setattr(owner, last, copy.deepcopy(value))
+
+
+def adapters(*trained: str) -> Callable[[Any], None]:
+    """A change: a model gets adapters (LoRA), and only they are trained, and parameters
+    whose paths the patterns match.
+    """
+
+    def change(config: Any) -> None:
+        config.model = LoRAConfig(config.model)
+        config.optim.train = (".*lora_[ab]", *trained)
+
+    return change
 
 
 def smoke(config: Any, split: str = "") -> None:

@@ -26,10 +26,11 @@ from triform.runtime.errors import DataError
 
 PART = 16 << 20  # characters of a part
 EXAMPLES = 1 << 18  # of a part, at most
-BATCH = 1 << 20  # characters that are encoded at once: they need some 100 times as much
-# Characters that are encoded as one text: of longer ones tokenizers take memory and time
-# beyond measure.
+BATCH = 1 << 20  # characters that are encoded at once: some 100 bytes of memory each
+# Characters that are encoded as one text: of longer ones tokenizers take memory and
+# time beyond measure.
 LONGEST = 4 << 20
+WORKERS = 0  # processes; 0: one a core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +133,10 @@ def write_parts(
     columns: Sequence[Column],
     examples: Iterable[list[list]],
     folder: str,
-    workers: int = 0,
 ) -> list[str]:
     """Encodes into parts in a folder; their paths. What is there is not made again.
 
-    A second part is what makes it worth to start `workers` processes (0: one a core).
+    A second part is what makes it worth to start processes.
     """
     paths: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -149,7 +149,7 @@ def write_parts(
             paths.append(path)
             if not os.path.exists(path):
                 if pool is None and following is not None:
-                    count = workers or len(os.sched_getaffinity(0))
+                    count = WORKERS or len(os.sched_getaffinity(0))
                     pool = stack.enter_context(Pool(tok, columns, count))
                 if pool is None:
                     save(path, encode(tok, columns, group))

@@ -200,7 +200,7 @@ def read(
 
 
 def place(config: Any, source: str, split: str, item: int) -> str:
-    """'multi30k_translate train, example 7', or 'data.csv, line 9 (train, example 7)'."""
+    """'multi30k_translate train, example 7', or 'a.csv, line 9 (train, example 7)'."""
     where = origin(config, source).where(split, item)
     name = f"{split}, example {item}"
     return f"{where} ({name})" if where else f"{source} {name}"

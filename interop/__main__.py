@@ -6,6 +6,7 @@ python -m triform.interop export WORKDIR DIR [--checkpoint=best] [--adapter]
 """
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,17 +22,17 @@ from triform.workdir import open_config
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise UserError(f"{message}; see python -m triform.interop --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser(
-        prog="python -m triform.interop",
+        prog=shlex.join(commands.start("import")[:-1]),
         description="Hugging Face weights in and out.",
     )
-    commands = top.add_subparsers(dest="command", required=True)
-    into = commands.add_parser(
+    kinds = top.add_subparsers(dest="command", required=True)
+    into = kinds.add_parser(
         "import", help="a Hugging Face folder becomes a workdir", allow_abbrev=False
     )
     into.add_argument("source", metavar="HF_DIR")
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     into.add_argument(
         "--adapter", default="", metavar="PEFT_DIR", help="LoRA matrices for the model"
     )
-    out = commands.add_parser(
+    out = kinds.add_parser(
         "export", help="a workdir becomes a Hugging Face folder", allow_abbrev=False
     )
     out.add_argument("source", metavar="WORKDIR")

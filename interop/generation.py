@@ -121,9 +121,7 @@ def _beams(
     ]
 
 
-def _length(
-    found: DecodeConfig, left: dict[str, Any], model: ModelConfig
-) -> list[str]:
+def _length(found: DecodeConfig, left: dict[str, Any], model: ModelConfig) -> list[str]:
     """Sets the longest length; lines."""
     given = {k: left.pop(k) for k in ("max_length", "max_new_tokens") if k in left}
     if not given:

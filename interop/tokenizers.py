@@ -1,5 +1,6 @@
 """Tokenizers: which files go along, special tokens, and what stands around texts."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -260,14 +261,12 @@ def give(
         raise UserError(f"{error}; mend or remove the file") from error
     types = config.model.sizes().get("num_types", 0)
     framing = tok.framing(config.data.USE).bounded(types)
-    if PIECES in there:  # the workdir's name of it
-        os.remove(os.path.join(target, MODEL))
+    if {PIECES, MODEL} <= there:  # one file; this is the workdir's name of it
+        _remove(target, [MODEL])
     kept = CONFIG in there and {JSON, PIECES, MODEL} & there
     theirs = template(target, {"model_type": family.model_type}) or Framing()
     if not kept or theirs.bounded(types) != framing:
-        for name in FORMS:
-            if name in there:
-                os.remove(os.path.join(target, name))
+        _remove(target, FORMS)
         content = fast(tok, framing)
         _require_kept(content, family)
         with open(os.path.join(target, JSON), "wb") as f:
@@ -276,7 +275,7 @@ def give(
     found = tok.specials
     return {
         "pad_token_id": found.pad,
-        "eos_token_id": found.eos,
+        "eos_token_id": found.eos if len(tok.ends) == 1 else list(tok.ends),
         "bos_token_id": found.bos,
         "decoder_start_token_id": found.start,
     }
@@ -319,6 +318,12 @@ def _describe(
         if i is not None and i < len(tok.pieces):
             settings[f"{role}_token"] = tok.pieces[i]
     write_json(target, CONFIG, settings)
+
+
+def _remove(folder: str, names: Iterable[str]) -> None:
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
 
 
 def _copy(source: str, target: str, names: Iterable[str]) -> set[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -284,15 +285,18 @@ def _write_beside(
         tokenizers.write_json(folder, preprocessor.NAME, content)
 
 
-def exportable(
-    config: ExperimentConfig, original: dict[str, Any] | None = None
-) -> str:
+def exportable(config: ExperimentConfig, folder: str = "") -> str:
     """The class of transformers that a run of this config becomes.
 
-    `original` is the config.json that its workdir was imported with. UserError that
+    `folder` is its workdir, or holds its tokenizer as a workdir does. UserError that
     says what transformers cannot express.
     """
-    return _described(config, original or {})[1]["architectures"][0]
+    original = tokenizers.read_json(folder, HF_CONFIG) if folder else {}
+    family, hf = _described(config, original)
+    if folder:
+        with tempfile.TemporaryDirectory() as target:
+            tokenizers.give(folder, target, config, family)
+    return hf["architectures"][0]
 
 
 def _described(

@@ -161,7 +161,7 @@ class Checkpointer:
 
     def _read_scores(self) -> dict[int, Mapping[str, float]]:
         try:
-            text = self._scores.read_text()
+            text = self._scores.read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}
         try:
@@ -175,7 +175,7 @@ class Checkpointer:
     def _write_scores(self) -> None:
         if jax.process_index() == 0:
             part = self._scores.with_suffix(".tmp")
-            part.write_text(files.dumps(self._metrics, indent=1))
+            part.write_text(files.dumps(self._metrics, indent=1), encoding="utf-8")
             part.replace(self._scores)
 
     def save(

@@ -33,11 +33,9 @@ def path_of(workdir: str) -> str:
 def read(workdir: str) -> list[dict[str, Any]]:
     """The starts of a workdir, oldest first; without lines that a kill has torn."""
     found = []
-    for line in (files.read_text(path_of(workdir), errors="replace") or "").split("\n"):
-        try:
+    for line in (files.read_text(path_of(workdir), "replace") or "").split("\n"):
+        with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return [line for line in found if isinstance(line, dict)]
 
 
@@ -127,4 +125,4 @@ class Start:
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with files.replacing(path_of(self.workdir)) as f:
-            f.writelines(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+            f.writelines(files.dumps(line) + "\n" for line in lines)

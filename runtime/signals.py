@@ -43,6 +43,8 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested = ""  # the signal's name
         self.listening = False
+        # Called with the signal's name when it ends the process at once.
+        self.leaving: Callable[[str], object] = lambda came: None
         self._since = 0.0
         install(self._request)
         _follow_parent()
@@ -55,6 +57,8 @@ class Interrupt:
         came, now = name(number), time.monotonic()
         # Not print or raise: the signal may have arrived inside one, or inside XLA.
         if not self.listening:
+            with contextlib.suppress(Exception):
+                self.leaving(came)
             _tell(f"\n{came} before the first step\n")
             os._exit(INTERRUPTED)
         if not self.requested:

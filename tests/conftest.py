@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import sys
 import zlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from long_tests import is_long  # noqa: E402
 
+from triform.configs import plugins  # noqa: E402
 from triform.data import sources as source_table  # noqa: E402
 from triform.models import EncoderDecoderConfig  # noqa: E402
 from triform.models.algorithms import ALGORITHMS  # noqa: E402
@@ -206,6 +208,9 @@ class Memory:
     def classes(self, feature):
         return self._classes.get(f"{self._name}:{feature}", ())
 
+    def column(self, split, feature):
+        return [x[feature] for x in self._of(split)]
+
     def where(self, split, item):
         return ""
 
@@ -255,6 +260,9 @@ def sources(monkeypatch, tmp_path):
             def classes(self, feature):
                 return known.get(f"{self.name}:{feature}", ())
 
+            def column(self, split, feature):
+                return [x[feature] for x in self._of(split)]
+
             def where(self, split, item):
                 return ""
 
@@ -266,3 +274,21 @@ def sources(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRIFORM_CACHE", str(tmp_path / "cache"))
     return provide
+
+
+@pytest.fixture
+def no_plugins():
+    """A process without plugins: what a test loads is gone after it, or when called."""
+    kept = {name: dict(table) for name, table in plugins.TABLES.items()}
+
+    def forget():
+        for name, table in plugins.TABLES.items():
+            table.clear()
+            table.update(kept[name])
+        for plugin in plugins._loaded.values():
+            sys.modules.pop(plugin.module.__name__, None)
+        plugins._loaded.clear()
+
+    assert not plugins._loaded
+    yield forget
+    forget()

@@ -2,11 +2,15 @@
 
 # Start of a test's name as pytest prints it -> why.
 LONG = {
+    "tests/test_chat_run.py": "trainings",
     "tests/test_checkpoint.py::test_sigkill": "processes",
     "tests/test_console.py": "an installation and processes",
     "tests/test_docs.py": "three trainings",
+    "tests/test_encoding.py::test_a_killed_run": "processes",
     "tests/test_entry_points.py": "processes",
     "tests/test_interop_workdir.py::test_memory": "a process",
+    "tests/test_own_bert.py": "a training",
+    "tests/test_own_data.py::test_a_template": "a training for every template",
     "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
     "tests/test_recovery.py::test_a_run_killed": "processes",
     "tests/test_signals.py::test_a_run_that_fails": "processes",

@@ -376,6 +376,8 @@ def test_settings_that_make_no_sense_are_refused(sampler, workdir):
 def test_rows_of_a_file_are_strict_json(tmp_path):
     path = tmp_path / "new" / "out.jsonl"
     file = JsonLines(str(path))
+    assert not path.exists()
+    file.open()
     nan = Output(text="a\u2028\ud800b", score=float("nan"), warnings=("cut: 1",))
     file.write({"input": {"x": np.int32(3)}, **nan.row(("text", "score"))})
     (line,) = path.read_text("utf-8").split("\n")[:-1]  # before it is closed
@@ -392,5 +394,10 @@ def test_rows_of_a_file_are_strict_json(tmp_path):
     }
     with pytest.raises(UserError, match="there already.*--overwrite"):
         JsonLines(str(path))
-    JsonLines(str(path), overwrite=True).close()
+    JsonLines(str(path), overwrite=True).open()
     assert path.read_text() == ""
+    full = JsonLines("/dev/full")
+    full.open()
+    with pytest.raises(OSError, match="/dev/full") as caught:
+        full.write({})
+    assert caught.value.filename == "/dev/full"

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from triform import config_flag, console, train
-from triform.configs import keys, schema
+from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.datasets import DATASETS
 from triform.models import MODELS
@@ -51,7 +51,7 @@ def test_a_config_by_name_by_path_and_from_a_workdir(tmp_path, monkeypatch):
     assert config_flag.load(f"{tmp_path.name}/config.json") == by_name
 
 
-def test_a_wrong_config_lists_the_nearest(tmp_path):
+def test_a_wrong_config_lists_the_nearest(tmp_path, no_plugins):
     assert "did you mean llama?" in refusal(config_flag.load, "lama")
     assert "mean --config=gpt2?" in refusal(config_flag.load, "configs/gpt2s.py")
     assert "one of autoencoder_mnist, " in refusal(config_flag.load, "qqq")
@@ -65,15 +65,8 @@ def test_a_wrong_config_lists_the_nearest(tmp_path):
     ):
         path = tmp_path / "wrong.py"
         path.write_text(text)
-        assert part in refusal(_load_alone, str(path))
-
-
-def _load_alone(path):
-    """Loads a config file as the first one of a process."""
-    from triform.configs import plugins
-
-    plugins._loaded.pop(os.path.basename(path), None)
-    return config_flag.load(path)
+        assert part in refusal(config_flag.load, str(path))
+        no_plugins()
 
 
 # --- Keys ---
@@ -138,6 +131,40 @@ def test_the_config_may_stand_anywhere_and_types_of_sections_are_chosen():
     assert (config.data.label, config.data.batch_size) == ("mood", 512)
     wrong = ("--config=llama:8b", "--config.task=Qq")
     assert "expected one of TokenPredictionConfig, " in refusal(parsed, *wrong)
+
+
+def test_plugins_of_the_command_line_and_of_an_architecture(
+    no_plugins, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = "from triform.configs.schema import TokenPredictionConfig as Base\n"
+    text += "class NovelConfig(Base): pass\nTASKS = {NovelConfig: 1}\n"
+    pathlib.Path("novel.py").write_text(text + "FFNS = {'novel': (abs, False)}\n")
+    flags = ("--config=llama:8b", "--config.plugins=novel.py")
+    config, _ = parsed(
+        *flags, "--config.task=NovelConfig", "--config.model.trunk.ffn=novel"
+    )
+    assert config.plugins == (str(tmp_path / "novel.py"),)
+    assert type(config.task).__name__ == "NovelConfig"
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    plugins.save(config.plugins, str(workdir))
+    (workdir / "config.json").write_text(schema.to_json(config))
+    config, _ = parsed("--config=llama:1b", f"--config.model=from:{workdir}")
+    assert config.model.trunk.ffn == "novel"
+    assert [pathlib.Path(p).name for p in config.plugins] == ["novel.py"]
+
+
+def test_a_run_starts_from_the_same_others_in_any_folder(tmp_path, monkeypatch):
+    config = ExperimentConfig(init=(schema.InitRule("runs/b:best"),))
+    config.init_from = "runs/a:7"
+    monkeypatch.chdir(tmp_path)
+    config = config.resolved()
+    monkeypatch.chdir("/")
+    again = config.resolved()
+    assert again.init_from == config.init_from == str(tmp_path / "runs" / "a:7")
+    assert again.init[0].source == str(tmp_path / "runs" / "b:best")
+    assert ExperimentConfig().resolved().init_from == ""
 
 
 def test_a_workdir_is_enough(tmp_path):
@@ -212,7 +239,7 @@ def test_a_wrong_program_and_help(capsys):
 def test_the_door_imports_nothing_heavy():
     code = (
         "import sys, triform, triform.console; assert dir(triform)\n"
-        "heavy = {'jax', 'numpy', 'absl', 'torch', 'triform.train'} & set(sys.modules)\n"
+        "heavy = {'jax', 'numpy', 'absl', 'triform.train'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert triform.load.__name__ == 'load'"
     )

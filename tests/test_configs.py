@@ -503,7 +503,7 @@ MISTAKES = (
     # The experiment
     ({"placement": "pmapp"}, "mesh, pmap"),
     ({"seed": 2**32}, "[0, 2**32)"),
-    ({"init_from": "a", "init": (InitRule("b"),)}, "only one"),
+    ({"init_from": "/a", "init": (InitRule("b"),)}, "only one"),
     ({"init": (InitRule(""),)}, "source=''", "workdir"),
     ({"init": (InitRule("a", (("(", ""),)),)}, "'('", "correct it"),
 )

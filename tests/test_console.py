@@ -118,7 +118,9 @@ def test_a_plugin_is_trained_killed_resumed_and_used_with_printed_commands(
     process.communicate(timeout=60)
     plugin.unlink()
     workdir = home / "mine" / "my runs" / "d"
-    kept = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    kept = [
+        int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
+    ]
     goal = f"--config.steps={max(kept) + 4}"
     again = shell(f"triform train --workdir='../mine/my runs/d' {goal}").stdout
     assert f"resuming after step {max(kept)}" in again
@@ -128,6 +130,8 @@ def test_a_plugin_is_trained_killed_resumed_and_used_with_printed_commands(
     assert {"generate", "evaluate", "sweep", "train", "inspect"} <= done.keys()
     report = json.loads(done["evaluate"])
     assert report["validation/token_loss"] > 0 > report["validation/entropy_loss"]
+    # A term that a task adds is not among the nats of the text.
+    assert report["validation/bits_per_byte"] > 0
     assert len(done["generate"]) > len("...\n")
     assert "CalmConfig" in done["inspect"]
     assert f"resuming after step {max(kept) + 4}" in done["train"]

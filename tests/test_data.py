@@ -721,12 +721,13 @@ def test_global_tokens_are_marked_and_change_nothing_else(corpora):
 def test_classes_come_from_the_source_or_the_training_split(sources):
     train = [{"text": "x", "label": y} for y in ("b", "a", "b")]
     other = [{"text": "x", "label": "b"}]
-    sources(m={"train": train, "test": other}, n=[{"text": "x", "label": 1}])
+    numbers = [{"text": "x", "label": y} for y in (1, 3)]
+    sources(m={"train": train, "test": other}, n=numbers)
     test = opened(SequenceClassificationConfig(source="m"), "test")
     assert test.codecs["label"].names == ("a", "b")
     assert rows(test)["label"].tolist() == [1]
     numbered = opened(SequenceClassificationConfig(source="n"))
-    assert numbered.codecs["label"].names == ("0", "1")
+    assert numbered.codecs["label"].names == ("0", "1", "2", "3")
     named = {"n:label": ("no", "yes", "maybe")}
     sources(n=[{"text": "x", "label": 1}], classes=named)
     dataset = opened(SequenceClassificationConfig(source="n"))

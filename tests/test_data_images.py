@@ -230,7 +230,11 @@ def test_classes_are_those_of_the_source_or_as_many_as_the_model_has(sources):
         ({"image": np.zeros((2, 2)), "label": 0}, "is no uint8 image (float64 (2, 2))"),
         (
             {"image": np.zeros((2, 2), np.uint8), "label": "a"},
-            "is not the number of a class ('a'); name another",
+            "data.label='label' is 'a', none of the 4 classes",
+        ),
+        (
+            {"image": np.zeros((2, 2), np.uint8), "label": 0.5},
+            "is not the number or name of a class (np.float64(0.5)); name another",
         ),
     ],
 )

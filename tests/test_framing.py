@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -316,6 +317,7 @@ def test_an_imported_tokenizer_frames_as_it_did(name, sources, tmp_path):
     for path in (source, run):
         path.mkdir()
     core.save(str(source / "tokenizer.json"))
+    (source / "spiece.model").write_bytes(b"an older form, which is not read")
     (source / "config.json").write_text(json.dumps(hf))
     # As an editor of Windows saves it.
     content = json.dumps(settings)
@@ -325,9 +327,16 @@ def test_an_imported_tokenizer_frames_as_it_did(name, sources, tmp_path):
     tok = tokenizer.load(tokenizer.find(str(run)))
     first = FAMILIES[family][2][0]
     again = exported(tmp_path / "again", tok, first, model, hf)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    config = ExperimentConfig(model=model, data=first)
+    tokenizers.give(str(run), str(kept), config, families.family_of(hf))
+    assert {*os.listdir(source)} - {*os.listdir(kept)} <= {"config.json"}
+    (kept / "config.json").write_text(json.dumps(hf))
+    (kept / "tokenizer_config.json").write_text(content)
     for data in FAMILIES[family][2]:
         found, auto = theirs(source, data)
-        assert theirs(again, data)[0] == found
+        assert theirs(again, data)[0] == theirs(kept, data)[0] == found
         if data is not STREAM:
             compare(rows_of(data, tok, model), found)
             continue

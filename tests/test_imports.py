@@ -21,6 +21,7 @@ IMPORTS = {
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "evaluate": ("answers", "input_pipeline"),
+    "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
     "sweep": ("runtime",),

@@ -155,7 +155,7 @@ def test_training_leaves_long_pairs_out_and_says_so(corpus):
     seen = [n for step in range(train.per_epoch) for n in numbers(train[step])]
     assert sorted(seen) == list(range(20))
     assert train.left_out == 1
-    assert "1 longer than S=12, L=12 or empty" in report(train)
+    assert "1 of 21 are longer than S=12, L=12, left out of training:" in report(train)
 
 
 def test_the_reported_fill_is_the_share_of_positions_that_items_need(corpus):

@@ -251,9 +251,9 @@ def test_longer_texts_are_trained_on_if_they_are_to_be_shortened(sources):
 
     left, short = train(), train(truncate=True)
     assert (left.left_out, short.left_out) == (1, 0)
-    assert "1 longer than L=6 or empty, left out" in report(left)
+    assert "1 of 3 are longer than L=6, left out of training: " in report(left)
     assert "left out" not in report(short)
-    assert "1 longer than L=6, shortened" in report(short)
+    assert "1 of 3 are longer than L=6, shortened: " in report(short)
     assert short.fill() == pytest.approx((2 + 5 + 6) / (6 + 6 + 6))
     rows = {}
     for step in range(short.per_epoch):

@@ -4,14 +4,20 @@ import dataclasses
 import json
 import os
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from triform import plan, train
-from triform.configs import gpt_shakespeare_char, schema
+from triform.configs import gpt_shakespeare_char, llama, schema
 from triform.data.codecs.text import ByteTokenizer
-from triform.data.datasets import CausalLMConfig, Seq2SeqConfig
+from triform.data.datasets import (
+    CausalLMConfig,
+    Corpus,
+    MixtureConfig,
+    Seq2SeqConfig,
+)
 from triform.evaluate import Evaluator
 from triform.experiment import Experiment
 from triform.input_pipeline import Split, TrainBatches, moved
@@ -74,10 +80,20 @@ def test_a_source_that_is_not_prepared_is_said(monkeypatch, tmp_path):
 def test_the_plan_says_as_what_a_run_can_be_exported():
     ours = config()
     ours.model.trunk.ffn, ours.model.trunk.bias = "gelu_tanh", "all"
-    assert plan.export(ours) == "export: as gpt2 of transformers"
+    assert plan.export(ours) == "export: as GPT2LMHeadModel of transformers"
     ours.model.trunk.bias = "none"
     assert plan.export(ours).startswith("export: not possible: ")
     assert "model.trunk.bias" in plan.export(ours)
+
+
+def test_the_plan_says_whether_the_tokenizer_can_be_exported():
+    ours = llama.get_config("smoke").resolved()
+    assert "LlamaForCausalLM" in plan.export(ours, codecs=CODECS)
+    ours.model.trunk.bias = "qkv"  # qwen2, whose tokenizers transformers rebuilds
+    assert plan.export(ours) == "export: as Qwen2ForCausalLM of transformers"
+    said = plan.export(ours, codecs=CODECS)
+    assert said.startswith("export: not possible: ")
+    assert "data.tokenizer.path" in said
 
 
 @pytest.mark.parametrize(("warmup", "said"), [(5, False), (6, True), (600, True)])
@@ -194,6 +210,25 @@ def test_rows_of_another_length_are_compared_by_share(sources):
     )
     text = moved(old, new, old.per_epoch // 2)
     assert re.search(r"epoch 1 was \d+% done.*: about \d+% of it come twice", text)
+
+
+@pytest.mark.parametrize("buckets", [(), (8,)])
+def test_a_limited_evaluation_is_spread_over_every_corpus(sources, buckets):
+    sources(many=pairs(60), few=pairs(3))
+    parts = tuple(Corpus(name, "a", "b") for name in ("many", "few"))
+    ours = MixtureConfig(corpora=parts, max_len=16, batch_size=8, buckets=buckets)
+    split = Split.open(ours, CODECS, "train", SIZES)
+
+    def scored(limit):
+        return sorted(i for x, _ in split.batches.evaluation(limit) for i in x.tolist())
+
+    assert scored(0) == scored(60) == [*range(63)]
+    found = scored(6)
+    groups = Counter(split.dataset.group(item)[0] for item in found)
+    assert sorted(groups.values()) == [3, 6]
+    numbers = [split.dataset.group(item)[1] for item in found]
+    # Files are often sorted: the first ones would be of one kind.
+    assert numbers[:6] == [0, 10, 20, 30, 40, 50]
 
 
 # --- A run ---

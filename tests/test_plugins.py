@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,25 +23,7 @@ RELU2 = 'FFNS = {"relu2": (lambda x: x * x, False)}\n'
 
 
 @pytest.fixture
-def fresh():
-    """A process without plugins: what a test loads is gone after it, or when called."""
-    kept = {name: dict(table) for name, table in plugins.TABLES.items()}
-
-    def forget():
-        for name, table in plugins.TABLES.items():
-            table.clear()
-            table.update(kept[name])
-        for plugin in plugins._loaded.values():
-            sys.modules.pop(plugin.module.__name__, None)
-        plugins._loaded.clear()
-
-    assert not plugins._loaded
-    yield forget
-    forget()
-
-
-@pytest.fixture
-def write(tmp_path, fresh):
+def write(tmp_path, no_plugins):
     """(path, text) -> the path of a file with this text."""
 
     def make(name, text=RELU2):
@@ -111,7 +92,7 @@ def test_a_table_that_a_plugin_imports_is_not_its_own(write):
     assert plugins.tables(plugins.load(write("reads.py", text))) == {}
 
 
-def test_what_a_plugin_loads_goes_with_it(write, tmp_path, fresh):
+def test_what_a_plugin_loads_goes_with_it(write, tmp_path, no_plugins):
     write("lib/parts.py")
     text = "from triform.configs import plugins\n"
     text += "parts = plugins.load('parts.py', __file__)\nACT = parts.FFNS['relu2']\n"
@@ -119,7 +100,7 @@ def test_what_a_plugin_loads_goes_with_it(write, tmp_path, fresh):
     plugins.load_all(config)
     assert [pathlib.Path(p).name for p in config.plugins] == ["outer.py", "parts.py"]
     plugins.save(config.plugins, str(tmp_path))
-    fresh()
+    no_plugins()
     found = plugins.saved(str(tmp_path), ("outer.py", "parts.py"))
     assert found[0] == str(tmp_path / "code" / "outer.py")
     assert "relu2" in FFNS
@@ -151,10 +132,10 @@ def saved(write, tmp_path):
     return pathlib.Path(path), workdir
 
 
-def test_a_workdir_needs_no_original(saved, fresh, tmp_path):
+def test_a_workdir_needs_no_original(saved, no_plugins, tmp_path):
     path, workdir = saved
     path.unlink()
-    fresh()
+    no_plugins()
     moved = workdir.rename(tmp_path / "moved")
     config = open_config(str(moved))
     assert config.plugins == (str(moved / "code" / "paper.py"),)
@@ -168,12 +149,12 @@ def test_a_workdir_needs_no_original(saved, fresh, tmp_path):
 
 @pytest.mark.parametrize("which", ["original", "copy"])
 def test_a_changed_plugin_is_refused_until_the_printed_command_accepts_it(
-    which, saved, fresh
+    which, saved, no_plugins
 ):
     original, workdir = saved
     changed = original if which == "original" else workdir / "code" / "paper.py"
     changed.write_text(PAPER.replace("penalty: float = 0.1", "penalty: float = 0.3"))
-    fresh()
+    no_plugins()
     if which == "original":
         plugins.load(str(original))
     with pytest.raises(UserError, match="another version|was edited") as error:
@@ -181,20 +162,20 @@ def test_a_changed_plugin_is_refused_until_the_printed_command_accepts_it(
     command = str(error.value).rpartition(": ")[2]
     subprocess.run(["bash", "-c", command], check=True)
     assert type(open_config(str(workdir)).task)().penalty == 0.3
-    fresh()
+    no_plugins()
     (workdir / "code" / "paper.py").unlink()
     with pytest.raises(UserError, match="is gone; restore it"):
         open_config(str(workdir))
 
 
-def test_cached_arrays_and_identity_follow_the_file(write, fresh):
+def test_cached_arrays_and_identity_follow_the_file(write, no_plugins):
     seen = set()
     for text in (PAPER, PAPER + "# another version\n", PAPER):
         plugins.load(write("paper.py", text))
         source = sources.source("doubles")
         assert source.splits() == ("train", "validation", "test")
         seen.add(source.fingerprint("train"))
-        fresh()
+        no_plugins()
     assert len(seen) == 2
 
 

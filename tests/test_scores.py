@@ -16,6 +16,22 @@ GERMAN = ["ein Glas", "zwei Meter hoch"]
 CHINESE = ["我是一个学生。", "他住在北京。"]
 
 
+def evaluator_of(tok, metrics):
+    """What scores texts, without a model."""
+    evaluation = EvaluationConfig(metrics=metrics, samples=9)
+    found = Evaluator.__new__(Evaluator)
+    config = types.SimpleNamespace(evaluation=evaluation)
+    found.experiment = types.SimpleNamespace(config=config)
+    found.codecs, found.log, found.warned = {"text": tok}, None, [""]
+    return found
+
+
+def dataset_of(references):
+    return types.SimpleNamespace(
+        text=lambda i: ("source", references[i]), group=lambda i: ("", i)
+    )
+
+
 def scored(language, ours, references, *names, **fields):
     config = EvaluationConfig(metrics=names, language=language, **fields)
     return scores.score(config, ours, references)
@@ -59,6 +75,13 @@ def test_a_script_without_spaces_under_another_language_is_warned_of():
     assert "bleu_warning" not in scored("de", GERMAN, GERMAN, "bleu")
 
 
+def test_the_warning_is_said_once(capsys):
+    evaluator = evaluator_of(tokenizer.ByteTokenizer(), ("bleu",))
+    for _ in range(2):
+        evaluator._score(dataset_of(CHINESE), dict(enumerate(CHINESE)), ("bleu",))
+    assert capsys.readouterr().out.count("13a does not divide") == 1
+
+
 @pytest.mark.parametrize("language", ["zh", "th"])
 def test_moses_is_refused_where_it_finds_no_words(language):
     config = EvaluationConfig(metrics=("bleu_moses",), language=language)
@@ -82,22 +105,16 @@ def test_what_a_tokenizer_normalises_caps_no_score(kind, lowercase):
     ]
     config = TokenizerConfig(kind, lowercase)
     tok = tokenizer.train(config, references * 20, 320)
-    evaluation = EvaluationConfig(metrics=("exact_match", "bleu"), samples=9)
-    experiment = types.SimpleNamespace(
-        config=types.SimpleNamespace(evaluation=evaluation)
-    )
-    dataset = types.SimpleNamespace(
-        text=lambda i: ("source", references[i]), group=lambda i: ("", i)
-    )
+    metrics = ("exact_match", "bleu")
+    dataset = dataset_of(references)
     found = {}
     for perfect in (True, False):
-        evaluator = Evaluator.__new__(Evaluator)
-        evaluator.experiment, evaluator.codecs = experiment, {"text": tok}
+        evaluator = evaluator_of(tok, metrics)
         rows = tok.encode(references)
         written = {i: tok.decode(ids) for i, ids in enumerate(rows)}
         if not perfect:
             written[5] = "plain texts"
-        found, samples = evaluator._score(dataset, written, evaluation.metrics)
+        found, samples = evaluator._score(dataset, written, metrics)
         right = len(references) - (not perfect)
         assert found["exact_match"] == pytest.approx(right / len(references))
     assert written[0] in samples and tok.normalize(references[0]) in samples

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from triform.data import store
-from triform.data.codecs import Codec, text
+from triform.data.codecs import Codec, chat, text
+from triform.data.codecs.chat import ChatTemplate
 from triform.data.codecs.classes import Classes
 from triform.data.codecs.text import Tokenizer
 from triform.runtime.errors import DataError
@@ -33,6 +34,12 @@ def build(config: Any, sizes: Mapping[str, int], earlier: str = "") -> dict[str,
             codecs["text"] = _build_tokenizer(config, sizes["vocab_size"])
         path = config.tokenizer.path or earlier or config.tokenizer.kind
         _require_rows(codecs["text"], sizes["vocab_size"], path)
+    if hasattr(config, "template"):
+        path = config.tokenizer.path
+        folder = os.path.dirname(path) if path else earlier
+        codecs["chat"] = chat.choose(
+            config.template, codecs["text"], folder, config.day
+        )
     before = _saved_names(earlier) if earlier else {}
     for field, size in config.classes().items():
         known = sizes.get(size, -1)
@@ -80,10 +87,10 @@ def class_counts(config: Any, codecs: Mapping[str, Codec]) -> dict[str, int]:
 
 
 def save(codecs: Mapping[str, Codec], workdir: str) -> None:
-    """Writes the tokenizer and the names of classes into a workdir."""
+    """Writes tokenizer, chat template and the names of classes into a workdir."""
     names = {k: list(c.names) for k, c in codecs.items() if isinstance(c, Classes)}
     for codec in codecs.values():
-        if isinstance(codec, Tokenizer):
+        if isinstance(codec, Tokenizer | ChatTemplate):
             codec.save(workdir)
     if names:
         path = os.path.join(workdir, CLASSES)
@@ -100,6 +107,12 @@ def load(workdir: str, config: Any) -> dict[str, Codec]:
     codecs: dict[str, Codec] = {}
     if hasattr(config, "tokenizer"):
         codecs["text"] = _load_tokenizer(workdir)
+        if hasattr(config, "template"):
+            codecs["chat"] = chat.choose(
+                config.template, codecs["text"], workdir, config.day
+            )
+        elif template := chat.own(workdir):
+            codecs["chat"] = ChatTemplate(codecs["text"], template)
     return codecs | load_classes(workdir, config)
 
 
@@ -127,6 +140,11 @@ def _class_names(
     """
     feature = getattr(config, field)
     names = store.origin(config, config.source).classes(feature)
+    if len(names) == 1:
+        raise DataError(
+            f"data.{field}={feature!r}: {config.source} has the class {names[0]!r} only: "
+            "nothing can be learned from one class; add the others"
+        )
     if names:
         return names
     if not config.features():
@@ -139,6 +157,12 @@ def _class_names(
     features = config.features()
     train = store.open_store(config, config.train_split, codecs["text"], features)
     seen = train.values[field]
+    if len(seen) and (seen == seen[0]).all():
+        raise DataError(
+            f"data.{field}={feature!r}: all {len(seen):,} labels of {config.source} "
+            f"{config.train_split} are {seen[0].item()!r}: nothing can be learned from "
+            "one class; name another column or add the other classes"
+        )
     if seen.dtype.kind == "U":
         return np.unique(seen).tolist()
     # What is no number of a class is refused when the split is opened.

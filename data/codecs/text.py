@@ -29,6 +29,7 @@ from triform.data.codecs.tokenizer import Stream, Tokenizer, well_formed
 __all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
 
 SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
+MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
 MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 
@@ -113,6 +114,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.model = model
         self.core = sentencepiece.SentencePieceProcessor(model_proto=model)
         super().__init__(_pieces(self.core), specials)
+        self.name(filter(self.core.is_control, range(len(self.pieces))))
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.asarray(x, np.int32) for x in self.core.encode(texts)]
@@ -142,6 +144,7 @@ class ByteTokenizer(Tokenizer):
         self.first = len(SPECIALS) + len(specials)  # the id of byte 0
         pieces = [*SPECIALS, *specials, *map(chr, range(256))]
         super().__init__(pieces, recognise(pieces[: self.first], **known))
+        self.name(range(self.first))
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         return [

@@ -60,6 +60,16 @@ class Tokenizer:
         # T5's published model files lack the sentinels, which follow the last piece.
         self.vocab_size = max(len(pieces), *(i + 1 for i in self.names))
 
+    def name(self, ids: Iterable[int]) -> None:
+        """Takes these ids for special ones, called as their pieces are."""
+        self.names |= {i: self.pieces[i] for i in ids if i < len(self.pieces)}
+
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Lets these ids end a generated text too."""
+        self.ends = tuple(dict.fromkeys([*self.ends, *ids]))
+        self.specials = dataclasses.replace(self.specials, ends=self.ends)
+        self.name(self.ends)
+
     @property
     def lowercase(self) -> bool:
         """Whether all text becomes lower-case."""

@@ -14,6 +14,7 @@ from triform.data.datasets.base import (
     TextConfig,
 )
 from triform.data.datasets.causal_lm import CausalLM, CausalLMConfig
+from triform.data.datasets.conversations import Conversations, ConversationsConfig
 from triform.data.datasets.images import Images, ImagesConfig
 from triform.data.datasets.masked_lm import MaskedLM, MaskedLMConfig
 from triform.data.datasets.requests import Item, Requests
@@ -33,6 +34,7 @@ __all__ = [
     "DATASETS",
     "EVALUATION",
     "CausalLMConfig",
+    "ConversationsConfig",
     "Corpus",
     "DataConfig",
     "Dataset",
@@ -57,6 +59,7 @@ DATASETS = {
     Seq2SeqConfig: Seq2Seq,
     MixtureConfig: Seq2Seq,
     CausalLMConfig: CausalLM,
+    ConversationsConfig: Conversations,
     MaskedLMConfig: MaskedLM,
     SpanCorruptionConfig: SpanCorruption,
     SequenceClassificationConfig: SequenceClassification,
@@ -91,6 +94,10 @@ def request_batch(
     that cannot be read or is too long.
     """
     kind = requests(config, codecs, sizes)
+    if not kind.answers():
+        raise DataError(
+            f"data={type(config).__name__}: there are no requests of this kind of data"
+        )
     items = [kind.read(request) for request in inputs]
     batch, left_out = kind.batch(items, rows)
     for number, (request, left) in enumerate(zip(inputs, left_out, strict=True)):

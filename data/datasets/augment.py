@@ -4,12 +4,9 @@ Images are uint8 [h, w, c] with 1 or 3 channels.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
-
-from triform.runtime.errors import DataError
 
 Rng = np.random.Generator
 # How pixels are computed from those of another size, by name.
@@ -32,36 +29,6 @@ def to_array(image: Image.Image) -> np.ndarray:
     """The same as an array."""
     array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
-
-
-def opened(path: str) -> np.ndarray:
-    """The pixels of an image file; DataError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return pixels(image)
-    except Exception as error:  # Pillow raises what the formats' decoders raise
-        reason = getattr(error, "strerror", None) or str(error) or "damaged"
-        raise DataError(f"{path}: no image can be read ({reason})") from error
-
-
-def pixels(image: Any) -> np.ndarray:
-    """uint8 [h, w, c], grey or red, green and blue, upright, of a Pillow image or an
-    array; DataError if it is neither.
-    """
-    if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
-        if grey and image.mode not in ("1", "L"):  # 16 bits, which convert() clips
-            wide = np.asarray(image, np.float64) / 257
-            return np.clip(wide, 0, 255).astype(np.uint8)[..., None]
-        return to_array(image.convert("L" if grey else "RGB"))
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3):
-        raise DataError(
-            f"{type(image).__name__} of {array.dtype} {array.shape} is no image; give "
-            "uint8 [h, w] or [h, w, c]"
-        )
-    return array
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:

@@ -132,7 +132,9 @@ class TextConfig(DataConfig):
             self.tokenizer.path = paths.absolute(self.tokenizer.path)
         named = (x.rpartition(":") for x in self.tokenizer.corpora)
         self.tokenizer.corpora = tuple(
-            f"{sources.absolute(source)}:{name}" for source, _, name in named
+            # Without a source it is no name: `validate` says so.
+            f"{source and sources.absolute(source)}{colon}{name}"
+            for source, colon, name in named
         )
 
 
@@ -203,6 +205,12 @@ class Dataset:
         """'multi30k_translate train, example 7', or with file and line."""
         return store.place(self.config, self.config.source, self.split, item)
 
+    def origin(self) -> list[str]:
+        """Where its examples are from, in lines; [] if there is nothing to say."""
+        sources = dict.fromkeys(feature.source for feature in self.config.features())
+        found = [store.origin(self.config, x) for x in sources or [self.config.source]]
+        return [line for source in found for line in source.report(self.split)]
+
     def preview(self, batch: Batch) -> str:
         """The first row for the eye, some lines."""
         lines = []
@@ -219,6 +227,10 @@ class Dataset:
     def scalars(self, total: float) -> dict[str, float]:
         """Further metrics of the summed nats of all targets of the split."""
         return {}
+
+    def remarks(self) -> list[str]:
+        """Lines of the report on the training data, besides numbers of rows."""
+        return []
 
     def text(self, item: int) -> tuple[str, str] | None:
         """(source, reference), if what a model generates is scored against one."""
@@ -303,6 +315,11 @@ def labels(
         theirs = () if values.dtype.kind == "U" else dataset.numbered(field)
         ids = codec.encode(values, theirs)
         fix = "correct or remove the example"
+        # Where the source tells no classes, there are as many as the model has.
+        size = config.classes()[field]
+        own = not config.features() and codec.size == dataset.model_sizes.get(size)
+        if own and values.dtype.kind in "iu" and values[ids < 0].max(initial=0) > 0:
+            fix += f" or raise model.{size}"
         if values.dtype.kind == "f":
             fix += ', or set data.target="number" if numbers are to be predicted'
         rule = f"none of the {codec.size} classes"

@@ -13,6 +13,7 @@ from triform.data.codecs import Codec
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
 from triform.data.datasets.requests import Item, Requests
 from triform.data.store import Feature
+from triform.runtime.errors import DataError
 
 DOCUMENTS = ("joined", "separate")
 
@@ -56,18 +57,35 @@ class CausalLMConfig(TextConfig):
         )
 
 
+def is_messages(request: Any) -> bool:
+    """Whether a request is a conversation: a list of mappings."""
+    is_list = isinstance(request, list | tuple) and len(request) > 0
+    return is_list and isinstance(request[0], Mapping)
+
+
 class Prompts(Requests):
-    """Texts to be continued. Ids are taken as they are."""
+    """Texts to be continued. Ids are taken as they are; messages are answered."""
 
     columns, continues = ("text",), True
 
     def read(self, request: Any) -> Item:
         """A text begins as the tokenizer begins documents; an empty one after EOS."""
+        if is_messages(request):
+            return self.messages(request)
         if isinstance(request, Sequence | np.ndarray) and not isinstance(request, str):
             ids = np.asarray(request, np.int32)
             return Item([ids], self.tok.decode(ids))
         (text,), notes = self.texts(request)
         return Item(self.tok.prompts([text]), text, notes)
+
+    def messages(self, request: Sequence[Mapping[str, Any]], tools: Any = None) -> Item:
+        """What the assistant answers; DataError without a chat template."""
+        if "chat" not in self.codecs:
+            raise DataError(
+                "messages need a chat template, and the workdir has none; put a "
+                "chat_template.jinja into it, or give a text"
+            )
+        return Item([self.codecs["chat"].prompt(request, tools)])
 
     def size(self, item: Item) -> int:
         """All of it."""

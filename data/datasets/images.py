@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from PIL import Image, ImageOps
 
 from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec, resolved, zeros
@@ -21,6 +21,8 @@ from triform.data.datasets.base import (
     labels,
 )
 from triform.data.datasets.requests import Item, Requests
+from triform.data.progress import counted
+from triform.data.sources import pictures
 from triform.runtime.errors import DataError
 
 CROPS = ("none", "pad", "resized")
@@ -114,9 +116,9 @@ class Pictures(Requests):
         if isinstance(value, str) and not value.strip():
             return Item([], value)
         if isinstance(value, str | os.PathLike):
-            image, shown = augment.opened(os.fspath(value)), os.fspath(value)
+            image, shown = pictures.decoded(os.fspath(value)), os.fspath(value)
         else:
-            image, shown = augment.pixels(value), "image"
+            image, shown = pixels(value), "image"
         return Item([in_evaluation(self.config, image)], shown)
 
     def size(self, item: Item) -> int:
@@ -140,6 +142,21 @@ class Pictures(Requests):
     def limit(self) -> str:
         """The setting of the size."""
         return f"data.size={self.config.size}"
+
+
+def pixels(image: Any) -> np.ndarray:
+    """uint8 [h, w] or [h, w, c] of a Pillow image or an array; DataError if it is
+    neither.
+    """
+    if isinstance(image, Image.Image):
+        return pictures.eight_bits(ImageOps.exif_transpose(image), "image")
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise DataError(
+            f"{type(image).__name__} of {array.dtype} {array.shape} is no image; give "
+            "uint8 [h, w] or [h, w, c]"
+        )
+    return array
 
 
 def scaling(config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -178,32 +195,43 @@ class Images(Dataset):
             config, "images", config.source, split, keys, self._write_cache
         )
         self.digest = os.path.basename(folder)
-        self._pixels = None
-        if os.listdir(folder):
-            self._pixels = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
+        self._pixels, path = None, os.path.join(folder, "images.npy")
+        if os.path.exists(path):
+            self._pixels = np.load(path, mmap_mode="r")
+        # All labels are looked at before the first step.
+        self._labels = np.zeros(len(self.examples), np.int32)
+        if config.label:
             values = np.load(os.path.join(folder, "labels.npy"))
             self._labels = labels(self, "label", values)
         self._scale, self._shift = scaling(config)
 
     def _write_cache(self, folder: str, parts: str) -> None:
-        """All images in one array; nothing if their shapes differ."""
-        numbers, array = [], None
+        """All labels; all images in one array, if their shapes are the same."""
+        array, config = None, self.config
         path = os.path.join(folder, "images.npy")
-        for i, example in enumerate(tqdm(self.examples, disable=None, leave=False)):
-            image, label = self._read(example)
+        total = len(self.examples)
+        for i, example in enumerate(counted(self.examples, "reading images", total)):
+            image = self._read(example)
             if array is None:
                 shape = (len(self.examples), *image.shape)
                 array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
             if image.shape != array.shape[1:]:
                 os.remove(path)
-                return
+                break
             array[i] = image
-            numbers.append(label)
-        array.flush()
-        np.save(os.path.join(folder, "labels.npy"), numbers)
+        if config.label:
+            source = store.origin(config, config.source)
+            found = np.asarray(source.column(self.split, config.label))
+            if found.ndim != 1 or found.dtype.kind not in "biuU":
+                raise DataError(
+                    f"data.label: feature {config.label!r} of {config.source!r} is not "
+                    f"the number or name of a class ({found.flat[0]!r:.40}); name "
+                    "another"
+                )
+            np.save(os.path.join(folder, "labels.npy"), found)
 
-    def _read(self, example: Mapping[str, Any]) -> tuple[np.ndarray, int]:
-        config, values = self.config, []
+    def _read(self, example: Mapping[str, Any]) -> np.ndarray:
+        config = self.config
         for field in ("image", "label") if config.label else ("image",):
             name = getattr(config, field)
             if name not in example:
@@ -211,32 +239,22 @@ class Images(Dataset):
                     f"data.{field}: {config.source!r} has no feature {name!r}; "
                     f"expected one of {', '.join(sorted(example))}"
                 )
-            values.append(np.asarray(example[name]))
-        image = values[0]
+        image = np.asarray(example[config.image])
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise DataError(
                 f"data.image: feature {config.image!r} of {config.source!r} is no "
                 f"uint8 image ({image.dtype} {image.shape}); name an image feature"
             )
-        if not config.label:
-            return image, 0
-        label = values[1]
-        if label.ndim or not np.issubdtype(label.dtype, np.integer):
-            raise DataError(
-                f"data.label: feature {config.label!r} of {config.source!r} is not the "
-                f"number of a class ({example[config.label]!r:.40}); name another"
-            )
-        return image, int(label)
+        return image
 
     def _example(self, item: int, epoch: Epoch, rng: Any) -> tuple[np.ndarray, int]:
         """An image, uint8 [size, size, channels], and its label."""
         config = self.config
-        if self._pixels is None:
-            # Of several sizes: labels are checked here, not when the split is opened.
-            image, value = self._read(self.examples[item])
-            (label,) = labels(self, "label", np.array([value]), [item])
+        label = self._labels[item]
+        if self._pixels is None:  # of several sizes
+            image = self._read(self.examples[item])
         else:
-            image, label = self._pixels[item], self._labels[item]
+            image = self._pixels[item]
         if not epoch.train:
             return in_evaluation(config, image), label
         image, box = augment.with_channels(image, config.channels), None

@@ -50,10 +50,7 @@ class Requests:
 
     def read(self, request: Any) -> Item:
         """A request as it will be written; DataError if it cannot be."""
-        raise DataError(
-            f"data={type(self.config).__name__}: there are no requests of this kind of "
-            "data; score it with evaluate.py"
-        )
+        raise NotImplementedError
 
     def size(self, item: Item) -> int:
         """Positions that it needs."""
@@ -78,6 +75,11 @@ class Requests:
         return f"data.max_len={self.config.max_len}"
 
     # What all share
+
+    @classmethod
+    def answers(cls) -> bool:
+        """Whether there are requests of this kind of data."""
+        return cls.read is not Requests.read
 
     def shape(self, items: Sequence[Item]) -> dict[str, int]:
         """Sizes of all axes but B: the shortest that hold all, or the longest."""

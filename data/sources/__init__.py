@@ -10,6 +10,7 @@ from collections.abc import Callable
 from triform.data.sources import cldr, listops, locate
 from triform.data.sources.base import Column, Embedded, Reading, Source, local_copy
 from triform.data.sources.files import FileSource
+from triform.data.sources.pictures import PictureSource
 
 __all__ = [
     "SOURCES",
@@ -49,7 +50,7 @@ def absolute(name: str) -> str:
 def source(
     name: str, data_dir: str = "", manual_dir: str = "", reading: Reading | None = None
 ) -> Source:
-    """The source of that name; nothing is read before its methods are called.
+    """The source of that name; no data are read before its methods are called.
 
     Args:
       name: a key of SOURCES (`cldr`), one of our builders (`multi30k_translate`), a
@@ -65,7 +66,10 @@ def source(
     if name in SOURCES:
         return SOURCES[name](name, data_dir, manual_dir, reading)
     if is_path(name):
-        return FileSource(name, reading)
+        texts = [c.name for c in reading.columns if c.is_text]
+        found = locate.find(name, reading.txt_example, texts)
+        kind = PictureSource if found.pictures else FileSource
+        return kind(name, found, reading)
     # Not at the top: TFDS costs half a second, some 50 MB and a long list of
     # dependencies, which training on an embedded source need not pay.
     from triform.data.sources.tfds_source import TfdsSource

@@ -35,6 +35,10 @@ class Source(Protocol):
         """Names of the classes that a feature numbers; () if it numbers none."""
         ...
 
+    def column(self, split: str, feature: str) -> list:
+        """The values of one feature of all examples; pictures are not decoded."""
+        ...
+
     def where(self, split: str, item: int) -> str:
         """File and line of an example; '' if it has none."""
         ...
@@ -95,6 +99,10 @@ class Embedded:
     def classes(self, feature: str) -> tuple[str, ...]:
         """None is named."""
         return ()
+
+    def column(self, split: str, feature: str) -> list:
+        """The values of one feature."""
+        return [example[feature] for example in self.examples(split)]
 
     def where(self, split: str, item: int) -> str:
         """Nowhere: it is generated."""

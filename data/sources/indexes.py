@@ -135,7 +135,11 @@ def scan(
 
 
 def cleaned(value: Any) -> Any:
-    """A text as it is encoded: LF ends its lines; None is empty. Also inside lists."""
+    """A text as it is encoded: LF ends its lines; None is empty.
+
+    Also inside lists; there keys without a value are left out, which a table has in
+    every row and JSON has not.
+    """
     return "" if value is None else _with_line_feeds(value)
 
 
@@ -145,7 +149,8 @@ def _with_line_feeds(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_line_feeds(x) for x in value]
     if isinstance(value, dict):
-        return {key: _with_line_feeds(x) for key, x in value.items()}
+        given = {key: x for key, x in value.items() if x is not None}
+        return {key: _with_line_feeds(x) for key, x in given.items()}
     return value
 
 

@@ -1,0 +1,44 @@
+"""A classifier of your own pictures (ViT).
+
+    python train.py --config=configs/my_images.py --workdir=DIR \
+        --config.data.source=FOLDER
+
+FOLDER holds a folder of pictures for every class, or pictures and a metadata.csv or
+.jsonl with the columns file_name and label. Folders called train, validation and test
+are the splits; of what there is none 5 % are held out. All are resized to
+--config.data.size (pixels a side); of one channel: --config.data.channels=1.
+
+To start from a workdir with other weights, imported ones say:
+--config.model=from:WEIGHTS --config.init_from=WEIGHTS --config.data.size=224
+"""
+
+from triform.configs import schema
+
+VARIANTS = {"": {}, "smoke": lambda config: schema.smoke(config, split="all")}
+
+
+def get_config(variant: str = "") -> schema.ExperimentConfig:
+    """Variants: '' (minutes on 2 cores), 'smoke'."""
+    trunk = schema.TransformerConfig(num_layers=4, d_model=96, num_heads=4, d_ff=384)
+    trunk.max_len, trunk.positions, trunk.norm_position = 0, "learned", "pre"
+    config = schema.ExperimentConfig(
+        model=schema.VisionConfig(
+            trunk, image_size=0, patch_size=4, channels=0, num_labels=-1
+        ),
+        task=schema.ClassificationConfig(label_smoothing=0.1),
+        data=schema.ImagesConfig(
+            source="./my_images",
+            size=32,
+            channels=3,
+            batch_size=64,
+            crop="pad",
+            flip=True,
+        ),
+        optim=schema.OptimConfig(
+            "adamw", 1e-3, "cosine", warmup_steps=100, clip_norm=1.0
+        ),
+        evaluation=schema.EvaluationConfig(every=500, metrics=()),
+        checkpoint=schema.CheckpointConfig(500, metric="eval/accuracy", mode="max"),
+        steps=2000,
+    )
+    return schema.vary(config, VARIANTS, variant)
