@@ -17,6 +17,7 @@ PROGRAMS = {
     "evaluate": ("triform.evaluate", "score a workdir, and write what it predicts"),
     "generate": ("triform.generate", "answer requests with a trained workdir"),
     "sweep": ("triform.sweep", "run and compare combinations of settings"),
+    "lm_eval": ("triform.lm_eval", "run the public harness lm-eval on a workdir"),
     "plot": ("triform.plot", "draw the loss curves of workdirs"),
     "inspect": ("triform.inspection", "show what a workdir holds and what is next"),
     "import": ("triform.interop.__main__", "Hugging Face folder -> workdir"),

@@ -155,7 +155,7 @@ class Evaluator:
         found = {}
         for group, ids in groups.items():
             lead = f"{group}/" if group else ""
-            ours = [tok.normalize(written[i]) for i in ids]
+            ours = [one_line(tok.normalize(written[i])) for i in ids]
             scored = scores.score(config, ours, [known[i] for i in ids])
             found |= {f"{lead}{name}": x for name, x in scored.items()}
             if scored.get("bleu_warning", "") not in self.warned:

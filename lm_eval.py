@@ -288,7 +288,8 @@ def main(argv: list[str]) -> None:
         files.write_json(paths.absolute(flag.output), found["results"])
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """Defines the flags."""
     flags.DEFINE_string(
         "workdir", None, "A workdir of a language model.", required=True
     )
@@ -300,4 +301,12 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", None, "Examples of every task; none: all.")
     flags.DEFINE_bool("apply_chat_template", False, "Ask through the chat template.")
     flags.DEFINE_string("output", "", "A file for the scores, in JSON.")
-    launch.launch(main, answers=True)
+
+
+def cli(argv: Sequence[str], program: str = "lm_eval") -> None:
+    """The program, from the command line to the exit code."""
+    launch.launch(main, define, __doc__, argv, answers=True)
+
+
+if __name__ == "__main__":
+    cli(sys.argv)

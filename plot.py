@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from triform.runtime import launch, metrics, paths
+from triform.runtime import files, launch, metrics, paths
 from triform.runtime.errors import UserError
 
 Points = Sequence[tuple[float, float]]
@@ -358,7 +358,7 @@ def run(
     found = curves(workdirs, names, axis)
     if output:
         path = paths.absolute(output)
-        with open(path, "wb") as f:
+        with files.replacing(path, binary=True) as f:
             f.write(FORMATS[kind](found, axis))
     try:
         "\u28ff".encode(getattr(sys.stdout, "encoding", None) or "ascii")

@@ -354,7 +354,9 @@ class Report:
                 *lines(self.skipped, "skipped, the model has no such parameter:"),
                 f"  newly initialised: {len(self.new)} arrays, {size(self.new)}",
                 *lines(self.new, "newly initialised:"),
-                *lines(dict.fromkeys(self.mismatches, ""), "other settings there:"),
+                *lines(
+                    dict.fromkeys(self.mismatches, ""), "other settings there:"
+                ),
             ]
         )
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 
 from triform.interop.workdir import export_model, import_model
-from triform.runtime import commands, host, streams
+from triform.runtime import commands, host, paths, streams
 from triform.runtime.errors import UserError
 from triform.runtime.launch import one_line
 from triform.workdir import open_config
@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> list[str]:
     """Does what the command line says; returns what to print."""
     args = parser().parse_args(argv)
+    # A shell expands ~ in front of a word only, not in --adapter=~/x.
+    if isinstance(args.adapter, str) and args.adapter:
+        args.adapter = paths.absolute(args.adapter)
     source, target = args.source, args.target
     if args.command == "export":
         checkpoint = args.checkpoint

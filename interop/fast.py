@@ -40,11 +40,18 @@ def _text_of_bytes() -> list[str]:
 
 
 def _bytes(tok: ByteTokenizer) -> tokenizers.Tokenizer:
-    """Byte-level BPE that merges nothing."""
+    """Byte-level BPE that merges nothing; UserError for one that lower-cases.
+
+    Of its table the 26 ids of capitals would never be written, which readers of a byte
+    vocabulary do not expect.
+    """
+    if tok.lowercase:
+        raise UserError(
+            "data.tokenizer.lowercase=True: a byte tokenizer that lower-cases is not "
+            "exported; train with data.tokenizer.lowercase=False on lower-cased text"
+        )
     pieces = [*tok.pieces[: tok.first], *_text_of_bytes()]
     core = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, []))
-    if tok.lowercase:
-        core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False
     )

@@ -225,7 +225,7 @@ PICTURES = {
     "pictures of one class": (
         {f"p/a/{i}.png": picture() for i in range(9)},
         "p",
-        "p has the class 'a' only",
+        "p has one class, 'a'",
     ),
     "another table": (pictured(**{"p__own.csv": CSV}), "p", "own.csv.*called metadata"),
 }

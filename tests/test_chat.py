@@ -5,7 +5,15 @@ import datetime
 import numpy as np
 import pytest
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from triform.data.codecs import chat, text
 from triform.data.codecs.chat import ChatTemplate
@@ -277,6 +285,39 @@ def test_ids_are_those_of_transformers(name):
         options = {"add_generation_prompt": True, "return_dict": False}
         asked = other.apply_chat_template(messages[:-1], **options)
         assert ours.prompt(messages[:-1]).tolist() == asked
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "prepended"])
+def test_ids_of_pieces_with_spaces_in_front_are_those_of_transformers(scheme):
+    """Where the beginning of a text or of a part of it is written otherwise."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁H"]
+    pieces += [*map(chr, range(33, 127)), "He", "ll"]
+    merges = [("▁", "H"), ("H", "e"), ("l", "l")]
+    vocabulary = {p: i for i, p in enumerate(pieces)}
+    core = Tokenizer(
+        models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>")
+    )
+    if scheme == "prepended":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        core.normalizer = normalizers.Sequence(steps)
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme=scheme, split=False
+        )
+    core.add_special_tokens(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    tok = text.HuggingFaceTokenizer(
+        Tokenizer.from_str(core.to_str()), recognise(pieces)
+    )
+    other = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=MISTRAL,
+    )
+    ((ids, trained),) = ChatTemplate(tok, MISTRAL).encode(CHAT)
+    assert ids.tolist() == other.apply_chat_template(CHAT, return_dict=False)
+    said = "".join(tok.pieces[i] for i in ids[trained]).replace("▁", " ")
+    assert said.split() == ["Hello", "you!</s>", "4</s>"]
 
 
 def test_where_a_template_has_marks_transformers_finds_the_same_mask():

@@ -167,7 +167,7 @@ def test_cut_before_the_first_answer_is_counted_and_no_answer_is_an_error(source
     )
     split, _ = opened(config_of())
     told = report(TrainBatches(split.batches, 0))
-    assert "1 longer than L=256, shortened" in told
+    assert "1 of 2 are longer than L=256, shortened" in told
     assert "1 begin their first answer behind max_len=256, not trained on" in told
     assert len(split.dataset.rows) == 2
     evaluated, _ = opened(config_of(), "test")

@@ -19,6 +19,7 @@ from triform.answers.sampler import Sampler
 from triform.configs import my_chat
 from triform.configs.schema import smoke
 from triform.data.lines import one_line
+from triform.input_pipeline import Split
 from triform.interop.workdir import export_model
 from triform.runtime.errors import UserError
 
@@ -100,7 +101,7 @@ def test_files_of_other_formats_give_the_same_batches(trained, folder):
         config.data.prompt, config.data.response = "", ""
         if name == "pairs.csv":
             config.data.prompt, config.data.response = "question", "answer"
-        split = train.Split.open(config.data, codecs, "all", {"vocab_size": 1000})
+        split = Split.open(config.data, codecs, "all", {"vocab_size": 1000})
         found.append([split.dataset.store[t] for t in range(len(split.dataset.store))])
     for one in found[1:]:
         for (ids, marks), (others, theirs) in zip(found[0], one, strict=True):

@@ -1,21 +1,27 @@
 """Text: what every kind of data writes, in exact rows and in statistics."""
 
 import dataclasses
-import itertools
 import math
 import re
-import tempfile
 from collections import Counter
 
 import numpy as np
 import pytest
+from data_rows import (
+    SEP,
+    SIZES,
+    TOK,
+    documents,
+    equal,
+    ids,
+    opened,
+    rows,
+)
 
 from triform.data import batch as descriptions
-from triform.data import datasets
-from triform.data.codecs import files
 from triform.data.codecs import text as tokenizer
 from triform.data.codecs.framing import around
-from triform.data.codecs.text import EOS, PAD, ByteTokenizer, TokenizerConfig
+from triform.data.codecs.text import EOS, ByteTokenizer, TokenizerConfig
 from triform.data.datasets import (
     EVALUATION,
     CausalLMConfig,
@@ -28,63 +34,7 @@ from triform.data.datasets import (
     SpanCorruptionConfig,
     TokenClassificationConfig,
 )
-from triform.data.datasets.masked_lm import sentences
-from triform.data.datasets.span_corruption import parted
-from triform.input_pipeline import Batches, Split, TrainBatches
-from triform.runtime.errors import DataError
-
-TOK = ByteTokenizer(
-    specials=("[CLS]", "[SEP]", "[MASK]", *SpanCorruptionConfig.SPECIALS[:20])
-)
-CLS, SEP, MASK = TOK.cls, TOK.sep, TOK.mask
-SIZES = {"vocab_size": TOK.vocab_size, "num_types": 2, "num_labels": 3, "num_tags": 99}
-FIRST = Epoch(seed=0, number=0, train=True)
-
-
-def ids(text):
-    """Of a byte tokenizer; upper-case letters stand for special ids."""
-    special = {"C": CLS, "S": SEP, "E": EOS, "_": PAD, "M": MASK}
-    return [special.get(c) if c in special else TOK.first + ord(c) for c in text]
-
-
-def coded(config, tok=TOK, **sizes):
-    """(codecs of a new run, sizes of its model)."""
-    config.validate()
-    sizes = SIZES | sizes
-    with tempfile.TemporaryDirectory() as folder:
-        tok.save(folder)
-        return files.build(config, sizes, earlier=folder), sizes
-
-
-def opened(config, split="train", tok=TOK, **sizes):
-    return datasets.dataset(config, split, *coded(config, tok, **sizes))
-
-
-def rows(dataset, epoch=EVALUATION):
-    """Every item in a row of one batch of the longest shape, in order."""
-    batches = Batches(dataset)
-    items = np.arange(len(dataset))
-    one = dataclasses.replace(dataset.config, batch_size=len(items))
-    dataset.config = batches.config = one
-    return batches.collate(len(one.shapes()) - 1, items, epoch)
-
-
-def equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], name)
-
-
-def documents(count, words=40, seed=0):
-    """Documents of sentences of which each names its document."""
-    rng = np.random.default_rng(seed)
-    texts = []
-    for d in range(count):
-        drawn = rng.integers(2, 9, words)
-        text = " ".join(f"D{d} {'w' * n}." for n in drawn)
-        texts.append({"text": text})
-    return texts
-
+from triform.input_pipeline import Batches, TrainBatches
 
 # --- What holds for all kinds ---
 
@@ -422,277 +372,6 @@ def test_units_of_the_raw_text(sources):
     assert scalars["bits_per_byte"] == pytest.approx(8 / math.log(2) / 15)
 
 
-# --- MaskedLM ---
-
-
-def test_sentences_by_rule():
-    text = (
-        'Mr. A went. "Why?" she said. "So." He left (at last.) Then J. Doe came!\n\nOk'
-    )
-    assert sentences(text) == [
-        "Mr. A went.",
-        '"Why?" she said.',
-        '"So."',
-        "He left (at last.)",
-        "Then J. Doe came!",
-        "Ok",
-    ]
-
-
-def unmasked(batch):
-    """The inputs with what was predicted put back."""
-    out = batch["inputs"].copy()
-    r, p = np.nonzero(batch["weights"])
-    out[r, batch["masked_positions"][r, p]] = batch["targets"][r, p]
-    return out
-
-
-def masked(sources, docs=None, tok=TOK, **fields):
-    sources(m=docs or documents(12))
-    fields = {"max_len": 64, "batch_size": 16, **fields}
-    return TrainBatches(
-        Batches(opened(MaskedLMConfig(source="m", **fields), tok=tok)), 0
-    )
-
-
-def test_a_masked_row_is_written_as_documented(sources):
-    """Two sentences a document: A, then B from here or from there."""
-    docs = [{"text": "aaaa.\nbbbb."}, {"text": "cccc.\ndddd."}]
-    train = masked(sources, docs, max_len=13, short_rate=0.0)
-    seen = set()
-    for step in range(40):
-        batch = train[step]
-        for row in range(2):
-            shown = unmasked(batch)[row].tolist()
-            label = int(batch["label"][row])
-            at = [i for i, x in enumerate(shown) if x == SEP]
-            assert shown[0] == CLS and shown.count(CLS) == 1 and len(at) == 2
-            assert batch["token_type_ids"][row].tolist() == [
-                int(at[0] < i <= at[1]) for i in range(13)
-            ]
-            assert batch["segments"][row].tolist() == [
-                int(i <= at[1]) for i in range(13)
-            ]
-            first, second = (
-                TOK.decode(shown[a + 1 : b]) for a, b in ((0, at[0]), (at[0], at[1]))
-            )
-            pair = (first[:1], second[:1])
-            assert label == int(pair not in {("a", "b"), ("c", "d")})
-            seen.add((pair, label))
-    others = {("a", "c"), ("a", "d"), ("c", "a"), ("c", "b")}
-    assert seen == {(("a", "b"), 0), (("c", "d"), 0), *((p, 1) for p in others)}
-
-
-def test_masking_statistics(sources):
-    train = masked(sources, documents(12, words=120))
-    positions = chosen = 0
-    kinds = Counter()
-    for step in range(3 * train.per_epoch):
-        batch = train[step]
-        r, p = np.nonzero(batch["weights"])
-        at = batch["masked_positions"][r, p]
-        assert not np.isin(batch["targets"][r, p], (CLS, SEP, MASK, PAD, EOS)).any()
-        shown = batch["inputs"][r, at]
-        masked_out, kept = shown == MASK, shown == batch["targets"][r, p]
-        kinds += Counter({"mask": masked_out.sum(), "kept": kept.sum()})
-        kinds["other"] += (~masked_out & ~kept).sum()
-        real = (batch["segments"] > 0).sum(1)
-        positions += (real - 3)[real > 0].sum()
-        chosen += len(r)
-        for row, count in enumerate((batch["weights"] > 0).sum(1).tolist()):
-            if count:
-                assert count == max(1, round(0.15 * (real[row] - 3)))
-                own = batch["masked_positions"][row, :count]
-                assert (np.diff(own) > 0).all()
-    assert chosen / positions == pytest.approx(0.15, abs=0.01)
-    for name, share in (("mask", 0.8), ("kept", 0.1), ("other", 0.1)):
-        bound = 4 * math.sqrt(chosen * share * (1 - share))
-        slack = chosen / 256  # a random id may be the old one
-        assert abs(kinds[name] - chosen * share) <= bound + slack, name
-
-
-def test_half_of_the_rows_go_on_and_never_from_the_same_document(sources):
-    train = masked(sources, documents(12, words=120), short_rate=0.0)
-    labels = []
-    for step in range(4 * train.per_epoch):
-        batch = train[step]
-        for row in np.flatnonzero(batch["label_weights"]).tolist():
-            text = TOK.show(unmasked(batch)[row])
-            a, b = text.split("[CLS]")[1].split("[SEP]")[:2]
-            first, second = (set(re.findall(r"D(\d+) w", x)) for x in (a, b))
-            if first and second:
-                assert len(first) == len(second) == 1
-                assert (first != second) == batch["label"][row]
-            labels.append(int(batch["label"][row]))
-    n = len(labels)
-    assert n > 300
-    assert abs(sum(labels) - n / 2) <= 4 * math.sqrt(n) / 2 + 0.02 * n
-
-
-def test_rows_do_not_give_the_label_away_by_their_length(sources):
-    train = masked(sources, documents(12, words=120))
-    lengths = [], []
-    for step in range(6 * train.per_epoch):
-        batch = train[step]
-        real = (batch["segments"] > 0).sum(1)
-        for row in np.flatnonzero(batch["label_weights"]).tolist():
-            lengths[batch["label"][row]].append(real[row])
-    means = [np.mean(x) for x in lengths]
-    assert abs(means[0] - means[1]) < 3
-
-
-def test_masking_changes_from_epoch_to_epoch_and_runs_do_not(sources):
-    train = masked(sources, next_sentence=False)
-    dataset = train.batches.dataset
-    assert "label" not in dataset.spec
-    first, second = (
-        rows(dataset, Epoch(seed=0, number=e, train=True)) for e in range(2)
-    )
-    np.testing.assert_array_equal(unmasked(first), unmasked(second))
-    changed = (first["inputs"] != second["inputs"]).any(1)
-    assert changed.mean() > 0.9
-    # Every token of the split is in one of the runs, unless a run was shortened.
-    total = (first["segments"] > 0).sum() - 2 * len(dataset)
-    assert total >= 0.85 * len(dataset.tokens.ids)
-
-
-def test_whole_words_are_masked_whole(sources):
-    train = masked(sources, documents(12, words=60), whole_word=True)
-    for step in range(train.per_epoch):
-        batch = train[step]
-        for row in np.flatnonzero(batch["label_weights"]).tolist():
-            whole = unmasked(batch)[row]
-            count = int(batch["weights"][row].sum())
-            real = int((batch["segments"][row] > 0).sum()) - 3
-            assert 1 <= count <= max(1, round(0.15 * real))
-            chosen = set(batch["masked_positions"][row, :count].tolist())
-            if count < 2:
-                continue
-            for p in chosen:
-                for q in (p - 1, p + 1):
-                    later = max(p, q)
-                    text = not {whole[p], whole[q]} & {CLS, SEP}
-                    if text and TOK.continues[whole[later]]:
-                        assert q in chosen
-
-
-def test_where_all_words_are_long_a_part_of_one_is_masked(sources):
-    docs = [{"text": f"{c * 9} {c * 9}"} for c in "abcdef"]
-    train = masked(sources, docs, max_len=22, whole_word=True, next_sentence=False)
-    batch = train[0]
-    assert batch["weights"][:6].sum(1).tolist() == [3.0] * 6
-    assert len(set(batch["masked_positions"][:6, 0].tolist())) == 2
-
-
-def test_masking_needs_its_tokens_and_two_documents(sources):
-    with pytest.raises(DataError, match="no token for cls, sep, mask; name ids"):
-        masked(sources, tok=ByteTokenizer())
-    with pytest.raises(DataError, match="single document, and sentences of another"):
-        masked(sources, documents(1))
-    assert masked(sources, documents(1), next_sentence=False).per_epoch
-
-
-# --- SpanCorruption ---
-
-
-@pytest.mark.parametrize(
-    ("length", "chunk", "target"),
-    [(512, 568, 114), (114, 126, 26), (256, 284, 58)],  # 512: Raffel et al.'s
-)
-def test_chunks_fill_the_rows(length, chunk, target):
-    config = SpanCorruptionConfig(max_len=length)
-    assert (config.chunk(), config.target_length()) == (chunk, target)
-    noise, spans = config.noise(chunk)
-    assert chunk - noise + spans + 1 == length
-
-
-@pytest.mark.parametrize("fields", [{}, {"noise_rate": 0.5, "span_length": 2.0}])
-def test_spans_put_back_give_the_text(sources, fields):
-    sources(m=documents(5, words=30))
-    dataset = opened(SpanCorruptionConfig(source="m", max_len=32, **fields))
-    batch = rows(dataset, FIRST)
-    sentinels = dataset.sentinels.tolist()
-    text = []
-    for row in range(len(dataset)):
-        real = batch["encoder_segments"][row] > 0
-        source = batch["encoder_inputs"][row][real].tolist()
-        target = batch["targets"][row][batch["weights"][row] > 0].tolist()
-        assert source.pop() == target.pop() == EOS
-        used = [x for x in source if x in sentinels]
-        assert used == sentinels[: len(used)] == [x for x in target if x in sentinels]
-        parts = {}
-        for x in target:
-            if x in sentinels:
-                parts[x] = spans = []
-            else:
-                spans.append(x)
-        assert all(parts.values())
-        assert source[0] not in sentinels  # text first
-        for x in source:
-            text += parts.get(x, [x])
-    assert text == dataset.ids[: len(text)].tolist()
-    assert len(dataset.ids) - len(text) <= 1
-    full = batch["encoder_segments"][:-1]
-    assert full.all()
-    assert batch["weights"][:-1].all()
-    later = batch["weights"][:, 1:] > 0
-    np.testing.assert_array_equal(
-        batch["inputs"][:, 1:][later], batch["targets"][:, :-1][later]
-    )
-
-
-def test_spans_change_from_epoch_to_epoch(sources):
-    sources(m=documents(5, words=30))
-    dataset = opened(SpanCorruptionConfig(source="m", max_len=32))
-    first, second = (rows(dataset, Epoch(0, e, True))["targets"] for e in range(2))
-    assert (first != second).any(1).mean() > 0.8
-
-
-def test_spans_are_equally_likely_parts():
-    parts = Counter(tuple(parted(5, 3, FIRST.rng(i)).tolist()) for i in range(1200))
-    assert set(parts) == {
-        p for p in itertools.product((1, 2, 3), repeat=3) if sum(p) == 5
-    }
-    assert all(abs(n - 200) < 4 * math.sqrt(200) for n in parts.values())
-
-
-def test_too_few_sentinels_are_named(sources):
-    sources(m=documents(2))
-    with pytest.raises(DataError, match="its rows have 28 spans, but .* 20 sentinels"):
-        opened(SpanCorruptionConfig(source="m", max_len=512))
-
-
-# --- SequenceClassification ---
-
-
-def test_labelled_rows_are_written_as_documented(sources):
-    sources(m=[{"a": "pq", "b": "rst", "l": "no"}, {"a": "u", "b": "v", "l": "yes"}])
-    config = SequenceClassificationConfig(
-        source="m", first="a", second="b", label="l", max_len=8
-    )
-    dataset = opened(config)
-    assert dataset.codecs["label"].names == ("no", "yes")
-    equal(
-        rows(dataset),
-        {
-            "inputs": np.array([ids("CpqSrstS"), ids("CuSvS___")]),
-            "segments": np.array([[1] * 8, [1] * 5 + [0] * 3]),
-            "token_type_ids": np.array([[0] * 4 + [1] * 4, [0, 0, 0, 1, 1, 0, 0, 0]]),
-            "label": np.array([0, 1]),
-            "label_weights": np.array([1, 1]),
-        },
-    )
-    one = dataclasses.replace(config, second="")
-    assert rows(opened(one))["inputs"][0].tolist() == ids("CpqS____")
-    # In evaluation the longer side is shortened first.
-    short = dataclasses.replace(config, max_len=6)
-    assert rows(opened(short))["inputs"][0].tolist() == ids("CpqSrS")
-    plain = ByteTokenizer()
-    p, q, r, s, t = (plain.first + ord(x) for x in "pqrst")
-    batch = rows(opened(config, tok=plain))
-    assert batch["inputs"][0].tolist() == [p, q, EOS, r, s, t, EOS, 0]
-
-
 def test_global_tokens_are_marked_and_change_nothing_else(corpora):
     expected = {
         "first": lambda ids: [1] + [0] * (len(ids) - 1),
@@ -704,10 +383,10 @@ def test_global_tokens_are_marked_and_change_nothing_else(corpora):
         bare |= {key: x for key, x in marked.items() if key != "global_attention_mask"}
         equal(bare, TrainBatches(Batches(kind(plain)), 3)[0])
         assert marked["global_attention_mask"].dtype == np.int32
-        for row, ids in zip(
+        for row, given in zip(
             marked["global_attention_mask"], marked["inputs"], strict=True
         ):
-            np.testing.assert_array_equal(row, expected[tokens](ids), name)
+            np.testing.assert_array_equal(row, expected[tokens](given), name)
     # Without [CLS], the first token and the text before the first end.
     config = KINDS["labelled, question"]
     row = rows(opened(config, tok=ByteTokenizer()))
@@ -716,114 +395,6 @@ def test_global_tokens_are_marked_and_change_nothing_else(corpora):
         == row["inputs"][3].tolist().index(EOS)
         == 5
     )
-
-
-def test_classes_come_from_the_source_or_the_training_split(sources):
-    train = [{"text": "x", "label": y} for y in ("b", "a", "b")]
-    other = [{"text": "x", "label": "b"}]
-    numbers = [{"text": "x", "label": y} for y in (1, 3)]
-    sources(m={"train": train, "test": other}, n=numbers)
-    test = opened(SequenceClassificationConfig(source="m"), "test")
-    assert test.codecs["label"].names == ("a", "b")
-    assert rows(test)["label"].tolist() == [1]
-    numbered = opened(SequenceClassificationConfig(source="n"))
-    assert numbered.codecs["label"].names == ("0", "1", "2", "3")
-    named = {"n:label": ("no", "yes", "maybe")}
-    sources(n=[{"text": "x", "label": 1}], classes=named)
-    dataset = opened(SequenceClassificationConfig(source="n"))
-    assert dataset.codecs["label"].names == named["n:label"]
-    assert dataset.preview(rows(dataset)).endswith("yes")
-
-
-def test_more_classes_than_the_model_knows_are_refused(sources):
-    sources(m=[{"text": "x", "label": y} for y in "abcd"])
-    message = "model.num_labels=3: 'm' has 4 classes in data.label='label'; raise it"
-    with pytest.raises(DataError, match=re.escape(message)):
-        opened(SequenceClassificationConfig(source="m"))
-
-
-def test_numbers_are_regression(sources):
-    sources(m=[{"text": "x", "label": 2.5}, {"text": "y", "label": 1}])
-    config = SequenceClassificationConfig(source="m", target="number")
-    codecs, sizes = coded(config)
-    assert codecs.keys() == {"text"}
-    batch = rows(datasets.dataset(config, "train", codecs, sizes))
-    assert batch["label"].dtype == np.float32
-    assert batch["label"].tolist() == [2.5, 1.0]
-    with pytest.raises(DataError, match=r'example 0: .* 2.5.*data.target="number"'):
-        opened(SequenceClassificationConfig(source="m"))
-    sources(m=[{"text": "x", "label": "2.5"}])  # as CSV has them
-    assert rows(opened(config))["label"].tolist() == [2.5]
-
-
-@pytest.mark.parametrize(
-    ("good", "bad"),
-    [
-        *(((0, 1), bad) for bad in (-1, 2, 0.5, math.nan, math.inf)),
-        *(((True, False), bad) for bad in (-1, 2, math.nan)),
-        *((np.uint8([0, 1]), bad) for bad in (-1, 2, math.nan)),
-        *((("a", "b"), bad) for bad in (-1, "c", math.nan)),
-    ],
-    ids=str,
-)
-def test_a_label_that_is_no_class_is_refused_when_the_split_is_opened(
-    sources, good, bad
-):
-    train = [{"text": "x", "label": x} for x in good]
-    sources(m={"train": train, "test": [*train, {"text": "x", "label": bad}]})
-    config = SequenceClassificationConfig(source="m")
-    codecs, sizes = coded(config)
-    with pytest.raises(DataError) as caught:
-        Split.open(config, codecs, "test", sizes)
-    for part in ("m test, example 2", "none of the 2 classes", "correct or remove"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, "nan"])
-def test_a_number_that_is_not_finite_is_refused_when_the_split_is_opened(sources, bad):
-    good = {"text": "x", "label": 1.5}
-    sources(m={"train": [good], "test": [good, good, {"text": "x", "label": bad}]})
-    config = SequenceClassificationConfig(source="m", target="number")
-    codecs, sizes = coded(config)
-    with pytest.raises(DataError, match="m test, example 2: .*(nan|inf), not finite"):
-        Split.open(config, codecs, "test", sizes)
-    sources(m={"train": [good], "test": [{"text": "x", "label": "good"}]})
-    with pytest.raises(DataError, match='m test: .*holds texts.*data.target="class"'):
-        Split.open(config, codecs, "test", sizes)
-
-
-def test_tagged_rows_are_written_as_documented(sources):
-    words, tags = ["ab", "", "cde", "f"], ["X", "Y", "Z", "X"]
-    sources(m=[{"tokens": words, "tags": tags, "mask": [1, 1, 0, 1]}])
-    config = TokenClassificationConfig(source="m", max_len=9)
-    expected = {
-        "inputs": np.array([ids("CabcdefS_")]),
-        "segments": np.array([[1] * 8 + [0]]),
-        "targets": np.array([[0, 0, 0, 2, 0, 0, 0, 0, 0]]),
-        "weights": np.array([[0, 1, 0, 1, 0, 0, 1, 0, 0]]),
-    }
-    dataset = opened(config)
-    assert dataset.codecs["tags"].names == ("X", "Y", "Z")
-    equal(rows(dataset), expected)
-    expected["weights"][0, 3] = 0
-    equal(rows(opened(dataclasses.replace(config, mask="mask"))), expected)
-    short = rows(opened(dataclasses.replace(config, max_len=6)))
-    assert short["inputs"].tolist() == [ids("CabcdS")]
-    assert short["weights"].tolist() == [[0, 1, 0, 1, 0, 0]]
-
-
-def test_tags_may_be_numbers(sources):
-    good = {"tokens": ["ab", "c"], "tags": [0.5, -2.0]}
-    sources(m=[good], bad=[good, {"tokens": ["a", "b"], "tags": [1.0, math.nan]}])
-    config = TokenClassificationConfig(source="m", target="number", max_len=6)
-    assert config.classes() == {}
-    dataset = opened(config)
-    batch = rows(dataset)
-    assert batch["targets"].dtype == np.float32
-    assert batch["targets"].tolist() == [[0, 0.5, 0, -2.0, 0, 0]]
-    assert dataset.preview(batch).endswith("0.5 -2.0")
-    with pytest.raises(DataError, match="bad train, example 1: .* nan, not finite"):
-        opened(dataclasses.replace(config, source="bad"))
 
 
 def test_items_are_found_in_their_source(sources):
@@ -838,32 +409,6 @@ def test_items_are_found_in_their_source(sources):
     for name in ("joined", "masked", "spans"):
         dataset = kind(name)
         assert (dataset.example(0), dataset.input_text(0)) == ({}, "")
-
-
-def test_tags_of_characters(sources):
-    sources(m=[{"tokens": "MKV", "tags": "HEC", "mask": "101"}])
-    tok = tokenizer.train(
-        TokenizerConfig("chars"), ["KMV"], 9, TokenClassificationConfig.SPECIALS
-    )
-    batch = rows(
-        opened(TokenClassificationConfig(source="m", mask="mask", max_len=6), tok=tok)
-    )
-    assert batch["inputs"].tolist() == [[tok.cls, 6, 5, 7, tok.sep, 0]]
-    assert batch["targets"].tolist() == [[0, 2, 1, 0, 0, 0]]
-    assert batch["weights"].tolist() == [[0, 1, 0, 1, 0, 0]]
-
-
-def test_tags_that_do_not_match_their_words_are_named(sources):
-    good = {"tokens": ["a", "b"], "tags": ["X", "Y"]}
-    sources(m=[good, {"tokens": ["a"], "tags": ["X", "Y"]}])
-    with pytest.raises(DataError, match="m train, example 1: 2 in .* for 1 words"):
-        opened(TokenClassificationConfig(source="m"))
-    sources(n=[good])
-    with pytest.raises(DataError, match="model.num_tags=1: 'n' has 2 classes"):
-        opened(TokenClassificationConfig(source="n"), num_tags=1)
-
-
-# --- Texts that are not from a split ---
 
 
 # --- Configurations ---

@@ -35,7 +35,7 @@ def test_ten_lines_train_generate_and_classify(namespace):
 
 
 def test_every_request_has_its_samples(namespace):
-    outputs = namespace["outputs"]
+    outputs = namespace["texts"]
     assert [len(x.samples) for x in outputs] == [2, 2, 2]
     assert all(len(x.token_scores) <= 8 for x in outputs)
     assert outputs[0].warnings == outputs[1].warnings == ()

@@ -30,10 +30,10 @@ sys.exit(INTERRUPTED)
 """
 
 
-def started(tmp_path, *args, **kwargs):
+def started(tmp_path, *args, before=()):
     program = [sys.executable, "-c", PROGRAM, str(tmp_path / "saved"), *args]
     process = subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+        [*before, *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -66,11 +66,8 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
 
 
 def test_a_program_under_nohup_goes_on(tmp_path):
-    process = started(
-        tmp_path,
-        "listening",
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
+    ignored = ["bash", "-c", 'trap "" HUP; exec "$@"', "nohup"]
+    process = started(tmp_path, "listening", before=ignored)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.1)
     assert process.poll() is None

@@ -142,8 +142,8 @@ def _class_names(
     names = store.origin(config, config.source).classes(feature)
     if len(names) == 1:
         raise DataError(
-            f"data.{field}={feature!r}: {config.source} has the class {names[0]!r} "
-            "only: nothing can be learned from one class; add the others"
+            f"data.{field}={feature!r}: {config.source} has one class, {names[0]!r}: "
+            "nothing can be learned from one class; add the others"
         )
     if names:
         return names

@@ -20,6 +20,7 @@ from triform.data.sources.mr_sentiment import MrSentiment
 from triform.data.sources.multi30k import Multi30kTranslate
 from triform.data.sources.tinyshakespeare import TinyShakespeare
 from triform.data.sources.wikitext2 import WikiText2
+from triform.runtime import paths
 from triform.runtime.errors import DataError
 
 BUILDERS = {
@@ -159,7 +160,10 @@ class TfdsSource:
                 f"{name}: manual_dir={manual_dir!r} is not a folder; set it to the "
                 "folder with the files, or leave it empty to download them"
             )
-        directory = os.path.expanduser(self.data_dir) or None
+        # Named only if it is given; TFDS would take '~' for a name where no home is.
+        default = tfds.core.constants.DATA_DIR
+        directory = paths.absolute(self.data_dir or default, setting="TFDS_DATA_DIR")
+        directory = directory if self.data_dir else None
 
         def make() -> tfds.core.DatasetBuilder:
             if name in BUILDERS:
