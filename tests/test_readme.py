@@ -1,4 +1,4 @@
-"""The README's commands, paths, keys and examples, against the code."""
+"""The commands, paths, keys and examples of the README and docs/, against the code."""
 
 import dataclasses
 import functools
@@ -26,6 +26,8 @@ from triform.tasks.prediction import TokenPrediction
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {p: p.read_text() for p in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+RUN, EXTEND = (PAGES[ROOT / "docs" / f"{x}.md"] for x in ("run", "extend"))
 RENAMED = json.loads((ROOT / "tests" / "renamed_keys.json").read_text())
 
 
@@ -45,16 +47,25 @@ def test_commands_are_those_of_the_makefile():
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-def test_paths_are_there():
-    named = re.findall(r"`((?:\w+/)+[\w.]*|\w+\.py)`", README)
-    named += re.findall(r"\]\(([^)]+)\)", README)
-    assert len(named) > 20
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_are_there(page):
+    named = re.findall(r"`((?:\w+/)+[\w.]*|\w+\.py)`", PAGES[page])
     roots = (ROOT, ROOT / "configs")
-    # What a run writes: its workdir, and names in it.
-    written = {"tensorboard/", "checkpoints/", "samples/", "corrupt/", "frozen/"}
-    for name in set(named) - written:
-        if not name.startswith("runs/"):
+    # Names in a workdir, and of parameters.
+    others = (
+        "tensorboard/",
+        "checkpoints/",
+        "samples/",
+        "corrupt/",
+        "frozen/",
+        "code/",
+    )
+    others += ("set_aside/", "runs/", "workdir/", "encoder/")
+    for name in named:
+        if not name.startswith(others):
             assert any((root / name).exists() for root in roots), name
+    for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", PAGES[page]):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
 def test_renamed_keys_are_in_the_table_and_in_the_config():
@@ -64,13 +75,13 @@ def test_renamed_keys_are_in_the_table_and_in_the_config():
     for before, now in RENAMED.items():
         assert before not in known
         assert now in known
-        assert f"`--{before}=" in README
-        assert f"--{now}=" in README
+        assert f"`--{before}=" in RUN
+        assert f"--{now}=" in RUN
 
 
 def example(first_line, name):
     """The module of the Python block that starts so."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", EXTEND, re.S)
     module = types.ModuleType(name)
     # A dataclass looks its module up by name.
     sys.modules[name] = module
@@ -84,7 +95,7 @@ def example(first_line, name):
 
 def smoke():
     config = transformer_cldr.get_config("smoke")
-    config.data.max_len, config.model.trunk.dropout = 8, 0.0
+    config.data.max_len, config.model.trunk.dropout = 12, 0.0
     return config
 
 
