@@ -109,8 +109,8 @@ def _parameters(config: ExperimentConfig) -> str:
 
 def _next(config: ExperimentConfig, workdir: str) -> str:
     lines = [commands.line("train", workdir=workdir)]
-    if config.model.generates():
-        lines.append(commands.line("generate", workdir=workdir) + ' --input="..."')
+    if asked := workdirs.request_command(config, workdir=workdir):
+        lines.append(asked)
     lines.append(commands.line("evaluate", workdir=workdir))
     lines.append(commands.line("export", commands.path(workdir), "HF_DIR"))
     return "\n".join(["next", *(f"  {line}" for line in lines)])

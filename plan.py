@@ -279,8 +279,8 @@ def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
     more = copy.deepcopy(config)
     more.steps = 2 * step
     lines = []
-    if config.model.generates():
-        lines.append(commands.line("generate", **about) + ' --input="..."')
+    if asked := workdirs.request_command(config, **about):
+        lines.append(asked)
     lines += [
         commands.line("evaluate", **about, split=config.data.test_split),
         commands.line("inspect", shown),

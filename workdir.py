@@ -23,11 +23,12 @@ from triform.configs.schema import ExperimentConfig, InitRule
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
 from triform.data.codecs.text import Tokenizer
+from triform.data.datasets import DATASETS
 from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models import ModelConfig
 from triform.models.stacking import looped_layers, stacked_layers
-from triform.runtime import files, metrics, paths
+from triform.runtime import commands, files, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 
@@ -73,6 +74,14 @@ def saved_config(workdir: str) -> ExperimentConfig | None:
         ) from error
     config.plugins = code
     return config
+
+
+def request_command(config: ExperimentConfig, **flags: str) -> str:
+    """The command that asks a run's model something; '' if nothing can be asked."""
+    kind = DATASETS[type(config.data)].requests
+    if not kind.answers():
+        return ""
+    return f'{commands.line("generate", **flags)} --input="{kind.example}"'
 
 
 def open_config(workdir: str) -> ExperimentConfig:
@@ -354,9 +363,7 @@ class Report:
                 *lines(self.skipped, "skipped, the model has no such parameter:"),
                 f"  newly initialised: {len(self.new)} arrays, {size(self.new)}",
                 *lines(self.new, "newly initialised:"),
-                *lines(
-                    dict.fromkeys(self.mismatches, ""), "other settings there:"
-                ),
+                *lines(dict.fromkeys(self.mismatches, ""), "other settings there:"),
             ]
         )
 

@@ -17,7 +17,7 @@ from triform.interop.workdir import export_model, import_model
 from triform.runtime import commands, host, paths, streams
 from triform.runtime.errors import UserError
 from triform.runtime.launch import one_line
-from triform.workdir import open_config
+from triform.workdir import open_config, request_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,9 +81,8 @@ def run(argv: Sequence[str]) -> list[str]:
 def _next(workdir: str) -> list[str]:
     """The commands that go on from here."""
     shown, lines = commands.path(workdir), ["next:"]
-    if open_config(workdir).model.generates():
-        line = commands.line("generate", workdir=workdir)
-        lines.append(f'  {line} --input="..."')
+    if asked := request_command(open_config(workdir), workdir=workdir):
+        lines.append(f"  {asked}")
     start = commands.line("train", "--config=NAME", **{"config.init_from": shown})
     lines.append(f"  {start} --workdir=DIR")
     lines.append(f"  {commands.line('export', shown, 'HF_DIR')}")

@@ -104,6 +104,7 @@ class Pictures(Requests):
     """Paths of image files, Pillow's images, or arrays uint8 [h, w] or [h, w, c]."""
 
     columns, gives = ("image",), ("label", "score", "probabilities")
+    example = "picture.png"
 
     def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
         super().__init__(config, codecs, sizes)

@@ -99,6 +99,7 @@ class Blanks(Requests):
     """Texts in which '[MASK]', or the tokenizer's own name of it, is to be filled."""
 
     columns, gives = ("text",), ("text", "score", "filled")
+    example = "... [MASK] ..."
 
     def read(self, request: Any) -> Item:
         """Ids of a text with its masks."""

@@ -40,6 +40,7 @@ class Requests:
     axis: ClassVar[str] = "L"  # on which a request needs positions
     continues: ClassVar[bool] = False  # what is written goes on with the request
     gives: ClassVar[tuple[str, ...]] = ("text", "score")  # fields of an answer
+    example: ClassVar[str] = "..."  # of a command line
 
     def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
         self.config, self.codecs, self.sizes = config, codecs, sizes
