@@ -104,7 +104,8 @@ def sources(config: ExperimentConfig, read: bool = False) -> str:
             counts = ": " + ", ".join(
                 f"{split} {_readable(data, name, split):,}" for split in splits
             )
-        lines.append(f"data: {name!r}, {where}{counts}")
+        found = where if where == name else f"{name!r}, {where}"
+        lines.append(f"data: {found}{counts}")
     return "\n".join(lines)
 
 
