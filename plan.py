@@ -194,7 +194,8 @@ def evaluations(splits: Splits) -> str:
         if names:
             beams = config.decode.beam_size if config.decode.method == "beam" else 1
             written += scored
-            cost += scored * config.decode.max_len * beams
+            length = config.decode.max_len or config.data.shapes()[-1].get("L", 1)
+            cost += scored * length * beams
     shapes, rows = config.data.shapes(), config.data.rows
     steps = [rows(shapes[i]) * _length(shapes[i]) for i, _ in splits.train.plan(0)]
     every = config.evaluation.every * (1 + BACKWARD) * sum(steps) / len(steps)

@@ -83,7 +83,7 @@ def smoke(config: Any, split: str = "") -> None:
         whole = data.source in SOURCES or "[" in data.eval_split
         split = data.eval_split if whole else f"{data.eval_split}[:100]"
     data.train_split = data.eval_split = data.test_split = split
-    config.decode.max_len = 10
+    config.decode.max_len = 0  # whatever the rows are set to
     config.steps, config.log_every = 6, 2
     config.evaluation.every = config.checkpoint.every = 4
     if config.evaluation.metrics:  # generating takes most of the time

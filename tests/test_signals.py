@@ -17,8 +17,10 @@ from triform.sweep import combinations, name_of
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Does steps until it is told to stop, then "saves" for a moment.
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from triform.runtime.signals import INTERRUPTED, Interrupt
+if "nohup" not in sys.argv:  # under which these tests may run themselves
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 stop = Interrupt()
 stop.listening = "listening" in sys.argv
 print("ready", flush=True)
@@ -33,7 +35,10 @@ sys.exit(INTERRUPTED)
 def started(tmp_path, *args, before=()):
     program = [sys.executable, "-c", PROGRAM, str(tmp_path / "saved"), *args]
     process = subprocess.Popen(
-        [*before, *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*before, *program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -67,7 +72,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
 
 def test_a_program_under_nohup_goes_on(tmp_path):
     ignored = ["bash", "-c", 'trap "" HUP; exec "$@"', "nohup"]
-    process = started(tmp_path, "listening", before=ignored)
+    process = started(tmp_path, "listening", "nohup", before=ignored)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.1)
     assert process.poll() is None
