@@ -114,7 +114,7 @@ class Progress:
         self._reset()
         self.window = window
         self.said = self.stepped = time.perf_counter()
-        self.heartbeat = Heartbeat(self._slow, QUIET)
+        self.heartbeat = Heartbeat(self._slow, 1.2 * QUIET)
 
     def _slow(self) -> str:
         seconds = time.perf_counter() - self.stepped
@@ -148,7 +148,7 @@ class Progress:
         self.said = self.stepped = time.perf_counter()
         self.away += self.stepped - start
         self.idle += self.stepped - start
-        self.heartbeat = Heartbeat(self._slow, QUIET)
+        self.heartbeat = Heartbeat(self._slow, 1.2 * QUIET)
 
     def update(
         self, step: int, measured: metrics.Metrics, real: int

@@ -1,4 +1,4 @@
-"""The Python of docs/python.md runs as it is written."""
+"""The Python of docs/python.md and of the README runs as it is written."""
 
 import pathlib
 import re
@@ -7,6 +7,9 @@ import signal
 import numpy as np
 import pytest
 
+from triform.configs import my_labels
+
+README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "python.md"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
@@ -72,3 +75,17 @@ def test_no_handler_of_signals_is_left(namespace):
 def test_the_own_loop_makes_the_steps_it_says(namespace):
     assert int(namespace["state"].step) == 3
     assert np.isfinite(namespace["measured"]["loss"].value())
+
+
+def test_the_python_of_the_readme_answers(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(block.strip().splitlines()) <= 10
+    rows = [f"{word} {i},{word}" for i in range(40) for word in ("good", "bad")]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRIFORM_CACHE", str(tmp_path / "cache"))
+    tiny = my_labels.get_config("smoke")
+    monkeypatch.setattr(my_labels, "get_config", lambda: tiny)
+    names = {}
+    exec(block, names)
+    assert set(names["answer"].probabilities) == {"good", "bad"}
