@@ -38,6 +38,11 @@ IMPORTS = {
     "scores": (),
     "runtime": (),
 }
+# One box in the picture: what a user starts, and what only that needs.
+PROGRAMS = (
+    *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
+    *("sweep", "plot", "inspection", "config_flag"),
+)
 # What starts the others, and imports them by name when they are asked for.
 DOORS = ("", "__main__", "console")
 # Inside a folder a row imports itself and later rows, none before it. What no row
@@ -152,8 +157,21 @@ def row(module: str) -> int:
 
 
 def picture() -> str:
-    """The table as a diagram for the README."""
-    arrows = [f"    {a} --> {b}\n" for a, names in IMPORTS.items() for b in names]
+    """The table as a diagram for the README: arrows that follow from others are none."""
+    boxes: dict[str, dict[str, None]] = {}
+    for name, names in IMPORTS.items():
+        box, *others = ("programs" if x in PROGRAMS else top(x) for x in (name, *names))
+        boxes.setdefault(box, {}).update(dict.fromkeys(x for x in others if x != box))
+
+    def beyond(box: str) -> set[str]:
+        return set(boxes[box]).union(*(beyond(x) for x in boxes[box]))
+
+    arrows = [
+        f"    {a} --> {b}\n"
+        for a, targets in boxes.items()
+        for b in targets
+        if not any(b in beyond(x) for x in targets)
+    ]
     return "```mermaid\nflowchart TD\n" + "".join(arrows) + "```\n"
 
 
