@@ -157,7 +157,7 @@ def row(module: str) -> int:
 
 
 def picture() -> str:
-    """The table as a diagram for the README: arrows that follow from others are none."""
+    """The table as a diagram for the README, without arrows that follow from others."""
     boxes: dict[str, dict[str, None]] = {}
     for name, names in IMPORTS.items():
         box, *others = ("programs" if x in PROGRAMS else top(x) for x in (name, *names))
