@@ -8,7 +8,7 @@ from typing import Any
 
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
-from triform.runtime import files, metrics
+from triform.runtime import files, hosts, metrics
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import CheckpointError, UserError
 from triform.runtime.leaves import not_finite, some
@@ -95,7 +95,7 @@ def go_back(
     for path in checkpointer.set_aside(later):
         print(f"set aside: {path}")
     lost = [line for line in metrics.read_lines(workdir) if line["step"] > step]
-    if lost:
+    if lost and hosts.here().is_first:
         folder = os.path.join(workdir, "set_aside")
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, metrics.FILE), "a", encoding="utf-8") as f:

@@ -15,6 +15,7 @@ again. From Python: `run(config, workdir)`.
 import contextlib
 import copy
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,23 +34,37 @@ from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
 from triform.recovery import Health, go_back
-from triform.runtime import commands, history, launch, metrics, paths, signals
+from triform.runtime import (
+    commands,
+    history,
+    hosts,
+    joining,
+    launch,
+    locks,
+    metrics,
+    paths,
+    signals,
+)
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
-from triform.runtime.metrics import MetricWriter
+from triform.runtime.metrics import MetricWriter, NoWriter
 from triform.runtime.progress import SOON, Progress, stage
+from triform.runtime.stopping import Stop
 
-Stop = Callable[[], str]  # why to save and leave, '' to go on
+SAME = ("workdir", "from_step")  # flags that processes must agree in
 
 
 def batches_from(
     train: TrainBatches, experiment: Experiment, first: int
 ) -> Iterator[tuple[Any, int, int]]:
-    """(batch on the devices, index of its shape, real units) from step `first` on."""
+    """(batch on the devices, index of its shape, real units of the rows made here)
+    from step `first` on.
+    """
     for step in range(first, experiment.config.steps):
         index, _ = train.ids(step)
-        batch = train[step]
-        yield experiment.put(batch), index, train.batches.real(batch)
+        batch = train.batch(step, experiment.held(index))
+        put = experiment.put(batch, experiment.rows(index))
+        yield put, index, train.batches.real(batch)
 
 
 def examples_of(train: TrainBatches, step: int) -> str:
@@ -82,7 +97,7 @@ def train_loop(
     evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
     health: Health,
-    writer: MetricWriter,
+    writer: MetricWriter | NoWriter,
     stop: Stop,
 ) -> TrainState:
     """Steps until config.steps or `stop()`; the last state is saved."""
@@ -100,13 +115,15 @@ def train_loop(
     source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
     pending = None
 
-    def settle() -> None:
+    def settle(saving: bool = False) -> None:
         """Reads the metrics of the step before: never waits for the one in flight."""
         if pending is not None:
             number, measured, real = pending
             measured = metrics.to_host(measured)
             shown = functools.partial(examples_of, train, number)
             health.check_step(metrics.values(measured, "train"), number, shown)
+            due = saving or number % config.log_every == 0
+            real = hosts.here().total(real, due)
             if line := progress.update(number, measured, real):
                 writer.write(number, line, progress.seen)
 
@@ -124,7 +141,7 @@ def train_loop(
             due = evaluation_due(config, step)
             if not (stop() or due or step % config.checkpoint.every == 0):
                 continue
-            settle()
+            settle(saving=True)
             pending = None
             with progress.paused():
                 # Batch t is a function of (seed, t): the step is the whole position.
@@ -283,17 +300,18 @@ def run(
     Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: train.py runs on one host")
+    group, interrupt = hosts.here(), stop
+    stop = group.stop(stop)
     config, codecs = resolve(config, workdir)
     experiment = Experiment(config)
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(workdirs.lock(workdir))
+        stack.enter_context(locks.lock(workdir))
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
-        if isinstance(stop, signals.Interrupt):
-            stop.leaving = lambda came: start.end(f"interrupted by {came}")
+        group.leaving = lambda line: start.end(f"error: {line}")
+        if isinstance(interrupt, signals.Interrupt):
+            interrupt.leaving = start.interrupted
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         if from_step is not None:
@@ -302,9 +320,13 @@ def run(
             return scores
         print(plan.describe(experiment))
         print(plan.sources(config), flush=True)
-        codecs = codecs or find_codecs(config, workdir)
+        if codecs is None:
+            what = "building tokenizer and classes"
+            codecs = group.in_turn(what, lambda: find_codecs(config, workdir))
         print(plan.export(config, workdir, codecs), flush=True)
-        splits = plan.Splits.open(experiment, codecs)
+        what = "preparing the data"
+        splits = group.in_turn(what, lambda: plan.Splits.open(experiment, codecs))
+        group.same(what, splits.digests())
         splits.print()
         state, meta = restore_or_init(experiment, splits.train, checkpointer)
         if from_step is not None:
@@ -316,14 +338,19 @@ def run(
         workdirs.claim(workdir, config, codecs)
         workdirs.save_frozen(workdir, experiment.placement.unload(state))
         unit = splits.train.batches.dataset.unit
-        writer = MetricWriter(workdir, meta["data"]["step"], unit)
+        kind = MetricWriter if group.is_first else NoWriter
+        writer = kind(workdir, meta["data"]["step"], unit)
         stack.enter_context(contextlib.closing(writer))
         evaluator = Evaluator(experiment, codecs)
+        if isinstance(interrupt, signals.Interrupt):
+            interrupt.listening = True
         scores = train_and_test(
             experiment, splits, state, meta, evaluator, checkpointer, writer, stop
         )
         if not scores:
             start.outcome = f"interrupted by {stop()}"
+            if isinstance(interrupt, signals.Interrupt):
+                interrupt.requested = stop()  # it may have come to another process
         return scores
 
 
@@ -334,7 +361,7 @@ def train_and_test(
     meta: dict[str, Any],
     evaluator: Evaluator,
     checkpointer: Checkpointer,
-    writer: MetricWriter,
+    writer: MetricWriter | NoWriter,
     stop: Stop,
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
@@ -362,8 +389,6 @@ def train_and_test(
         checkpointer.record(step, numbers)
         scored[step] = found
 
-    if isinstance(stop, signals.Interrupt):
-        stop.listening = True
     step = meta["data"]["step"]
     if evaluation_due(config, step) and not checkpointer.metrics_of(step):
         evaluate(state, step)  # the one that was interrupted
@@ -404,6 +429,7 @@ def main(argv: list[str]) -> int:
         print(plan.sources(config, read=True))
         return 0
     workdir = launch.folder_flag("workdir")
+    joining.join({"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)})
     interrupt = signals.Interrupt()
     run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
     if interrupt.requested:
@@ -419,6 +445,7 @@ def main(argv: list[str]) -> int:
 
 def define() -> None:
     """Defines the flags but for --config."""
+    joining.define()
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
     flags.DEFINE_integer("from_step", None, about)
