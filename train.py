@@ -429,7 +429,9 @@ def main(argv: list[str]) -> int:
         print(plan.sources(config, read=True))
         return 0
     workdir = launch.folder_flag("workdir")
-    joining.join({"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)})
+    group = joining.join(
+        {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
+    )
     interrupt = signals.Interrupt()
     run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
     if interrupt.requested:
@@ -437,8 +439,12 @@ def main(argv: list[str]) -> int:
             workdirs.checkpoint_dir(workdir), config.checkpoint
         ) as checkpointer:
             saved = checkpointer.latest()
-        print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
-        print(f"to go on: {commands.line('train', workdir=workdir)}", file=sys.stderr)
+        again = commands.line("train", workdir=workdir)
+        if group.count > 1:
+            again = f"start all processes again, or one alone: {again}"
+        if group.is_first:
+            print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+            print(f"to go on: {again}", file=sys.stderr)
         return signals.INTERRUPTED
     return 0
 
