@@ -12,6 +12,7 @@ LONG = {
     "tests/test_flash.py::test_block_by_block": "compiles for every mask",
     "tests/test_flash.py::test_blocks_that_hold": "compiles for every mask",
     "tests/test_flash.py::test_dropped_weights": "many samples",
+    "tests/test_hosts_run.py": "processes",
     "tests/test_interop_workdir.py::test_memory": "a process",
     "tests/test_models.py::test_remat": "compiles three models",
     "tests/test_models.py::test_scan": "compiles two models for every window",

@@ -160,7 +160,7 @@ def test_a_wait_says_for_whom(monkeypatch, capsys):
 
 @pytest.mark.parametrize("who", [0, 3])
 def test_all_stop_at_the_same_question(who):
-    """Whoever has the reason, however far apart they are: nobody is asked more often."""
+    """Whoever has the reason, and however far apart they are."""
     members, asked = group(4), [0] * 4
 
     def call(one):
