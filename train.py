@@ -302,7 +302,8 @@ def run(
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
     group, interrupt = hosts.here(), stop
     stop = group.stop(stop)
-    config, codecs = resolve(config, workdir)
+    what = "reading the names of classes"
+    config, codecs = group.in_turn(what, lambda: resolve(config, workdir))
     experiment = Experiment(config)
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -433,6 +434,7 @@ def main(argv: list[str]) -> int:
         {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
     )
     interrupt = signals.Interrupt()
+    interrupt.leaving = lambda came: group.leave_at_once(came, signals.INTERRUPTED)
     run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
     if interrupt.requested:
         with Checkpointer(

@@ -133,7 +133,7 @@ class Start:
     def interrupted(self, came: str) -> None:
         """Completes the line, and ends the other processes: a signal ends this one."""
         self.end(f"interrupted by {came}")
-        hosts.here().publish(f"{came} before the first step", INTERRUPTED)
+        hosts.here().leave_at_once(f"{came} before the first step", INTERRUPTED)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with files.replacing(path_of(self.workdir)) as f:

@@ -288,6 +288,14 @@ class Hosts:
         fault = {"process": index, "line": line, "code": code, "dead": dead}
         self.put_first("triform/fault", fault)
 
+    def leave_at_once(self, reason: str, code: int) -> None:
+        """Ends the others, because this process is about to end and saves nothing."""
+        if self.count > 1 and not self.over.is_set():
+            self.over.set()
+            line = f"{self.title(self.index)} ended: {reason}"
+            self.publish(line, code, dead=True)
+            self._last({"process": self.index, "dead": False})
+
     def _end(self, fault: dict[str, Any]) -> None:
         """Ends this process because of another's fault, if it does not end itself."""
         self._fault = fault
@@ -431,5 +439,8 @@ def together(one_line: Callable[[Exception], str]) -> Iterator[None]:
         yield
     except Exception as error:
         here().failed(error, one_line)
+        raise
+    except KeyboardInterrupt:
+        here().leave_at_once("interrupted", 130)
         raise
     here().finish()

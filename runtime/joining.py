@@ -422,7 +422,8 @@ def _receive(line: socket.socket) -> Any:
 def _initialize(group: Group, timeout: float, heartbeat: float) -> None:
     """jax.distributed.initialize; all processes are there and about to call it."""
     # Ours stop all processes at the same step, and for other signals, too.
-    jax.config.update("jax_enable_preemption_service", False)
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_enable_preemption_service", False)
     name = "get_distributed_runtime_client"
     make = getattr(_jax, name)
     # With a callback, JAX neither logs a stack trace nor aborts at once: see

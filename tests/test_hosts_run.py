@@ -181,7 +181,6 @@ def test_killed_interrupted_and_resumed_with_other_numbers(folder, alone):
 
     # Two processes, of which one is killed: the other names it and ends.
     group = start(2, pause=0.2, heartbeat=HEARTBEAT)
-    group.until("saving step 4")
     group.until("step 6/")
     group.processes[1].kill()
     killed = time.monotonic()
