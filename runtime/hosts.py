@@ -341,13 +341,13 @@ class Hosts:
     def failed(self, error: Exception, one_line: Callable[[Exception], str]) -> None:
         """Tells the others of an error that ends this process.
 
-        One that `one_line` has no line for may only be the echo of another process's
-        death in a collective: that one is named if it can be.
+        That of a collective may only be the echo of another process's death: then that
+        one is named if it can be.
         """
         if self.count == 1:
             return
         line = one_line(error)
-        if not line:
+        if not line and _may_be_an_echo(error):
             self.over.wait(1.5 * self._heartbeat)  # _end comes before
         self.over.set()
         line = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -374,6 +374,11 @@ class Hosts:
                 stream.flush()
         self._last({"process": self.index, "dead": False})
         os._exit(code)
+
+
+def _may_be_an_echo(error: Exception) -> bool:
+    """Can it come from a collective whose other processes are gone?"""
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
 def difference(found: Sequence[Mapping[str, Any]], title: Callable[[int], str]) -> str:

@@ -184,14 +184,14 @@ class MeshPlacement:
             return over if over and fits else None
 
         def place(name: str, x: np.ndarray) -> jax.Array:
-            split = P(*map(axis, axes[name], x.shape))
+            shape = (padded, *x.shape[1:])
+            split = P(*map(axis, axes[name], shape))
             sharding = NamedSharding(self.mesh, split)
 
             def part(index: tuple) -> np.ndarray:
                 start, stop, _ = index[0].indices(padded)
                 return x[start - held.start : stop - held.start, *index[1:]]
 
-            shape = (padded, *x.shape[1:])
             return jax.make_array_from_callback(shape, sharding, part)
 
         return {name: place(name, x) for name, x in batch.items()}
