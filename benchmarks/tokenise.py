@@ -166,8 +166,9 @@ def main() -> None:
         print(
             f"{name:9} {size / 1e6:,.0f} MB, {flags.processes} processes: reading "
             f"{x['read']:.0f} s, encoding {x['encode']:.0f} s = "
-            f"{size / 1e6 / x['encode']:.2f} MB/s, {x['cpu']:.0f} CPU s, {x['tokens']:,} tokens, memory "
-            f"{x['memory'] / 1e9:.2f} GB {x.get('versions', '')}",
+            f"{size / 1e6 / x['encode']:.2f} MB/s, {x['cpu']:.0f} CPU s, "
+            f"{x['tokens']:,} tokens, memory {x['memory'] / 1e9:.2f} GB "
+            f"{x.get('versions', '')}",
             flush=True,
         )
 
