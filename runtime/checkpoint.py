@@ -144,6 +144,15 @@ class Checkpointer:
                 f"step {step} in {self.directory} is corrupt ({problem})"
             ) from problem
 
+    def described(self, step: int) -> dict[str, Any]:
+        """Shape, dtype and checksum by path of a step; CheckpointError if corrupt."""
+        try:
+            return self._read_meta(step)["arrays"]
+        except Corrupt as problem:
+            raise CheckpointError(
+                f"step {step} in {self.directory} is corrupt ({problem})"
+            ) from problem
+
     def metrics_of(self, step: int) -> Mapping[str, float]:
         """What was recorded for a step; empty if nothing was."""
         return self._metrics.get(step, {})
