@@ -65,14 +65,14 @@ class Health:
             steps = checkpointer.steps()
         where = f"the newest checkpoint is {steps[-1]}" if steps else "nothing is saved"
         if len(steps) > 1:
-            where += f", --from_step={steps[-2]} goes on after an older one"
+            where += f", --resume={steps[-2]} goes on after an older one"
         return UserError(f"step {step}: {what}; {where}: {ADVICE}")
 
 
 def go_back(
     workdir: str, checkpointer: Checkpointer, config: ExperimentConfig, step: int
 ) -> None:
-    """Sets aside the checkpoints and numbers after `step`; nothing is deleted.
+    """Sets aside the checkpoints, numbers and scores after `step`; nothing is deleted.
 
     The same command started again goes on: what was trained with this config after the
     same step stays. UserError if there is no such step.
@@ -83,20 +83,33 @@ def go_back(
         # It may be damaged: perhaps that is why somebody goes back.
         with contextlib.suppress(CheckpointError):
             newest = checkpointer.meta_of(steps[-1])
-    if newest.get("from_step") == step and newest["config"] == schema.to_json(config):
-        print(f"from_step={step}: done before; going on after step {steps[-1]}")
+    if newest.get("resume") == step and newest["config"] == schema.to_json(config):
+        print(f"resume={step}: done before; going on after step {steps[-1]}")
         return
     if step not in steps:
         shown = ", ".join(map(str, steps)) or "none is saved"
         raise UserError(
-            f"--from_step={step}: no checkpoint of that step; name one of {shown}"
+            f"--resume={step}: no checkpoint of that step; name one of {shown}"
         )
-    later = [s for s in steps if s > step]
+    set_aside(workdir, checkpointer, step)
+
+
+def set_aside(workdir: str, checkpointer: Checkpointer, step: int) -> None:
+    """Moves what a run has of later steps to its folder set_aside/."""
+    later = [s for s in checkpointer.steps() if s > step]
+    scores = checkpointer.forget(step)
+    keep_lines(workdir, "scores.jsonl", [{"step": s} | scores[s] for s in scores])
     for path in checkpointer.set_aside(later):
         print(f"set aside: {path}")
     lost = [line for line in metrics.read_lines(workdir) if line["step"] > step]
-    if lost:
-        folder = os.path.join(workdir, "set_aside")
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, metrics.FILE), "a", encoding="utf-8") as f:
-            f.writelines(files.dumps(line) + "\n" for line in lost)
+    keep_lines(workdir, metrics.FILE, lost)
+
+
+def keep_lines(workdir: str, name: str, lines: list[Mapping[str, Any]]) -> None:
+    """Appends lines to a file of that name in set_aside/."""
+    if not lines:
+        return
+    folder = os.path.join(workdir, "set_aside")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, name), "a", encoding="utf-8") as f:
+        f.writelines(files.dumps(line) + "\n" for line in lines)

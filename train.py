@@ -1,7 +1,7 @@
 """Trains one experiment; started again with the same workdir, resumes it.
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
-        [--config.any.key=value] [--dry_run] [--from_step=STEP]
+        [--config.any.key=value] [--dry_run] [--resume=STEP] [--fork=RUN:STEP]
     python train.py --workdir=DIR     goes on with the config that is in DIR
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import config_flag, plan
+from triform import config_flag, forks, plan
 from triform import workdir as workdirs
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
@@ -274,12 +274,14 @@ def run(
     workdir: str,
     *,
     stop: Stop = lambda: "",
-    from_step: int | None = None,
+    resume: int | None = None,
+    fork: str = "",
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
     `stop` is asked after every step; once it returns a reason, the state is saved and
-    {} is returned. `from_step`: goes on after this step, later ones are set aside.
+    {} is returned. `resume`: goes on after this step, later ones are set aside. `fork`:
+    RUN:STEP, the run and the step from which a new workdir goes on.
     Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
@@ -290,14 +292,16 @@ def run(
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.lock(workdir))
+        if fork:
+            forks.begin(workdir, config, fork)
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
         if isinstance(stop, signals.Interrupt):
             stop.leaving = lambda came: start.end(f"interrupted by {came}")
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
-        if from_step is not None:
-            go_back(workdir, checkpointer, config, from_step)
+        if resume is not None:
+            go_back(workdir, checkpointer, config, resume)
         if scores := finished(experiment, checkpointer):
             return scores
         print(plan.describe(experiment))
@@ -307,8 +311,8 @@ def run(
         splits = plan.Splits.open(experiment, codecs)
         splits.print()
         state, meta = restore_or_init(experiment, splits.train, checkpointer)
-        if from_step is not None:
-            meta["from_step"] = from_step
+        if resume is not None:
+            meta["resume"] = resume
         if before is not None:
             step = meta["data"]["step"]
             if text := plan.changes(before, config, codecs, splits.train, step):
@@ -405,7 +409,8 @@ def main(argv: list[str]) -> int:
         return 0
     workdir = launch.folder_flag("workdir")
     interrupt = signals.Interrupt()
-    run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
+    resume, fork = flags.FLAGS.resume, flags.FLAGS.fork
+    run(config, workdir, stop=interrupt, resume=resume, fork=fork)
     if interrupt.requested:
         with Checkpointer(
             workdirs.checkpoint_dir(workdir), config.checkpoint
@@ -421,7 +426,9 @@ def define() -> None:
     """Defines the flags but for --config."""
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
-    flags.DEFINE_integer("from_step", None, about)
+    flags.DEFINE_integer("resume", None, about)
+    about = "RUN:STEP: begin this workdir as that run was after this step."
+    flags.DEFINE_string("fork", "", about)
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
     flags.DEFINE_string(
         "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."

@@ -163,6 +163,17 @@ class Checkpointer:
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
         self._write_scores()
 
+    def scored(self, last: int) -> list[int]:
+        """The steps up to `last` for which something was recorded."""
+        return [s for s in self._metrics if s <= last]
+
+    def forget(self, after: int) -> dict[int, Mapping[str, float]]:
+        """Takes out, and returns, what was recorded for later steps."""
+        gone = {s: self._metrics.pop(s) for s in [*self._metrics] if s > after}
+        if gone:
+            self._write_scores()
+        return gone
+
     def on_schedule(self) -> list[int]:
         """The finished steps that an uninterrupted run would have, oldest first."""
         steps = self.steps()

@@ -30,7 +30,7 @@ def folder(tmp_path):
     """A workdir with checkpoints of the steps 1, 2 and 3."""
     with opened(tmp_path) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, STATE, meta={"config": "one", "from_step": None})
+            checkpointer.save(step, STATE, meta={"config": "one", "resume": None})
             checkpointer.record(step, {"eval/loss": 1.0})
     return tmp_path
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_the_next_step_proves_ruined_is_set_aside(value, folde
 def test_a_checkpoint_that_may_be_good_stays(start, step, folder):
     with opened(folder) as checkpointer:
         health = recovery.Health(checkpointer, start)
-        with pytest.raises(UserError, match="--from_step=2"):
+        with pytest.raises(UserError, match="--resume=2"):
             health.check_step(measured(jnp.nan), step, lambda: "")
         assert checkpointer.steps() == [1, 2, 3]
 
@@ -248,7 +248,7 @@ def test_a_run_goes_on_after_a_step_that_ruined_it_and_back_to_older_ones(
     assert max(straight.values()) < 20
     # Back to step 2, with another rate: what was done after it is kept elsewhere.
     slower = config_of(5, learning_rate=1e-4)
-    train.run(slower, workdir, from_step=2)
+    train.run(slower, workdir, resume=2)
     again = steps_of()
     assert [*again] == [1, 2, 3, 4, 5]
     assert again[3] == straight[3]
@@ -257,11 +257,11 @@ def test_a_run_goes_on_after_a_step_that_ruined_it_and_back_to_older_ones(
         *os.listdir(tmp_path / "run/set_aside")
     }
     # A scheduler starts the same command again: it does not begin from step 2 anew.
-    scores = train.run(slower, workdir, from_step=2)
+    scores = train.run(slower, workdir, resume=2)
     assert scores["test/loss"] > 0
     assert steps_of() == again
-    with pytest.raises(TriformError, match="from_step=77"):
-        train.run(slower, workdir, from_step=77)
+    with pytest.raises(TriformError, match="resume=77"):
+        train.run(slower, workdir, resume=77)
 
 
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
