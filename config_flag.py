@@ -109,7 +109,8 @@ def define(argv: Sequence[str]) -> list[str]:
     """Defines --config and --config.KEY for every key that argv sets.
 
     Returns argv without --config itself, which may stand anywhere. Without it the
-    config is that of --workdir, or of the run of --fork. UserError for a config or a key that is not there.
+    config is that of --workdir, or of the run of --fork. UserError for a config or a
+    key that is not there.
     """
     argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
     text, rest = _take(argv, "config")

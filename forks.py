@@ -19,7 +19,9 @@ def parse(text: str) -> tuple[str, int]:
     """(workdir, step) of RUN:STEP; UserError if it is neither."""
     found = re.fullmatch(r"(.+):(\d+)", text)
     if not found:
-        raise UserError(f"--fork={text}: write RUN:STEP, a workdir and one of its steps")
+        raise UserError(
+            f"--fork={text}: write RUN:STEP, a workdir and one of its steps"
+        )
     return paths.absolute(found[1]), int(found[2])
 
 
@@ -50,7 +52,9 @@ def begin(workdir: str, config: ExperimentConfig, text: str) -> None:
         raise UserError(f"--fork={text}: no checkpoint of that step; there are {shown}")
     _copy_steps(folder, workdirs.checkpoint_dir(workdir), steps)
     if os.path.isdir(os.path.join(source, "frozen")):
-        _copy_steps(os.path.join(source, "frozen"), os.path.join(workdir, "frozen"), [0])
+        _copy_steps(
+            os.path.join(source, "frozen"), os.path.join(workdir, "frozen"), [0]
+        )
     files.write_json(os.path.join(workdir, "scores.json"), scores)
     lines = [x for x in metrics.read_lines(source) if x["step"] <= step]
     with files.replacing(os.path.join(workdir, metrics.FILE)) as f:

@@ -1,4 +1,8 @@
-"""When numbers are no longer finite: what is saved, and going back to an older step."""
+"""When numbers are no longer finite: what is saved, and going back to an older step.
+
+A bad step (runtime/guard.py) has changed nothing. By `recovery.action` the run ends
+with one line, goes on without that update, or goes back and leaves batches out.
+"""
 
 import contextlib
 import math
@@ -8,7 +12,7 @@ from typing import Any
 
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
-from triform.runtime import files, metrics
+from triform.runtime import files, guard, metrics
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import CheckpointError, UserError
 from triform.runtime.leaves import not_finite, some
@@ -17,6 +21,93 @@ ADVICE = (
     "lower optim.learning_rate, set optim.clip_norm=1 or lengthen optim.warmup_steps, "
     "and start again"
 )
+
+
+class Rewind(Exception):
+    """A run goes back to a checkpoint before this step."""
+
+    def __init__(self, step: int):
+        super().__init__(f"step {step} was bad")
+        self.step = step
+
+
+class Recovery:
+    """Decides what follows a bad step.
+
+    `capsule` (step, facts, state) -> text keeps what is needed to see the step again.
+    """
+
+    def __init__(
+        self,
+        config: guard.RecoveryConfig,
+        health: "Health",
+        watch: guard.Watch,
+        capsule: Callable[[int, Mapping[str, Any], Any], str],
+    ):
+        self._config, self._health, self._capsule = config, health, capsule
+        self.watch = watch
+
+    def bad_step(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        limit: float,
+        examples: str,
+        state: Any,
+    ) -> None:
+        """Returns if the step is skipped; else UserError, or Rewind.
+
+        `state` is what the step was computed from.
+        """
+        c, watch = self._config, self.watch
+        why = f"{guard.problem(scalars, limit)} on examples {examples}"
+        facts = {"why": why, "measured": dict(scalars), "examples": examples}
+        why += self._capsule(step, facts, state)
+        if c.action == "stop" or watch.bad >= c.most:
+            if c.action != "stop":
+                why += f"; it is bad step {watch.bad + 1}, recovery.most={c.most}"
+            raise self._health.stopped(step, why, after=step - 1)
+        watch.bad += 1
+        print(f"step {step}: {why}", flush=True)
+        if c.action == "rewind":
+            raise Rewind(step)
+        print(f"step {step}: its update is skipped", flush=True)
+
+    def check_state(self, state: Any, step: int) -> None:
+        """UserError, or Rewind, if a state that is about to be saved is not finite."""
+        try:
+            self._health.check_state(state, step)
+        except UserError as error:
+            watch = self.watch
+            if self._config.action != "rewind" or watch.bad >= self._config.most:
+                raise
+            watch.bad += 1
+            print(error, flush=True)
+            raise Rewind(step) from error
+
+
+def rewind(
+    workdir: str,
+    checkpointer: Checkpointer,
+    watch: guard.Watch,
+    config: guard.RecoveryConfig,
+    reason: Rewind,
+) -> int:
+    """Goes back to the newest checkpoint before the last steps up to the bad one, whose
+    batches (config.leave_out) are left out from now on; the step, 0 if none is saved.
+
+    If all are younger, to the oldest: fewer batches are left out then.
+    """
+    checkpointer.wait()
+    bad, count = reason.step, config.leave_out
+    steps = [s for s in checkpointer.steps() if s < bad]
+    step = max((s for s in steps if s <= bad - count), default=min(steps, default=0))
+    out = [watch.position(s - 1) for s in range(max(step, bad - count) + 1, bad + 1)]
+    set_aside(workdir, checkpointer, step)
+    watch.left_out = sorted({*watch.left_out, *out})
+    shown = ", ".join(map(str, watch.left_out))
+    print(f"going back to step {step}; batches left out: {shown}", flush=True)
+    return step
 
 
 class Health:
@@ -29,28 +120,19 @@ class Health:
     def __init__(self, checkpointer: Checkpointer, start: int):
         self._checkpointer, self._start = checkpointer, start
 
-    def check_step(
-        self, scalars: Mapping[str, float], step: int, examples: Callable[[], str]
-    ) -> None:
-        """UserError if the loss or gradient of a step is not finite."""
-        for name in ("train/loss", "train/grad_norm"):
-            if not math.isfinite(scalars[name]):
-                what = f"{name} is {scalars[name]} on examples {examples()}"
-                raise self._stop(step, what, after=step - 1)
-
     def check_state(self, state: Any, step: int) -> None:
         """UserError if a state that is about to be saved has a NaN or an infinity."""
         if bad := not_finite(state):
             what = f"the update made {some(bad)} infinite or NaN; it was not saved"
-            raise self._stop(step, what, after=step)
+            raise self.stopped(step, what, after=step)
 
     def check_evaluation(self, scalars: Mapping[str, Any], step: int) -> None:
         """UserError if the loss of an evaluation after a step is not finite."""
         for name, value in scalars.items():
             if name.endswith("/loss") and not math.isfinite(value):
-                raise self._stop(step, f"{name} is {value}", after=step)
+                raise self.stopped(step, f"{name} is {value}", after=step)
 
-    def _stop(self, step: int, what: str, after: int) -> UserError:
+    def stopped(self, step: int, what: str, after: int) -> UserError:
         """What to tell; the state after step `after` cannot be gone on with.
 
         If this process saved that state, it is set aside. Of earlier processes' nothing

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import config_flag, forks, plan
+from triform import capsule, config_flag, forks, plan, recovery
 from triform import workdir as workdirs
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
@@ -32,46 +32,33 @@ from triform.data.codecs import files as codec_files
 from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
-from triform.recovery import Health, go_back
-from triform.runtime import commands, history, launch, metrics, paths, signals
+from triform.recovery import Health, Recovery, go_back
+from triform.runtime import (
+    commands,
+    guard,
+    history,
+    launch,
+    paths,
+    signals,
+)
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
 from triform.runtime.progress import SOON, Progress, stage
+from triform.stepping import Steps, compile_steps
 
 Stop = Callable[[], str]  # why to save and leave, '' to go on
 
 
 def batches_from(
-    train: TrainBatches, experiment: Experiment, first: int
+    train: TrainBatches, experiment: Experiment, watch: guard.Watch, first: int
 ) -> Iterator[tuple[Any, int, int]]:
     """(batch on the devices, index of its shape, real units) from step `first` on."""
     for step in range(first, experiment.config.steps):
-        index, _ = train.ids(step)
-        batch = train[step]
+        number = watch.position(step)
+        index, _ = train.ids(number)
+        batch = train[number]
         yield experiment.put(batch), index, train.batches.real(batch)
-
-
-def examples_of(train: TrainBatches, step: int) -> str:
-    """'12, 7, 3 of train': the first examples of a step."""
-    _, ids = train.ids(step - 1)
-    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-    return f"{shown} of {train.batches.dataset.split}"
-
-
-def compile_steps(
-    experiment: Experiment, train: TrainBatches, state: TrainState
-) -> dict[int, Any]:
-    """The train step compiled for every shape of a batch, before the first step."""
-    compiled, shapes = {}, experiment.config.data.shapes()
-    for index in train.shapes():
-        axes = ", ".join(f"{k}={n}" for k, n in shapes[index].items())
-        batch = experiment.put(experiment.empty_batch(shapes[index]))
-        with stage(f"compiling the step for {axes or 'rows'}"):
-            compiled[index] = experiment.placement.compile_train(
-                experiment.train_step, state, batch
-            )
-    return compiled
 
 
 def train_loop(
@@ -81,13 +68,16 @@ def train_loop(
     meta: dict[str, Any],
     evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
-    health: Health,
+    recover: Recovery,
     writer: MetricWriter,
+    compiled: Mapping[int, Any],
     stop: Stop,
 ) -> TrainState:
-    """Steps until config.steps or `stop()`; the last state is saved."""
+    """Steps until config.steps or `stop()`; the last state is saved.
+
+    `compiled`: what `compile_steps` gives.
+    """
     config, start = experiment.config, meta["data"]["step"]
-    steps = compile_steps(experiment, train, state)
     progress = Progress(
         start,
         config.steps,
@@ -97,43 +87,28 @@ def train_loop(
         train.batches.dataset.unit,
         meta["seen"],
     )
-    source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
-    pending = None
-
-    def settle() -> None:
-        """Reads the metrics of the step before: never waits for the one in flight."""
-        if pending is not None:
-            number, measured, real = pending
-            measured = metrics.to_host(measured)
-            shown = functools.partial(examples_of, train, number)
-            health.check_step(metrics.values(measured, "train"), number, shown)
-            if line := progress.update(number, measured, real):
-                writer.write(number, line, progress.seen)
-
+    source = Prefetch(
+        batches_from(train, experiment, recover.watch, start), config.data.prefetch
+    )
+    advance = Steps(experiment, train, compiled, recover, progress, writer)
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch, index, real = next(source)
-            if step == start + 1:
-                with stage("first step"):
-                    state, measured = jax.block_until_ready(steps[index](state, batch))
-            else:
-                state, measured = steps[index](state, batch)
-            settle()
-            pending = (step, measured, real)
+            state = advance(state, batch, index, real, step)
             due = evaluation_due(config, step)
             if not (stop() or due or step % config.checkpoint.every == 0):
                 continue
-            settle()
-            pending = None
+            state = advance.settle(state)
             with progress.paused():
                 # Batch t is a function of (seed, t): the step is the whole position.
                 meta["data"]["step"] = step
                 meta["window"] = progress.saved_window()
                 meta["seen"] = progress.seen
+                meta["recovery"] = recover.watch.saved()
                 with stage(f"saving step {step}", least=SOON):
                     saved = experiment.placement.unload(state).replace(frozen={})
-                    health.check_state(saved, step)
+                    recover.check_state(saved, step)
                     checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
@@ -343,7 +318,11 @@ def train_and_test(
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
     config, workdir = experiment.config, str(checkpointer.directory.parent)
-    health = Health(checkpointer, meta["data"]["step"])
+    start = meta["data"]["step"]
+    health = Health(checkpointer, start)
+    watch = guard.Watch(config.recovery, meta.get("recovery", {}))
+    keep = functools.partial(capsule.keep, experiment, splits.train, workdir, watch)
+    recover = Recovery(config.recovery, health, watch, keep)
     scored: dict[int, dict[str, Any]] = {}  # step -> prefix -> scalars
 
     def evaluate(state: TrainState, step: int) -> None:
@@ -368,21 +347,21 @@ def train_and_test(
 
     if isinstance(stop, signals.Interrupt):
         stop.listening = True
-    step = meta["data"]["step"]
-    if evaluation_due(config, step) and not checkpointer.metrics_of(step):
-        evaluate(state, step)  # the one that was interrupted
-    if step < config.steps and not stop():
-        state = train_loop(
-            experiment,
-            splits.train,
-            state,
-            meta,
-            evaluate,
-            checkpointer,
-            health,
-            writer,
-            stop,
-        )
+    if evaluation_due(config, start) and not checkpointer.metrics_of(start):
+        evaluate(state, start)  # the one that was interrupted
+    compiled = {}
+    if start < config.steps and not stop():
+        compiled = compile_steps(experiment, splits.train, state)
+    while meta["data"]["step"] < config.steps and not stop():
+        about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
+        try:
+            state = train_loop(experiment, splits.train, *about)
+        except recovery.Rewind as bad:
+            state = about = None  # its memory is wanted
+            step = recovery.rewind(workdir, checkpointer, watch, config.recovery, bad)
+            state, meta = restore_or_init(experiment, splits.train, checkpointer)
+            watch.losses = meta.get("recovery", {}).get("losses", [])
+            writer.go_back(step)
     if stop():
         return {}
     scores = test(experiment, evaluator, splits, checkpointer, scored, stop)

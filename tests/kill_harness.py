@@ -238,7 +238,9 @@ def torture(place: Place, name: str, kills: int, seed: int, log=print) -> Report
         report.hit[found] += 1
         if life.recovered:
             report.recovered.append(life.recovered)
-        log(f"{number + 1}: in {found} (aimed at {phase}), step {reached(life.workdir)}")
+        log(
+            f"{number + 1}: in {found} (aimed at {phase}), step {reached(life.workdir)}"
+        )
     last = place.start(name)
     last.finish()
     report.recovered.append(last.recovered)

@@ -1,4 +1,4 @@
-"""A fork goes on exactly as the run that it was taken from, and changes nothing there."""
+"""A fork goes on exactly as the run it was taken from, and changes nothing there."""
 
 import json
 import os

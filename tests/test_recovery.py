@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pathlib
 import random
@@ -17,7 +18,7 @@ import pytest
 from triform import recovery, train
 from triform.configs import gpt_shakespeare_char
 from triform.data import store
-from triform.runtime import metrics, read_errors
+from triform.runtime import guard, metrics, read_errors
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import CheckpointError, TriformError, UserError
 
@@ -164,13 +165,19 @@ def measured(loss, norm=1.0):
     return {"train/loss": float(loss), "train/grad_norm": float(norm)}
 
 
+def bad_step(health, scalars, step=4):
+    config = guard.RecoveryConfig()
+    watch = guard.Watch(config, {})
+    recover = recovery.Recovery(config, health, watch, lambda *args: "")
+    recover.bad_step(step, scalars, math.inf, "5, 6 of train", None)
+
+
 @pytest.mark.parametrize("value", BAD)
 def test_a_checkpoint_that_the_next_step_proves_ruined_is_set_aside(value, folder):
     with opened(folder) as checkpointer:
         health = recovery.Health(checkpointer, start=1)
-        health.check_step(measured(1.0), 4, lambda: "5, 6 of train")
         with pytest.raises(UserError) as caught:
-            health.check_step(measured(1.0, value), 4, lambda: "5, 6 of train")
+            bad_step(health, measured(1.0, value))
         assert checkpointer.steps() == [1, 2]
         assert checkpointer.metrics_of(3) == {}
         assert os.listdir(folder / "set_aside") == ["3"]
@@ -191,7 +198,7 @@ def test_a_checkpoint_that_may_be_good_stays(start, step, folder):
     with opened(folder) as checkpointer:
         health = recovery.Health(checkpointer, start)
         with pytest.raises(UserError, match="--resume=2"):
-            health.check_step(measured(jnp.nan), step, lambda: "")
+            bad_step(health, measured(jnp.nan), step)
         assert checkpointer.steps() == [1, 2, 3]
 
 
