@@ -1,8 +1,8 @@
 """Capsules: what is needed to see a bad step again, on one CPU, without the data.
 
 WORKDIR/capsules/step_N holds capsule.json (why it was bad, the examples, norms), the
-batch, the config and, in checkpoints/, the state that the step was computed from without
-the optimiser's moments.
+batch, the config and, in checkpoints/, the state that the step was computed from,
+without the optimiser's moments.
 """
 
 import contextlib

@@ -157,7 +157,7 @@ def go_back(
     """Sets aside the checkpoints, numbers and scores after `step`; nothing is deleted.
 
     The same command started again goes on: what was trained with this config after the
-    same step stays. UserError if there is no such step.
+    same step stays. 0 begins anew. UserError if there is no such step.
     """
     steps = checkpointer.steps()
     newest: Mapping[str, Any] = {}
@@ -168,12 +168,36 @@ def go_back(
     if newest.get("resume") == step and newest["config"] == schema.to_json(config):
         print(f"resume={step}: done before; going on after step {steps[-1]}")
         return
-    if step not in steps:
+    if step not in steps and step != 0:
         shown = ", ".join(map(str, steps)) or "none is saved"
         raise UserError(
             f"--resume={step}: no checkpoint of that step; name one of {shown}"
         )
     set_aside(workdir, checkpointer, step)
+
+
+def check_history(
+    workdir: str, checkpointer: Checkpointer, config: ExperimentConfig
+) -> None:
+    """UserError if metrics show that steps were saved and no checkpoint is there.
+
+    `config` is that of the last start. What was killed before its first save begins
+    anew, and says so.
+    """
+    lines = [x for x in metrics.read_lines(workdir) if x["step"] > 0]
+    if not lines or checkpointer.latest() is not None:
+        return
+    last = max(line["step"] for line in lines)
+    every = config.checkpoint.every, config.evaluation.every
+    # A save has ended when the next one begins.
+    second = sorted({k * n for n in every for k in (1, 2)})[1]
+    if last > second or any("test/loss" in line for line in lines):
+        raise UserError(
+            f"{os.path.join(workdir, metrics.FILE)}: it goes up to step {last}, and no "
+            f"checkpoint is in {checkpointer.directory}; put them back, name another "
+            "workdir, or begin anew with --resume=0, which sets aside what is there"
+        )
+    print(f"it ended before its first save: steps 1 to {last} are done again")
 
 
 def set_aside(workdir: str, checkpointer: Checkpointer, step: int) -> None:

@@ -191,15 +191,21 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
 
 
 def restore_or_init(
-    experiment: Experiment, train: TrainBatches, checkpointer: Checkpointer
+    experiment: Experiment,
+    train: TrainBatches,
+    checkpointer: Checkpointer,
+    anew: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest intact state, or a new one, placed; and what is saved beside it."""
+    """The newest intact state, or a new one, placed; and what is saved beside it.
+
+    `anew`: that no step is left is right.
+    """
     config = experiment.config
     data = {"seed": config.seed, "tokens": train.batches.dataset.digest}
     rules, restored = workdirs.init_rules(config), None
     if workdirs.is_imported(checkpointer):
         rules = (schema.InitRule(f"{checkpointer.directory.parent}:0"),)
-    else:
+    elif not anew or checkpointer.latest() is not None:
         with stage("looking for a checkpoint", least=SOON):
             restored = workdirs.restore(experiment, checkpointer)
     if restored is None:
@@ -277,6 +283,8 @@ def run(
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         if resume is not None:
             go_back(workdir, checkpointer, config, resume)
+        else:
+            recovery.check_history(workdir, checkpointer, before or config)
         if scores := finished(experiment, checkpointer):
             return scores
         print(plan.describe(experiment))
@@ -285,7 +293,8 @@ def run(
         print(plan.export(config, workdir, codecs), flush=True)
         splits = plan.Splits.open(experiment, codecs)
         splits.print()
-        state, meta = restore_or_init(experiment, splits.train, checkpointer)
+        about = experiment, splits.train, checkpointer
+        state, meta = restore_or_init(*about, anew=resume == 0)
         if resume is not None:
             meta["resume"] = resume
         if before is not None:
@@ -359,7 +368,8 @@ def train_and_test(
         except recovery.Rewind as bad:
             state = about = None  # its memory is wanted
             step = recovery.rewind(workdir, checkpointer, watch, config.recovery, bad)
-            state, meta = restore_or_init(experiment, splits.train, checkpointer)
+            about = experiment, splits.train, checkpointer
+            state, meta = restore_or_init(*about, anew=step == 0)
             watch.losses = meta.get("recovery", {}).get("losses", [])
             writer.go_back(step)
     if stop():

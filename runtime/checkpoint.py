@@ -291,7 +291,8 @@ class Checkpointer:
     def _check_nothing_was_lost(self) -> None:
         """CheckpointError if steps were saved here once and none is left."""
         folders = [self._beside(name) for name in ("corrupt", "set_aside")]
-        kept = [str(x) for folder in folders for x in _listed(folder)]
+        found = [x for folder in folders for x in _listed(folder)]
+        kept = [str(x) for x in found if x.name.partition(".")[0].isdigit()]
         if kept or self._metrics:
             scored = f"{self._scores} knows {', '.join(map(str, self._metrics))}"
             where = ", ".join(kept) or scored

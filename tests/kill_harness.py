@@ -257,8 +257,17 @@ def metrics_of(workdir: pathlib.Path) -> str:
 
 def rows_of(workdir: pathlib.Path) -> list[float]:
     """The hash of the rows of every logged pair of steps, in order."""
+    return _values(workdir, "train/rows")
+
+
+def losses_of(workdir: pathlib.Path) -> list[float]:
+    """The losses of every logged pair of steps, in order."""
+    return _values(workdir, "train/loss")
+
+
+def _values(workdir: pathlib.Path, name: str) -> list[float]:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [line["train/rows"] for line in lines if "train/rows" in line]
+    return [line[name] for line in lines if name in line]
 
 
 def contents(workdir: pathlib.Path) -> dict[str, str]:

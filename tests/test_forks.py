@@ -5,34 +5,18 @@ import os
 
 import kill_harness
 import pytest
+import tiny_run
 
 from triform import forks, train
-from triform.configs import schema
 from triform.configs.variants import adapters
 from triform.runtime.errors import UserError
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Seven steps with dropout, accumulation and a moving average, saved after each."""
+    """Seven steps, saved after every second."""
     monkeypatch.setenv("TRIFORM_CACHE", str(tmp_path / "cache"))
-    kill_harness.write_corpus(tmp_path / "corpus.jsonl")
-    trunk = schema.TransformerConfig(num_layers=1, d_model=16, num_heads=2, d_ff=32)
-    trunk.max_len, trunk.dropout = 16, 0.1
-    return schema.ExperimentConfig(
-        model=schema.LanguageModelConfig(trunk, vocab_size=259),
-        data=schema.CausalLMConfig(
-            source=str(tmp_path / "corpus.jsonl"),
-            max_len=16,
-            batch_size=8,
-            tokenizer=schema.TokenizerConfig(kind="bytes"),
-        ),
-        optim=schema.OptimConfig("adamw", warmup_steps=2, accumulate=2, ema_decay=0.9),
-        evaluation=schema.EvaluationConfig(every=3, examples=8, metrics=()),
-        checkpoint=schema.CheckpointConfig(every=2, keep_newest=9),
-        log_every=2,
-        steps=7,
-    )
+    return tiny_run.config(tmp_path, steps=7, every=2)
 
 
 def files_of(workdir):

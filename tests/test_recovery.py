@@ -4,10 +4,6 @@ import errno
 import json
 import math
 import os
-import pathlib
-import random
-import subprocess
-import sys
 import time
 
 import jax
@@ -269,63 +265,3 @@ def test_a_run_goes_on_after_a_step_that_ruined_it_and_back_to_older_ones(
     assert steps_of() == again
     with pytest.raises(TriformError, match="resume=77"):
         train.run(slower, workdir, resume=77)
-
-
-def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
-    """Law 6, with SIGKILL: while it starts, compiles, trains, saves and evaluates."""
-    root = pathlib.Path(__file__).resolve().parents[1]
-    arguments = ["--config=configs/gpt_shakespeare_char.py:smoke"]
-    settings = {"data.source": "cldr", "data.text": "en", "data.batch_size": 32}
-    settings |= {"data.max_len": 16, "data.tokenizer.kind": "bytes", "steps": 60}
-    settings |= {"model.vocab_size": 259, "model.trunk.num_layers": 1}
-    settings |= {"checkpoint.every": 5, "evaluation.every": 20, "log_every": 5}
-    arguments += [f"--config.{k}={v}" for k, v in settings.items()]
-    env = dict(os.environ, TRIFORM_CACHE=str(tmp_path / "cache"), XLA_FLAGS="")
-
-    def started(name):
-        command = [sys.executable, str(root / "train.py"), *arguments]
-        return subprocess.Popen(
-            [*command, f"--workdir={tmp_path / name}"],
-            cwd=root,
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-
-    whole = started("whole")
-    _, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors[-3000:]
-    rng = random.Random(0)
-    for step in sorted(rng.sample(range(45), 3)):
-        killed = started("killed")
-        while killed.poll() is None and reached(tmp_path / "killed") < step:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.1))
-        assert killed.poll() is None
-        killed.kill()
-        killed.communicate()
-    last = started("killed")
-    _, errors = last.communicate(timeout=300)
-    assert last.returncode == 0, errors[-3000:]
-    assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
-
-
-def reached(workdir):
-    """The last step of a run's metrics."""
-    return max((x["step"] for x in metrics.read_lines(str(workdir))), default=0)
-
-
-def contents(workdir):
-    """Checksums of the last checkpoint's arrays, and the numbers of all steps."""
-    config = CheckpointConfig()
-    with Checkpointer(str(workdir / "checkpoints"), config) as checkpointer:
-        step = checkpointer.latest()
-    saved = workdir / "checkpoints" / str(step) / "meta" / "metadata"
-    arrays = json.loads(saved.read_text())["body"]["arrays"]
-    kept = {
-        (x["step"], k): v
-        for x in metrics.read_lines(str(workdir))
-        for k, v in x.items()
-        if not k.endswith(("per_second", "wait", "time"))
-    }
-    return step, arrays, kept
