@@ -178,6 +178,8 @@ def _executor(text: str) -> tuple[str, str]:
         raise UserError(
             f"--on={text}: expected local, slurm:PARTITION,GPUS,HOURS or print"
         )
+    if where or kind == "slurm":
+        slurm.place(where, flags.FLAGS.sbatch)
     return kind, where
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -172,6 +173,7 @@ class _Process:
     begin: int  # where its output begins in its file
     shown: int  # how far that was printed
     pruned: str = ""  # why it was asked to leave
+    asked: bool = False  # to leave
 
     @property
     def output(self) -> str:
@@ -250,8 +252,10 @@ def _start(sweep: Sweep, member: Member, share: Share) -> _Process:
 
 
 def _ask_to_leave(one: _Process) -> None:
-    # A terminal tells the process too; train.py takes several signals as one.
-    if one.process.poll() is None:
+    # A terminal tells the process too; train.py takes several signals as one. Once: a
+    # program that is about to exit has no handler any more, and would die of another.
+    if not one.asked:
+        one.asked = True
         one.process.terminate()
 
 
@@ -275,7 +279,7 @@ def _settle(one: _Process) -> None:
     code, member = one.process.returncode, one.member
     if code == 0 and runs.status_of(member).state == "finished":
         return
-    if code == signals.INTERRUPTED:
+    if code == signals.INTERRUPTED or (one.asked and code == -signal.SIGTERM):
         if one.pruned:
             runs.record(member.folder, f"{runs.PRUNED}: {one.pruned}", one.starts)
             print(f"{member.name}: pruned, {one.pruned}", flush=True)
