@@ -45,6 +45,7 @@ class Study:
             direction="maximize" if sweep.mode == "max" else "minimize",
             load_if_exists=True,
         )
+        self._check_space()
         # Another seed on every start: the same one would repeat the first proposals.
         self._study.sampler = self._optuna.samplers.TPESampler(
             seed=len(self._study.trials) if asked else 0,
@@ -54,6 +55,21 @@ class Study:
         self._distributions = {
             key: self._distribution(axis) for key, axis in self._search.space.items()
         }
+
+    def _check_space(self) -> None:
+        """UserError if earlier trials were of another search."""
+        sweep = self._sweep
+        axes = {key: repr(axis) for key, axis in self._search.space.items()}
+        mine = {"space": axes, "metric": sweep.metric, "mode": sweep.mode}
+        known = self._study.user_attrs
+        for name, value in mine.items():
+            if name not in known:
+                self._study.set_user_attr(name, value)
+            elif known[name] != value:
+                raise UserError(
+                    f"{sweep.workdir}: its search had {name} {known[name]}, not "
+                    f"{value}; change it back or name another workdir"
+                )
 
     def left(self) -> int:
         """How many trials have not been asked for."""

@@ -97,6 +97,16 @@ def test_a_search_that_was_killed_has_no_trial_that_runs_for_ever(folder):
     assert [m.name for m in sweep.members[:2]] == [m.name for m in asked]
 
 
+def test_another_search_needs_another_workdir(tmp_path):
+    search.Study(searched(tmp_path)).ask()
+    assert search.Study(searched(tmp_path, trials=20)).left() == 19
+    other = {RATE: Range(1e-3, 1.0, log=True)}
+    for wrong in (searched(tmp_path, space=other), searched(tmp_path)):
+        wrong.mode = "max" if wrong.search.space == SPACE else "min"
+        with pytest.raises(UserError, match="name another workdir"):
+            search.Study(wrong)
+
+
 def test_without_optuna_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"triform\[sweeps\].*random:N"):
