@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,6 +145,15 @@ class Checkpointer:
                 f"step {step} in {self.directory} is corrupt ({problem})"
             ) from problem
 
+    def described(self, step: int) -> dict[str, Any]:
+        """Shape, dtype and checksum by path of a step; CheckpointError if corrupt."""
+        try:
+            return self._read_meta(step)["arrays"]
+        except Corrupt as problem:
+            raise CheckpointError(
+                f"step {step} in {self.directory} is corrupt ({problem})"
+            ) from problem
+
     def metrics_of(self, step: int) -> Mapping[str, float]:
         """What was recorded for a step; empty if nothing was."""
         return self._metrics.get(step, {})
@@ -154,6 +163,17 @@ class Checkpointer:
         self.wait()  # a step that could not be saved has none
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
         self._write_scores()
+
+    def scored(self, last: int) -> list[int]:
+        """The steps up to `last` for which something was recorded."""
+        return [s for s in self._metrics if s <= last]
+
+    def forget(self, after: int) -> dict[int, Mapping[str, float]]:
+        """Takes out, and returns, what was recorded for later steps."""
+        gone = {s: self._metrics.pop(s) for s in [*self._metrics] if s > after}
+        if gone:
+            self._write_scores()
+        return gone
 
     def on_schedule(self) -> list[int]:
         """The finished steps that an uninterrupted run would have, oldest first."""
@@ -272,7 +292,8 @@ class Checkpointer:
     def _check_nothing_was_lost(self) -> None:
         """CheckpointError if steps were saved here once and none is left."""
         folders = [self._beside(name) for name in ("corrupt", "set_aside")]
-        kept = [str(x) for folder in folders for x in _listed(folder)]
+        found = [x for folder in folders for x in _listed(folder)]
+        kept = [str(x) for x in found if x.name.partition(".")[0].isdigit()]
         if kept or self._metrics:
             scored = f"{self._scores} knows {', '.join(map(str, self._metrics))}"
             where = ", ".join(kept) or scored
@@ -400,7 +421,7 @@ class Checkpointer:
     def _read(self, step: int, abstract: Any, prefix: str = "") -> tuple[Any, Any]:
         """(tree, user meta) of a step, verified; the leaves are under `prefix`."""
         wanted = flatten(abstract, prefix)
-        body = _all(f"reading step {step}", lambda: self._read_meta(step))
+        body = read_errors.by_all(f"reading step {step}", lambda: self._read_meta(step))
         saved = {p: d for p, d in body["arrays"].items() if p.startswith(prefix)}
         require_same(step, saved, wanted)
         leaves = self._read_arrays(step, saved, wanted)
@@ -410,7 +431,7 @@ class Checkpointer:
         stored = {path: storage(leaf) for path, leaf in wanted.items()}
         items = {p: x for p, x in stored.items() if x.size}  # orbax refuses empty ones
         what = f"reading the arrays of step {step}"
-        arrays = _all(what, lambda: self._load_arrays(step, items))
+        arrays = read_errors.by_all(what, lambda: self._load_arrays(step, items))
         sums = checksums(arrays)
         bad = [path for path in arrays if sums[path] != saved[path]["checksum"]]
         if bad:
@@ -440,26 +461,6 @@ class Checkpointer:
         finally:
             handler.close()
         return arrays
-
-
-def _all(what: str, read: Callable[[], Any]) -> Any:
-    """What `read` gives; Corrupt on all processes if it is on one.
-
-    Each reads by itself, and only then do they wait for one another, with a timeout:
-    computing on what not all could read would hang.
-    """
-    found, problem = None, None
-    try:
-        found = read()
-    except Corrupt as error:
-        problem = error
-    told = hosts.here().agree(what, problem and str(problem), hosts.SLOW)
-    if problem is None and any(told):
-        who = next(i for i, text in enumerate(told) if text)
-        problem = Corrupt(f"{told[who]}, as {hosts.here().title(who)} found")
-    if problem is not None:
-        raise problem
-    return found
 
 
 def _wait_without_devices() -> None:
