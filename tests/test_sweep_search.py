@@ -130,7 +130,8 @@ def test_scripts_of_a_grid_and_of_a_search(tmp_path):
     assert after is None and found["array"] == "0-4%2" and found["gres"] == "gpu:2"
     assert found["time"] == "0-01:30:00" and found["mem"] == "16G"
     assert found["signal"] == "USR1@120" and "requeue" in found
-    assert "SLURM_ARRAY_TASK_ID" in files.read_text(path)
+    # The number of an array's last task, SLURM_JOB_ID, names all of its tasks.
+    assert 'requeue "$SLURM_JOB_ID' not in files.read_text(path)
     sweep = searched(tmp_path, trials=5, seeds=("0", "1"), jobs=2)
     found = slurm.scripts(sweep, [], where)
     assert [after for _, after in found] == [None, "afterok"] + [
