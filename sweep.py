@@ -260,7 +260,7 @@ def _end(sweep: Sweep, kind: str, stopped: str, unwritten: str) -> int:
         count[row["state"]] += 1
     if unwritten:
         print(unwritten, file=sys.stderr)
-    if kind not in LATER:
+    if kind != "print":
         print(report.table(sweep, rows))
     if stopped or (count.get("unfinished") and kind not in LATER):
         why = stopped or "a signal"
