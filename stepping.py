@@ -32,6 +32,8 @@ def compile_steps(
         with stage(f"compiling the step for {axes or 'rows'}"):
             fed = guard.feed(experiment.placement, batch, 1, 0.0)
             compiled[index] = experiment.placement.compile_train(step, state, fed)
+    # Nobody waits in a collective, which names nobody, for who compiles longer.
+    hosts.here().barrier("compiling the step", hosts.SLOW)
     return compiled
 
 

@@ -355,7 +355,11 @@ class Hosts:
             return
         line = one_line(error)
         if not line and _may_be_an_echo(error):
+            reason = " ".join(str(error).split())[:200]
+            told = f"{reason}: waiting to see which process has ended"
+            heartbeat = Heartbeat(lambda: told, SOON, self.log())
             self.over.wait(1.5 * self._heartbeat)  # _end comes before
+            heartbeat.close()
         self.over.set()
         line = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
         self.publish(line, 1)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from triform.runtime import hosts
 from triform.runtime.parameters import ROWS, Rows, axes_of
 from triform.runtime.paths import path_name
 
@@ -105,6 +106,7 @@ class MeshPlacement:
         self._several = len({device.process_index for device in devices}) > 1
         everywhere = NamedSharding(self.mesh, P())
         self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
+        self._compiled: dict[Any, Callable] = {}  # see `call`
 
     def describe(self) -> str:
         """'mesh data=8 fsdp=1 tensor=1 sequence=1'."""
@@ -223,7 +225,25 @@ class MeshPlacement:
             metrics, rows = step(*inputs, across=Across())
             return self._readable(metrics), rows
 
-        return lambda *inputs: block_on_cpu(compiled(*inputs))
+        return lambda *inputs: block_on_cpu(self.call(compiled, *inputs))
+
+    def call(self, jitted: Callable, *inputs: Tree) -> Tree:
+        """jitted(*inputs); several processes run it once all have compiled it.
+
+        A process that compiles longer than others would else keep them in a collective,
+        which gives up after half a minute (gloo) and names nobody.
+        """
+        if not self._several:
+            return jitted(*inputs)
+        kinds = [
+            (x.shape, str(x.dtype), str(getattr(x, "sharding", "")))
+            for x in jax.tree.leaves(inputs)
+        ]
+        key = jitted, str(kinds)
+        if key not in self._compiled:
+            self._compiled[key] = jitted.lower(*inputs).compile()
+            hosts.here().barrier("compiling", hosts.SLOW)
+        return self._compiled[key](*inputs)
 
     def _readable(self, metrics: Tree) -> Tree:
         """Metrics that every process can read."""
@@ -234,7 +254,7 @@ class MeshPlacement:
     def fetch(self, tree: Tree) -> Tree:
         """Arrays on the host, whole on every process."""
         if self._several:
-            tree = block_on_cpu(self._gather(tree))
+            tree = block_on_cpu(self.call(self._gather, tree))
         return jax.tree.map(np.asarray, tree)
 
 
@@ -299,6 +319,10 @@ class PmapPlacement:
     def held(self, total: int, parts: int = 1) -> slice:
         """All rows of a batch: pmap runs on one process."""
         return slice(0, total)
+
+    def call(self, jitted: Callable, *inputs: Tree) -> Tree:
+        """jitted(*inputs)."""
+        return jitted(*inputs)
 
     def fetch(self, tree: Tree) -> Tree:
         """Arrays on the host."""
