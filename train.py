@@ -14,6 +14,7 @@ again. From Python: `run(config, workdir)`.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import os
 import sys
@@ -255,8 +256,17 @@ def restore_or_init(
     return state, meta | {"config": schema.to_json(config)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How the parts of a run are made; packed.run lets runs share them."""
+
+    experiment: Callable[[ExperimentConfig], Experiment] = Experiment
+    codecs: Callable[[ExperimentConfig, str], Mapping[str, Codec]] = find_codecs
+    splits: Callable[..., plan.Splits] = plan.Splits.open
+
+
 def resolve(
-    config: ExperimentConfig, workdir: str = ""
+    config: ExperimentConfig, workdir: str = "", parts: Parts = Parts()
 ) -> tuple[ExperimentConfig, Mapping[str, Codec] | None]:
     """(the config with what follows from the data filled in, codecs if it needed them).
 
@@ -265,7 +275,7 @@ def resolve(
     plugins.load_all(config)
     if not config.needs_classes():
         return config.resolved(), None
-    codecs = find_codecs(config, workdir)
+    codecs = parts.codecs(config, workdir)
     return config.resolved(codec_files.class_counts(config.data, codecs)), codecs
 
 
@@ -275,6 +285,7 @@ def run(
     *,
     stop: Stop = lambda: "",
     from_step: int | None = None,
+    parts: Parts = Parts(),
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
@@ -285,8 +296,8 @@ def run(
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes: train.py runs on one host")
-    config, codecs = resolve(config, workdir)
-    experiment = Experiment(config)
+    config, codecs = resolve(config, workdir, parts)
+    experiment = parts.experiment(config)
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.lock(workdir))
@@ -302,9 +313,9 @@ def run(
             return scores
         print(plan.describe(experiment))
         print(plan.sources(config), flush=True)
-        codecs = codecs or find_codecs(config, workdir)
+        codecs = codecs or parts.codecs(config, workdir)
         print(plan.export(config, workdir, codecs), flush=True)
-        splits = plan.Splits.open(experiment, codecs)
+        splits = parts.splits(experiment, codecs)
         splits.print()
         state, meta = restore_or_init(experiment, splits.train, checkpointer)
         if from_step is not None:

@@ -158,7 +158,12 @@ class MeshPlacement:
         Rows are padded so that each of `parts` micro-batches divides evenly. Sequence
         axes are split where their size allows it.
         """
-        batch = pad_rows(batch, self.rows * parts)
+        return self.spread(pad_rows(batch, self.rows * parts), axes)
+
+    def spread(self, batch: Batch, axes: AxisLetters) -> Mapping[str, jax.Array]:
+        """`put` of a batch whose rows divide evenly; axis letters that are not in
+        BATCH_AXES are not split.
+        """
 
         def axis(letter: str, size: int) -> tuple[str, ...] | None:
             over = BATCH_AXES.get(letter, ())
