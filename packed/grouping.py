@@ -9,16 +9,19 @@ from typing import Any
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
 
-# Settings that a program may take as inputs.
-TRACED = (
-    "seed",
-    "steps",
-    r"optim\.(learning_rate|warmup_steps|floor|b1|b2|eps)",
-    r"optim\.(weight_decay|clip_norm|ema_decay)",
-    r"model\.(.*\.)?(dropout|attention_dropout)",
-    r"task\.(label_smoothing|z_loss|latent_penalty|label_share|teacher_share)",
-    r"task\.temperature",
+# Settings that a program may take as inputs: those that are only computed with,
+PLAIN = (
+    "seed|steps",
+    r"optim\.(learning_rate|warmup_steps|floor|b1|b2|eps|weight_decay)",
 )
+# and those that Python asks about first, `if rate` (see runtime/traced.py).
+ASKED = (
+    r"optim\.(clip_norm|ema_decay)",
+    r"model\.(.*\.)?(dropout|attention_dropout)",
+    r"task\.(label_smoothing|z_loss|latent_penalty)",
+    r"task\.(label_share|teacher_share|temperature)",
+)
+TRACED = (*PLAIN, *ASKED)
 # Of these, 0 leaves a part of the program out: it and another number are two programs.
 SWITCHES = (r"optim\.(clip_norm|ema_decay)", r"model\.(.*\.)?attention_dropout")
 # Settings that no program depends on, if batches have the same shapes.
@@ -46,7 +49,7 @@ def groups(members: Sequence[tuple[ExperimentConfig, str]]) -> list[Group]:
         inputs = tuple(
             key
             for key in first
-            if _matches(TRACED, key) and any(trees[i][key] != first[key] for i in indices)
+            if matches(TRACED, key) and any(trees[i][key] != first[key] for i in indices)
         )
         apart = ""
         if result:
@@ -57,8 +60,8 @@ def groups(members: Sequence[tuple[ExperimentConfig, str]]) -> list[Group]:
 
 def _program(config: ExperimentConfig, tree: Mapping[str, Any], index: int) -> Any:
     """What is equal for runs that one program can train."""
-    kept = {k: x for k, x in tree.items() if not _matches((*TRACED, HOST), k)}
-    kept |= {k: bool(x) for k, x in tree.items() if _matches(SWITCHES, k)}
+    kept = {k: x for k, x in tree.items() if not matches((*TRACED, HOST), k)}
+    kept |= {k: bool(x) for k, x in tree.items() if matches(SWITCHES, k)}
     try:
         shapes = config.data.shapes()
         rows = [config.data.rows(shape) for shape in shapes]
@@ -74,8 +77,8 @@ def _difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Why two runs are two programs."""
     for key in {**first, **other}:
         ours, theirs = (x.get(key, "absent") for x in (other, first))
-        switched = _matches(SWITCHES, key) and bool(ours) != bool(theirs)
-        free = _matches((*TRACED, HOST), key) and not key.startswith("data.")
+        switched = matches(SWITCHES, key) and bool(ours) != bool(theirs)
+        free = matches((*TRACED, HOST), key) and not key.startswith("data.")
         if ours != theirs and (switched or not free):
             return f"{key}={ours!r}, which is {theirs!r} in the first group"
         if key == "placement" and ours != "mesh":
@@ -83,5 +86,6 @@ def _difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return "its batches have other shapes than the first group's"
 
 
-def _matches(patterns: Sequence[str], key: str) -> bool:
+def matches(patterns: Sequence[str], key: str) -> bool:
+    """Is a setting among these?"""
     return any(re.fullmatch(pattern, key) for pattern in patterns)

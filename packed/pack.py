@@ -15,6 +15,8 @@ from triform import train
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
 from triform.experiment import Experiment, TrainState
+from triform.packed import grouping
+from triform.packed.grouping import matches
 from triform.packed.members import HELD, Call, HostBatch, Member, Shares
 from triform.packed.sharing import Opened
 from triform.runtime import launch
@@ -126,10 +128,10 @@ class Pack:
     # Inputs
 
     def _with(self, experiment: Experiment, values: Values) -> Experiment:
-        """The experiment with traced values. The seed is never asked about."""
-        return experiment.with_values(
-            {k: x if k == "seed" else Traced(x) for k, x in values.items()}
-        )
+        """The experiment with traced values."""
+        asked = {k: matches(grouping.ASKED, k) for k in values}
+        traced = {k: Traced(x) if asked[k] else x for k, x in values.items()}
+        return experiment.with_values(traced)
 
     def _values(self, indices: Sequence[int]) -> Values:
         """{key: [K]} of these members."""

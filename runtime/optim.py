@@ -62,7 +62,7 @@ def _warmup_then(peak: float, warmup: int, total: int, shape: Callable) -> Sched
 
 def _at_least_one(steps: Any) -> Any:
     """max(1, steps), also of a number that is traced."""
-    return max(1, steps) if isinstance(steps, int) else jnp.maximum(1, 1 * steps)
+    return max(1, steps) if isinstance(steps, int) else jnp.maximum(1, steps)
 
 
 # fn(peak, warmup, total, floor) -> schedule
@@ -263,7 +263,7 @@ def build(
     clipping, which may be switched on and off between two starts of a run.
     """
     rate = learning_rate(config, steps)
-    clip = optax.clip_by_global_norm(config.clip_norm)
+    clip = optax.clip_by_global_norm(1 * config.clip_norm)  # which may be traced
     parts = [clip if config.clip_norm else optax.identity()]
     parts.append(OPTIMIZERS[config.name](config, rate, rows))
     if config.ema_decay:
