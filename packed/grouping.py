@@ -75,15 +75,19 @@ def _program(config: ExperimentConfig, tree: Mapping[str, Any], index: int) -> A
 
 def _difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Why two runs are two programs."""
+    if other["placement"] != "mesh":
+        return f"placement={other['placement']!r}: only runs on a mesh train together"
+    data = []
     for key in {**first, **other}:
         ours, theirs = (x.get(key, "absent") for x in (other, first))
+        if ours == theirs:
+            continue
         switched = matches(SWITCHES, key) and bool(ours) != bool(theirs)
-        free = matches((*TRACED, HOST), key) and not key.startswith("data.")
-        if ours != theirs and (switched or not free):
+        if switched or not matches((*TRACED, HOST), key):
             return f"{key}={ours!r}, which is {theirs!r} in the first group"
-        if key == "placement" and ours != "mesh":
-            return f"placement={ours!r}: runs are trained together on a mesh only"
-    return "its batches have other shapes than the first group's"
+        if key.startswith("data."):
+            data.append(f"{key}={ours!r}")
+    return f"its batches have other shapes than the first group's: {', '.join(data)}"
 
 
 def matches(patterns: Sequence[str], key: str) -> bool:
