@@ -24,14 +24,16 @@ IMPORTS = {
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
-    "sweep": ("runtime",),
+    "sweep": ("config_flag", "sweeps"),
+    "sweeps": ("runtime",),
     "config_flag": ("workdir",),
     "inspection": ("workdir",),
     "interop": ("workdir",),
     "workdir": ("experiment",),
     "experiment": ("configs",),
     "input_pipeline": ("data",),
-    "configs": ("models", "tasks", "data", "scores", "runtime"),
+    # Files of configs/sweeps say which runs.
+    "configs": ("models", "tasks", "data", "scores", "runtime", "sweeps.values"),
     "models": ("runtime.errors",),
     "tasks": ("runtime.metrics",),
     "data": ("runtime.errors", "runtime.paths"),
@@ -76,6 +78,8 @@ LATE = {
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
     ("runtime.metrics", "triform.runtime.events"): "it imports torch",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
+    ("sweeps.page", "matplotlib.figure"): "an extra",
+    ("sweeps.search", "optuna"): "an extra",
 }
 LINES = 500  # of a file
 FUNCTION_LINES = 80
