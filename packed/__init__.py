@@ -28,7 +28,7 @@ from triform.runtime.turns import Abandoned
 
 __all__ = ["OUTPUT", "Group", "Outcome", "groups", "run"]
 
-OUTPUT = "output.txt"  # of a workdir: what its run printed
+OUTPUT = "output.log"  # of a workdir: what its run printed
 Outcome = dict[str, Any] | str  # scores, {} if interrupted, or the line of an error
 
 
@@ -56,20 +56,48 @@ def run(
         raise UserError("two runs have the same workdir; name one for each")
     outcomes: list[Outcome] = [{} for _ in members]
     for group in groups(members):
+        print(_told(group, len(members)), flush=True)
         count = at_most or len(group.members)
         for start in range(0, len(group.members), count):
             chosen = group.members[start : start + count]
             if stop():
                 return outcomes
-            pack = Pack([members[i] for i in chosen], group.inputs, stop)
-            for _, workdir in pack.members:
-                os.makedirs(workdir, exist_ok=True)
-            with printed({t.name: os.path.join(w, output) for t, w in pack.named()}):
-                pack.run()
-            for i, turns in zip(chosen, pack.turns, strict=True):
-                outcomes[i] = _outcome(turns.result, turns.error)
-                if isinstance(outcomes[i], str):
-                    print(f"error: {turns.name}: {outcomes[i]}", file=sys.stderr)
+            found = _train([members[i] for i in chosen], group.inputs, stop, output)
+            outcomes = [
+                found[chosen.index(i)] if i in chosen else x
+                for i, x in enumerate(outcomes)
+            ]
+    return outcomes
+
+
+def _told(group: Group, count: int) -> str:
+    """'runs 1 to 4 of 6 ...', and why they are a program of their own."""
+    inputs = ", ".join(group.inputs) or "nothing"
+    apart = f"; apart: {group.apart}" if group.apart else ""
+    ours = f"{len(group.members)} of {count} runs are one program"
+    return f"{ours}, whose inputs are {inputs}{apart}"
+
+
+def _train(
+    members: Sequence[tuple[ExperimentConfig, str]],
+    inputs: Sequence[str],
+    stop: train.Stop,
+    output: str,
+) -> list[Outcome]:
+    """What came of the members of one pack."""
+    pack = Pack(members, inputs, stop)
+    names = {turns.name: workdir for turns, workdir in pack.named()}
+    for workdir in names.values():
+        os.makedirs(workdir, exist_ok=True)
+    paths_of = {name: os.path.join(x, output) for name, x in names.items()}
+    with printed(paths_of):
+        pack.run()
+    outcomes = [_outcome(turns.result, turns.error) for turns in pack.turns]
+    for (name, path), outcome in zip(paths_of.items(), outcomes, strict=True):
+        if isinstance(outcome, str):
+            print(f"error: {name}: {outcome}", file=sys.stderr)
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(f"error: {outcome}\n")
     return outcomes
 
 

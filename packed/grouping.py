@@ -49,7 +49,8 @@ def groups(members: Sequence[tuple[ExperimentConfig, str]]) -> list[Group]:
         inputs = tuple(
             key
             for key in first
-            if matches(TRACED, key) and any(trees[i][key] != first[key] for i in indices)
+            if matches(TRACED, key)
+            and any(trees[i][key] != first[key] for i in indices)
         )
         apart = ""
         if result:

@@ -26,6 +26,7 @@ class Packs(Protocol):
     def state_of(self, index: int) -> Tree:
         """A copy of the state of a member."""
 
+
 @dataclasses.dataclass
 class Call:
     """A step that a member asks for. Calls of one `key` can be computed at once."""
@@ -101,9 +102,7 @@ class Together:
         """As the placement's, with a program that other members share."""
         return self._pack.init(self.alone, self._index, make)
 
-    def put(
-        self, batch: Batch, axes: Mapping[str, str], parts: int = 1
-    ) -> HostBatch:
+    def put(self, batch: Batch, axes: Mapping[str, str], parts: int = 1) -> HostBatch:
         """The batch, still on the host."""
         return HostBatch(batch, axes, parts)
 

@@ -76,7 +76,7 @@ class Pack:
     def run(self) -> None:
         """Trains all members to their ends, or until `stop()`: see `turns`."""
         waiting = self._waiting
-        ready: dict[int, tuple] = {i: () for i in range(len(self.turns))}
+        ready: dict[int, tuple] = dict.fromkeys(range(len(self.turns)), ())
         try:
             while ready:
                 for index, given in ready.items():
@@ -107,7 +107,9 @@ class Pack:
         for index, call in waiting.items():
             calls.setdefault(call.key, {})[self._order.index(index)] = call
         # The first training step waits for all.
-        key, chosen = max(calls.items(), key=lambda x: (x[0][0] != "compile", len(x[1])))
+        key, chosen = max(
+            calls.items(), key=lambda x: (x[0][0] != "compile", len(x[1]))
+        )
         perform = {"compile": self._compile, "train": self._step, "eval": self._eval}
         try:
             answers = {s: (x,) for s, x in perform[key[0]](chosen).items()}
@@ -253,7 +255,9 @@ class Pack:
 
             def chosen(new: jax.Array, old: jax.Array, place: Any) -> jax.Array:
                 mask = active.reshape(count, *[1] * (old.ndim - 1))
-                return jax.lax.with_sharding_constraint(jnp.where(mask, new, old), place)
+                return jax.lax.with_sharding_constraint(
+                    jnp.where(mask, new, old), place
+                )
 
             return jax.tree.map(chosen, new, states, self._places()), measured
 
@@ -261,7 +265,13 @@ class Pack:
             return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=place)
 
         states = jax.tree.map(abstract, self._abstract, self._places())
-        inputs = (self._values(self._order), states, frozen, batch, np.ones(count, bool))
+        inputs = (
+            self._values(self._order),
+            states,
+            frozen,
+            batch,
+            np.ones(count, bool),
+        )
         compiled = jax.jit(step, donate_argnums=1).lower(*inputs).compile()
         self._programs[key] = functools.partial(compiled, inputs[0])
         return self._programs[key]

@@ -24,6 +24,7 @@ IMPORTS = {
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
+    "packed": ("train",),
     "sweep": ("config_flag", "sweeps"),
     "sweeps": ("runtime",),
     "config_flag": ("workdir",),
@@ -43,7 +44,7 @@ IMPORTS = {
 # One box in the picture: what a user starts, and what only that needs.
 PROGRAMS = (
     *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
-    *("sweep", "plot", "inspection", "config_flag"),
+    *("packed", "sweep", "plot", "inspection", "config_flag"),
 )
 # What starts the others, and imports them by name when they are asked for.
 DOORS = ("", "__main__", "console")

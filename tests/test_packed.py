@@ -1,4 +1,4 @@
-"""What lets runs train in one program: traced numbers, groups, shared batches, turns."""
+"""What lets runs train in one program: traced numbers, groups, batches, turns."""
 
 import copy
 import dataclasses
@@ -181,12 +181,15 @@ def test_what_a_program_takes_as_inputs_may_differ():
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    ("change", "told"),
     [
         ({"model.trunk.d_ff": 64}, "model.trunk.d_ff=64, which is 32"),
         ({"optim.name": "lion"}, "optim.name='lion'"),
         ({"optim.clip_norm": 1.0}, "optim.clip_norm=1.0, which is 0.0"),
-        ({"data.batch_size": 8}, "other shapes than the first group's: data.batch_size=8"),
+        (
+            {"data.batch_size": 8},
+            "other shapes than the first group's: data.batch_size=8",
+        ),
         ({"placement": "pmap"}, "placement='pmap'"),
         ({"optim.accumulate": 2}, "optim.accumulate=2"),
     ],

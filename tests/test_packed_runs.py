@@ -1,5 +1,6 @@
 """Runs that train together: each as it would alone, whatever becomes of the others."""
 
+import itertools
 import json
 import os
 import random
@@ -67,9 +68,15 @@ def cache(tmp_path_factory):
 def config(data, **changes):
     """An encoder of one layer, with two lengths of rows."""
     trunk = TransformerConfig(
-        **{"num_layers": 1, "d_model": 8, "num_heads": 2, "d_ff": 12, "max_len": 0},
-        **{"positions": "learned", "attention": "flash"},
-        **{"dropout": 0.1, "attention_dropout": 0.1},
+        num_layers=1,
+        d_model=8,
+        num_heads=2,
+        d_ff=12,
+        max_len=0,
+        positions="learned",
+        attention="flash",
+        dropout=0.1,
+        attention_dropout=0.1,
     )
     found = ExperimentConfig(
         model=EncoderConfig(
@@ -84,8 +91,12 @@ def config(data, **changes):
             tokenizer=TokenizerConfig(kind="chars"),
         ),
         optim=OptimConfig(
-            **{"name": "adamw", "schedule": "cosine", "warmup_steps": 2},
-            **{"weight_decay": 0.1, "clip_norm": 1.0, "ema_decay": 0.5},
+            name="adamw",
+            schedule="cosine",
+            warmup_steps=2,
+            weight_decay=0.1,
+            clip_norm=1.0,
+            ema_decay=0.5,
         ),
         evaluation=EvaluationConfig(every=4, metrics=()),
         checkpoint=CheckpointConfig(every=4),
@@ -123,6 +134,12 @@ def state(workdir, step=STEPS):
     found = found.replace(rng=jax.random.key_data(found.rng))
     paths = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(k): np.asarray(x).tobytes() for k, x in paths}
+
+
+def after(times):
+    """Asks to leave once it was asked so many times."""
+    count = itertools.count()
+    return lambda: "SIGTERM" if next(count) >= times else ""
 
 
 def assert_close(ours, alone):
@@ -181,11 +198,8 @@ def test_a_member_that_diverges_ends_alone(pack, capfd):
 
 def test_interrupted_members_go_on_bitwise(pack, data, tmp_path):
     """All leave after the same step, and end as if nothing had happened."""
-    asked = iter(range(1000))
     folder, _ = pack
-    stopped = packed.run(
-        members(data, tmp_path), stop=lambda: "SIGTERM" if next(asked) > 16 else ""
-    )
+    stopped = packed.run(members(data, tmp_path), stop=after(16))
     assert stopped[:2] == [{}, {}] and isinstance(stopped[2], str)
     at = {workdirs.checkpoint_dir(str(tmp_path / x)) for x in ("base", "other")}
     steps = {max(map(int, os.listdir(x))) for x in at}
@@ -200,13 +214,9 @@ def test_interrupted_members_go_on_bitwise(pack, data, tmp_path):
 def test_a_member_that_is_ahead_trains_with_the_others(pack, data, tmp_path):
     """One was trained further alone; the scores are those of the run alone."""
     folder, outcomes = pack
-    asked = iter(range(1000))
-    for chosen, workdir in members(data, tmp_path)[:2]:
-        limit = 6 if workdir.endswith("base") else 3
-        train.run(
-            chosen, workdir, stop=lambda m=limit: "enough" if next(asked) > m else ""
-        )
-        asked = iter(range(1000))
+    (base, here), (other, there) = members(data, tmp_path)[:2]
+    train.run(base, here, stop=after(6))
+    train.run(other, there, stop=after(3))
     found = packed.run(members(data, tmp_path)[:2])
     for name, ours, other in zip(("base", "other"), found, outcomes, strict=False):
         assert_close(lines(tmp_path / name), lines(folder / name))
