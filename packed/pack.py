@@ -97,7 +97,7 @@ class Pack:
         who no longer wait.
         """
         waiting = self._waiting
-        # Asked here only: all members see the same, and leave after the same step.
+        # Asked here only: members at the same step see the same, and leave after it.
         self.stopped = self.stopped or self._ask_stop()
         if not self._order:
             self._order = [*waiting]
