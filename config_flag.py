@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from triform import forks
 from triform import workdir as workdirs
 from triform.configs import plugins
 from triform.configs.schema import CHOICES, ExperimentConfig
@@ -108,13 +109,17 @@ def define(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[s
     """Defines --config and --config.KEY for every key that argv sets, in `known`.
 
     Returns argv without --config itself, which may stand anywhere. Without it the
-    config is that of --workdir. UserError for a config or a key that is not there.
+    config is that of --workdir, or of the run of --fork. UserError for a config or a
+    key that is not there.
     """
     argv = known.read_flags_from_files(list(argv), force_gnu=False)
     text, rest = _take(argv, "config")
     if text is None:
         workdir = _take(argv, "workdir")[0]
         if not workdir or not os.path.exists(os.path.join(workdir, "config.json")):
+            fork = _take(argv, "fork")[0]
+            workdir = forks.parse(fork)[0] if fork else ""
+        if not workdir:
             raise UserError(
                 f"no --config, and no --workdir of a run to go on with; {_choices()}"
             )

@@ -16,8 +16,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag", "recovery"),
+    "train": ("evaluate", "plan", "config_flag", "stepping", "capsule"),
+    "stepping": ("experiment", "input_pipeline", "recovery"),
     "recovery": ("configs",),
+    "tools": ("capsule",),
+    "capsule": ("workdir", "input_pipeline"),
+    "forks": ("workdir",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "evaluate": ("answers", "input_pipeline"),
@@ -25,9 +29,9 @@ IMPORTS = {
     "generate": ("answers",),
     "answers": ("workdir",),
     "packed": ("train",),
+    "config_flag": ("forks",),
     "sweep": ("config_flag", "sweeps"),
     "sweeps": ("runtime",),
-    "config_flag": ("workdir",),
     "inspection": ("workdir",),
     "interop": ("workdir",),
     "workdir": ("experiment",),
@@ -44,7 +48,17 @@ IMPORTS = {
 # One box in the picture: what a user starts, and what only that needs.
 PROGRAMS = (
     *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
-    *("packed", "sweep", "plot", "inspection", "config_flag"),
+    *(
+        "packed",
+        "sweep",
+        "plot",
+        "inspection",
+        "config_flag",
+        "forks",
+        "capsule",
+        "tools",
+        "stepping",
+    ),
 )
 # What starts the others, and imports them by name when they are asked for.
 DOORS = ("", "__main__", "console")

@@ -20,14 +20,15 @@ stop.listening = "listening" in sys.argv
 print("ready", flush=True)
 while not stop():
     time.sleep(0.01)
-time.sleep(0.3)
+time.sleep(SAVING)
 open(sys.argv[1], "w").write(stop())
 sys.exit(INTERRUPTED)
 """
 
 
-def started(tmp_path, *args, before=()):
-    program = [sys.executable, "-c", PROGRAM, str(tmp_path / "saved"), *args]
+def started(tmp_path, *args, before=(), saving=0.3):
+    code = PROGRAM.replace("SAVING", str(saving))
+    program = [sys.executable, "-c", code, str(tmp_path / "saved"), *args]
     process = subprocess.Popen(
         [*before, *program],
         stdout=subprocess.PIPE,
@@ -53,6 +54,21 @@ def test_every_signal_saves_and_several_are_as_one(name, tmp_path):
     assert process.returncode == signals.INTERRUPTED == 75
     assert saved(tmp_path) in (name, "SIGTERM", "SIGHUP", "SIGINT")
     assert errors.count("saving before leaving") == 1
+
+
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGUSR1"])
+def test_one_more_after_a_second_ends_it_at_once(second, tmp_path):
+    """The program saves for ever, so to say."""
+    process = started(tmp_path, "listening", saving=60)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    begun = time.monotonic()
+    process.send_signal(getattr(signal, second))
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == signals.INTERRUPTED
+    assert f"{second} again: leaving at once" in errors
+    assert not saved(tmp_path)
 
 
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
