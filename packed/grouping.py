@@ -25,7 +25,10 @@ TRACED = (*PLAIN, *ASKED)
 # Of these, 0 leaves a part of the program out: it and another number are two programs.
 SWITCHES = (r"optim\.(clip_norm|ema_decay)", r"model\.(.*\.)?attention_dropout")
 # Settings that no program depends on, if batches have the same shapes.
-HOST = r"(data|decode|checkpoint|evaluation)\..*|evaluations|init|init_from|log_every"
+HOST = (
+    r"(data|decode|checkpoint|evaluation)\..*|evaluations|init|init_from|log_every|"
+    r"recovery\.(spike|window|leave_out|most)"
+)
 
 
 @dataclasses.dataclass

@@ -1,17 +1,22 @@
 """A member of a pack: an ordinary run, whose experiment computes with the others'."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from triform.data.batch import Batch
-from triform.experiment import Experiment
+from triform.experiment import Experiment, TrainState
 from triform.runtime.partition import MeshPlacement
 
 Tree = Any
+FIELDS = (
+    "replace",
+    "variables",
+    *(field.name for field in dataclasses.fields(TrainState)),
+)
 
 
 class Packs(Protocol):
@@ -29,22 +34,32 @@ class Packs(Protocol):
 
 @dataclasses.dataclass
 class Call:
-    """A step that a member asks for. Calls of one `key` can be computed at once."""
+    """A step that a member asks for: 'compile', 'train' or 'eval', and of what."""
 
-    key: tuple
-    step: Callable  # a bound method of its experiment
-    state: Any  # TrainState or HELD; variables
+    kind: str
+    about: tuple  # the function, in evaluation, and the shapes of the batch
+    state: Any  # TrainState or Held; in evaluation variables
     batch: "HostBatch"
-    number: Any = None  # of the step, in evaluation
+    step: Any  # its number, of updates done
+    limit: Any = 0.0  # of the loss, see runtime/guard.py
 
 
-@dataclasses.dataclass
-class HostBatch:
+@dataclasses.dataclass(eq=False)
+class HostBatch(Mapping):
     """A batch of a member, which goes onto the devices with the others'."""
 
     rows: Batch
     axes: Mapping[str, str]
     parts: int
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def shapes(self) -> tuple:
         """What a program is compiled for."""
@@ -52,10 +67,15 @@ class HostBatch:
 
 
 class Held:
-    """The state of a member, which is among the others'."""
+    """The state of a member, which is among the others': read, it is copied."""
 
+    def __init__(self, pack: Packs, index: int):
+        self._pack, self._index = pack, index
 
-HELD = Held()
+    def __getattr__(self, name: str) -> Any:
+        if name not in FIELDS:
+            raise AttributeError(name)
+        return getattr(self._pack.state_of(self._index), name)
 
 
 class Shares:
@@ -106,18 +126,24 @@ class Together:
         """The batch, still on the host."""
         return HostBatch(batch, axes, parts)
 
+    def same(self, x: Any) -> Any:
+        """A number that all devices get, still on the host."""
+        return x
+
     def unload(self, state: Any) -> Tree:
         """The state as it is saved."""
-        return self._pack.state_of(self._index) if state is HELD else state
+        held = isinstance(state, Held)
+        return self._pack.state_of(self._index) if held else state
 
-    def compile_train(self, step: Callable, state: Tree, batch: HostBatch) -> Callable:
-        """(state, batch) -> (HELD, metrics)."""
-        pack, shapes = self._pack, batch.shapes()
-        pack.ask(self._index, Call(("compile", shapes), step, state, batch))
+    def compile_train(self, step: Callable, state: Any, fed: dict) -> Callable:
+        """(state, fed) -> (state, metrics). The pack has the same step for all."""
+        shapes = fed["batch"].shapes()
+        self._ask("compile", shapes, state, fed["batch"], 0)
 
-        def run(state: Any, batch: HostBatch) -> tuple[Held, Tree]:
-            call = Call(("train", shapes), step, state, batch)
-            return HELD, pack.ask(self._index, call)
+        def run(state: Any, fed: dict) -> tuple[Held, Tree]:
+            about = fed["batch"], fed["step"], fed["limit"]
+            measured = self._ask("train", shapes, state, *about)
+            return Held(self._pack, self._index), measured
 
         return run
 
@@ -125,11 +151,13 @@ class Together:
         """(variables, step, batch) -> (metrics, rows)."""
 
         def run(variables: Tree, number: Any, batch: HostBatch) -> tuple[Tree, Tree]:
-            key = ("eval", step.__func__, batch.shapes())
-            call = Call(key, step, variables, batch, number)
-            return self._pack.ask(self._index, call)
+            about = (step.__func__, batch.shapes())
+            return self._ask("eval", about, variables, batch, number)
 
         return run
+
+    def _ask(self, kind: str, about: tuple, *inputs: Any) -> Any:
+        return self._pack.ask(self._index, Call(kind, about, *inputs))
 
 
 @dataclasses.dataclass

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ from triform.configs.schema import ExperimentConfig
 from triform.experiment import Experiment, TrainState
 from triform.packed import grouping
 from triform.packed.grouping import matches
-from triform.packed.members import HELD, Call, HostBatch, Member, Shares
+from triform.packed.members import Call, Held, Member, Shares
 from triform.packed.sharing import Opened
-from triform.runtime import launch
+from triform.runtime import guard, launch
 from triform.runtime.errors import UserError
 from triform.runtime.partition import Across, MeshPlacement, block_on_cpu, pad_rows
 from triform.runtime.traced import Traced, stacked
@@ -41,11 +41,14 @@ class Pack:
         self.members, self._ask_stop, self.stopped = members, stop, ""
         trees = [schema.flat(config) for config, _ in members]
         self._inputs = {key: [tree[key] for tree in trees] for key in inputs}
+        kept = [[t[k] for k in t if k.startswith(("data.", "eval"))] for t in trees]
+        self._same_data = all(x == kept[0] for x in kept)
         self._data = Opened(len(members))
         self.turns = [
             Turns(name, functools.partial(self._train, index))
             for index, name in enumerate(_names([workdir for _, workdir in members]))
         ]
+        self._members: dict[int, Member] = {}
         self._waiting: dict[int, Call] = {}
         self._made: dict[Any, Callable] = {}  # programs of init
         self._programs: dict[Any, Callable] = {}
@@ -60,7 +63,11 @@ class Pack:
 
     def _train(self, index: int) -> dict[str, Any]:
         config, workdir = self.members[index]
-        make = functools.partial(Member, pack=self, index=index)
+
+        def make(config: ExperimentConfig) -> Experiment:
+            self._members[index] = Member(config, self, index)
+            return self._members[index]
+
         parts = train.Parts(make, self._data.codecs, self._data.splits)
         return train.run(config, workdir, stop=lambda: self.stopped, parts=parts)
 
@@ -101,11 +108,11 @@ class Pack:
         self.stopped = self.stopped or self._ask_stop()
         if not self._order:
             self._order = [*waiting]
-            self._experiment = next(iter(waiting.values())).step.__self__
+            self._experiment = self._members[self._order[0]]
             self._alone = self._experiment.placement.alone
         calls: dict[tuple, dict[int, Call]] = {}
         for index, call in waiting.items():
-            calls.setdefault(call.key, {})[self._order.index(index)] = call
+            calls.setdefault(self._key(call), {})[self._order.index(index)] = call
         # The first training step waits for all.
         key, chosen = max(
             calls.items(), key=lambda x: (x[0][0] != "compile", len(x[1]))
@@ -120,6 +127,17 @@ class Pack:
         for index in found:
             del waiting[index]
         return found
+
+    def _key(self, call: Call) -> tuple:
+        """Calls of one key are computed at once."""
+        shared = self._shared(call.kind) and call.kind != "compile"
+        return call.kind, call.about, shared and id(call.batch.rows)
+
+    def _shared(self, kind: str) -> bool:
+        """Do members have the same batches? Decided by their settings alone: a program
+        of its own for those who happen to would make other roundings.
+        """
+        return self._same_data and (kind == "eval" or "seed" not in self._inputs)
 
     def _told(self, error: Exception) -> Exception:
         line = launch.one_line(error)
@@ -144,14 +162,16 @@ class Pack:
 
         return {key: column(key) for key in self._inputs}
 
-    def _batch(self, batches: list[HostBatch]) -> tuple[Tree, int | None]:
+    def _batch(self, calls: Sequence[Call]) -> tuple[Tree, int | None]:
         """(batch on the devices, its axis of members, None if all have the same)."""
-        first, alone = batches[0], self._alone
+        first, alone, batches = calls[0].batch, self._alone, [x.batch for x in calls]
+        kind = "eval" if calls[0].kind == "eval" else "train"
+        if self._shared(kind):
+            rows = pad_rows(first.rows, alone.rows * first.parts)
+            return alone.spread(rows, first.axes), None
         padded = [pad_rows(x.rows, alone.rows * x.parts) for x in batches]
-        if all(x.rows is first.rows for x in batches):
-            return alone.spread(padded[0], first.axes), None
-        joined = {k: np.stack([x[k] for x in padded]) for k in first.rows}
-        return alone.spread(joined, {k: f"K{x}" for k, x in first.axes.items()}), 0
+        stacked = {k: np.stack([x[k] for x in padded]) for k in first.rows}
+        return alone.spread(stacked, {k: f"K{x}" for k, x in first.axes.items()}), 0
 
     def _slots(self, calls: Mapping[int, Call]) -> list[Call]:
         """A call for every slot: who does not ask computes what another one asks for,
@@ -226,10 +246,8 @@ class Pack:
             self._abstract = self._alone.abstract(state.replace(frozen={}))
             held = [self._waiting.get(i, first).state.frozen for i in self._order]
             self._frozen = equal_ones_shared(held)
-            self._frozen_inputs = joined(self._frozen)
-        seeds = {self._inputs["seed"][i] for i in self._order if "seed" in self._inputs}
-        batches = [x.batch for x in ([first] * len(slots) if len(seeds) < 2 else slots)]
-        self._program(first, *self._batch(batches))
+            self._frozen_inputs = joined(self._frozen, same_ones(self._frozen))
+        self._program(first, *self._batch(slots))
         return dict.fromkeys(calls)
 
     def _program(self, call: Call, batch: Tree, axis: int | None) -> Callable:
@@ -238,20 +256,28 @@ class Pack:
         if key in self._programs:
             return self._programs[key]
         count = len(self._order)
-        experiment, function = self._experiment, call.step.__func__
+        experiment = self._experiment
         frozen, axes = self._frozen_inputs
 
-        def one(values: Values, state: TrainState, frozen: Tree, batch: Tree) -> tuple:
+        def one(
+            values: Values, state: TrainState, numbers: Tree, frozen: Tree, batch: Tree
+        ) -> tuple:
             state = state.replace(frozen=frozen)
             traced = self._with(experiment, values)
-            state, measured = function(traced, state, batch, Across())
+            guarded = guard.guarded(traced.train_step, experiment.config.recovery)
+            state, measured = guarded(state, {**numbers, "batch": batch}, Across())
             return state.replace(frozen={}), measured
 
         def step(
-            values: Values, states: Tree, frozen: Tree, batch: Tree, active: jax.Array
+            values: Values,
+            states: Tree,
+            numbers: Tree,
+            frozen: Tree,
+            batch: Tree,
+            active: jax.Array,
         ) -> tuple[Tree, Tree]:
-            many = jax.vmap(one, in_axes=(0, 0, axes, axis), axis_size=count)
-            new, measured = many(values, states, frozen, batch)
+            many = jax.vmap(one, in_axes=(0, 0, 0, axes, axis), axis_size=count)
+            new, measured = many(values, states, numbers, frozen, batch)
 
             def chosen(new: jax.Array, old: jax.Array, place: Any) -> jax.Array:
                 mask = active.reshape(count, *[1] * (old.ndim - 1))
@@ -265,25 +291,23 @@ class Pack:
             return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=place)
 
         states = jax.tree.map(abstract, self._abstract, self._places())
-        inputs = (
-            self._values(self._order),
-            states,
-            frozen,
-            batch,
-            np.ones(count, bool),
-        )
+        values, active = self._values(self._order), np.ones(count, bool)
+        inputs = values, states, _numbers([call] * count), frozen, batch, active
         compiled = jax.jit(step, donate_argnums=1).lower(*inputs).compile()
-        self._programs[key] = functools.partial(compiled, inputs[0])
+        self._programs[key] = functools.partial(compiled, values)
         return self._programs[key]
 
     def _step(self, calls: Mapping[int, Call]) -> dict[int, Tree]:
         self._variables = ([], None)
         slots = self._slots(calls)
-        self._enter({s: x.state for s, x in calls.items() if x.state is not HELD})
-        batch, axis = self._batch([x.batch for x in slots])
+        self._enter(
+            {s: x.state for s, x in calls.items() if not isinstance(x.state, Held)}
+        )
+        batch, axis = self._batch(slots)
         active = np.array([slot in calls for slot in range(len(slots))])
         program = self._program(slots[0], batch, axis)
-        found = program(self._states, self._frozen_inputs[0], batch, active)
+        fixed = self._frozen_inputs[0]
+        found = program(self._states, _numbers(slots), fixed, batch, active)
         self._states, measured = block_on_cpu(found)
         shares = Shares(measured)
         return {slot: shares.of(slot) for slot in calls}
@@ -295,11 +319,11 @@ class Pack:
         experiment = self._experiment
         trees = [x.state for x in slots]
         if [*map(id, trees)] != [*map(id, self._variables[0])]:
-            self._variables = (trees, joined(trees))
+            self._variables = (trees, joined(trees, same_ones(self._frozen)))
         (variables, axes), count = self._variables[1], len(slots)
-        batch, axis = self._batch([x.batch for x in slots])
-        function = first.step.__func__
-        key = (first.key, axis, str(axes))
+        batch, axis = self._batch(slots)
+        function = first.about[0]
+        key = (first.about, axis, str(axes))
         if key not in self._made:
 
             def one(values: Values, variables: Tree, number: Any, batch: Tree) -> Tree:
@@ -308,7 +332,7 @@ class Pack:
 
             many = jax.vmap(one, in_axes=(0, axes, 0, axis), axis_size=count)
             self._made[key] = jax.jit(many)
-        numbers = np.array([x.number for x in slots], np.int32)
+        numbers = np.array([x.step for x in slots], np.int32)
         values = self._values(self._order)
         shares = Shares(self._made[key](values, variables, numbers, batch))
         leaves = shares.leaves()
@@ -327,6 +351,12 @@ def _names(workdirs: Sequence[str]) -> Sequence[str]:
 # Trees of several members
 
 
+def _numbers(calls: Sequence[Call]) -> dict[str, np.ndarray]:
+    """What guard.feed gives beside the batch, [K]."""
+    steps = np.array([x.step for x in calls], np.int32)
+    return {"step": steps, "limit": np.array([x.limit for x in calls], np.float32)}
+
+
 def _leaves(state: TrainState) -> list[jax.Array]:
     return jax.tree.leaves(state.replace(frozen={}))
 
@@ -343,18 +373,22 @@ def _taken(trees: Tree, slot: jax.Array) -> Tree:
     return jax.tree.map(lambda x: x[slot], trees)
 
 
-def joined(trees: list[Tree]) -> tuple[Tree, Tree]:
+def joined(trees: list[Tree], same: Collection[int] = ()) -> tuple[Tree, Tree]:
     """(arrays [K, ...], axis of members of each) of K trees.
 
-    An array that is the same object in all of them is left as it is: its axis is None.
+    `same`: ids of arrays that all have. They are left as they are: their axis is None.
     """
     columns = [*zip(*map(jax.tree.leaves, trees), strict=True)]
     structure = jax.tree.structure(trees[0])
-    same = [all(x is column[0] for x in column) for column in columns]
-    pairs = [*zip(columns, same, strict=True)]
-    arrays = [x[0] if one else jnp.stack(x) for x, one in pairs]
-    axes = [None if one else 0 for _, one in pairs]
+    arrays = [x[0] if id(x[0]) in same else jnp.stack(x) for x in columns]
+    axes = [None if id(x[0]) in same else 0 for x in columns]
     return jax.tree.unflatten(structure, arrays), jax.tree.unflatten(structure, axes)
+
+
+def same_ones(trees: list[Tree]) -> set[int]:
+    """Ids of the arrays that are the same object in all trees."""
+    columns = zip(*map(jax.tree.leaves, trees), strict=True)
+    return {id(x[0]) for x in columns if all(y is x[0] for y in x)}
 
 
 def equal_ones_shared(trees: list[Tree]) -> list[Tree]:

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import threading
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Mapping
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -21,16 +22,21 @@ from triform.input_pipeline import Batches, TrainBatches
 AHEAD = 4  # batches between two members at the same step, beside those prefetched
 
 
-class SharedBatches(Batches):
-    """Batches of a split, of which the last ones are remembered.
+class Rows(dict):
+    """A batch that can be found as long as somebody has it."""
 
-    Members that ask for the same batch get the same object. It has to be read only.
+
+class SharedBatches(Batches):
+    """Batches of a split: whoever asks for the same one gets the same object.
+
+    As long as another one has it, or it is among the last ones. It is read only.
     """
 
     def __init__(self, batches: Batches, remembered: int):
         super().__init__(batches.dataset)
-        self._most, self._lock = remembered, threading.Lock()
-        self._recent: OrderedDict[tuple, Batch] = OrderedDict()
+        self._lock = threading.Lock()
+        self._held: WeakValueDictionary[tuple, Rows] = WeakValueDictionary()
+        self._last: deque[Rows] = deque(maxlen=remembered)
 
     def collate(
         self, index: int, items: np.ndarray, epoch: Epoch, rows: slice = slice(None)
@@ -38,11 +44,12 @@ class SharedBatches(Batches):
         """See Batches."""
         key = (index, items.tobytes(), epoch, rows.start, rows.stop)
         with self._lock:
-            if key not in self._recent:
-                self._recent[key] = super().collate(index, items, epoch, rows)
-                if len(self._recent) > self._most:
-                    self._recent.popitem(last=False)
-            return self._recent[key]
+            found = self._held.get(key)
+            if found is None:
+                found = Rows(super().collate(index, items, epoch, rows))
+                self._held[key] = found
+                self._last.append(found)
+            return found
 
 
 class Opened:
