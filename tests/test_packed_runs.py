@@ -3,8 +3,13 @@
 import itertools
 import json
 import os
+import pathlib
 import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +17,7 @@ import pytest
 
 from triform import packed, train
 from triform import workdir as workdirs
+from triform.configs import schema
 from triform.configs.schema import (
     CheckpointConfig,
     ClassificationConfig,
@@ -28,6 +34,7 @@ from triform.experiment import Experiment
 from triform.runtime import history, metrics
 from triform.runtime.checkpoint import Checkpointer
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 10
 CLOSE = 1e-5  # relative, of losses over ten steps: sums are ordered otherwise
 # Of a line in metrics.jsonl, what depends on the machine and not on the run.
@@ -165,15 +172,14 @@ def kept(workdir):
     return named - {packed.OUTPUT} | {f"checkpoints/{x}" for x in steps}
 
 
-@pytest.mark.parametrize("name", ["base", "other"])
-def test_a_member_is_as_the_run_alone(name, pack, data, tmp_path):
+def test_a_member_is_as_the_run_alone(pack, data, tmp_path):
     """The same files, numbers and scores, and train.py goes on with it."""
     folder, outcomes = pack
-    ours, alone = folder / name, tmp_path / name
-    chosen = config(data, **(OTHER if name == "other" else {}))
+    ours, alone = folder / "other", tmp_path / "other"
+    chosen = config(data, **OTHER)
     scores = train.run(chosen, str(alone))
     assert_close(lines(ours), lines(alone))
-    assert_close([outcomes[name == "other"]], [scores])
+    assert_close([outcomes[1]], [scores])
     assert (ours / "config.json").read_text() == (alone / "config.json").read_text()
     assert kept(ours) == kept(alone)
     shutil.copytree(ours, tmp_path / "copy")
@@ -248,3 +254,58 @@ def test_frozen_parameters_that_members_share_are_not_copied(data, tmp_path):
     assert jax.tree.all(equal) and jax.tree.leaves(equal)
     alone = train.run(chosen[1][0], str(tmp_path / "alone"))
     assert_close([found[1]], [alone])
+
+
+def rows_of(folder):
+    """{name: (state, note)} of a sweep's runs."""
+    found = json.loads((folder / "sweep.json").read_text())["runs"]
+    return {row["name"]: (row["state"], row["note"], row["test"]) for row in found}
+
+
+def test_a_sweep_is_packed_killed_and_goes_on(data, tmp_path):
+    """sweep.py --on=packed, SIGTERM, SIGKILL: it ends as one that nobody disturbed."""
+    chosen = config(data, steps=60)
+    plugin = tmp_path / "mine.py"
+    text = schema.to_json(chosen)
+    plugin.write_text(
+        "from triform.configs import schema\n"
+        f"def get_config(variant=''):\n    return schema.from_json({text!r})\n"
+    )
+    command = [sys.executable, str(ROOT / "sweep.py"), f"--config={plugin}"]
+    command += ["--sweep=optim.learning_rate=1e-3,1e-2,-1", "--on=packed"]
+    environment = dict(os.environ, XLA_FLAGS="", PYTHONUNBUFFERED="1")
+
+    def start(folder):
+        return subprocess.Popen(
+            [*command, f"--workdir={folder}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    undisturbed = start(tmp_path / "a")
+    output = undisturbed.communicate(timeout=600)[0]
+    assert undisturbed.returncode == 1, output
+    expected = rows_of(tmp_path / "a")
+    assert [x[0] for x in expected.values()] == ["finished", "finished", "failed"]
+    assert "must be positive" in [*expected.values()][2][1]
+    for how, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
+        disturbed = start(tmp_path / "b")
+        for line in disturbed.stdout:
+            if re.search(r"0.001 \| step \d*[13579]/60 ", line):
+                break
+        if how == signal.SIGTERM:
+            disturbed.send_signal(how)  # which passes it on
+        else:
+            os.killpg(disturbed.pid, how)
+        rest = disturbed.communicate(timeout=600)[0]
+        assert disturbed.returncode == code, rest
+    ended = start(tmp_path / "b")
+    output = ended.communicate(timeout=600)[0]
+    assert ended.returncode == 1, output
+    assert rows_of(tmp_path / "b") == expected
+    for name, (state, *_) in expected.items():
+        if state == "finished":
+            assert lines(tmp_path / "b" / name) == lines(tmp_path / "a" / name)
