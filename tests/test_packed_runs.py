@@ -294,7 +294,7 @@ def test_a_sweep_is_packed_killed_and_goes_on(data, tmp_path):
     for how, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
         disturbed = start(tmp_path / "b")
         for line in disturbed.stdout:
-            if re.search(r"0.001 \| step \d*[13579]/60 ", line):
+            if re.search(r"1e-3 \| step \d*[13579]/60 ", line):
                 break
         if how == signal.SIGTERM:
             disturbed.send_signal(how)  # which passes it on
