@@ -493,9 +493,8 @@ def flat(config: ExperimentConfig) -> dict[str, Any]:
 def differences(old: ExperimentConfig, new: ExperimentConfig) -> dict[str, tuple]:
     """{'optim.learning_rate': (old, new)} for every value that differs."""
     a, b = map(flat, (old, new))
-    names = [*a, *(k for k in b if k not in a)]
     return {
         k: (a.get(k, "absent"), b.get(k, "absent"))
-        for k in names
+        for k in {**a, **b}
         if a.get(k, "absent") != b.get(k, "absent")
     }

@@ -122,7 +122,9 @@ class Together:
         """As the placement's, with a program that other members share."""
         return self._pack.init(self.alone, self._index, make)
 
-    def put(self, batch: Batch, axes: Mapping[str, str], parts: int = 1) -> HostBatch:
+    def put(
+        self, batch: Batch, axes: Mapping[str, str], parts: int = 1, total: int = 0
+    ) -> HostBatch:
         """The batch, still on the host."""
         return HostBatch(batch, axes, parts)
 

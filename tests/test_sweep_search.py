@@ -148,6 +148,34 @@ def test_scripts_of_a_grid_and_of_a_search(tmp_path):
             slurm.place(text)
 
 
+def test_waves_are_submitted_at_once_and_none_twice(tmp_path, monkeypatch):
+    """With programs in place of Slurm's, which note how they are called."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {
+        "sbatch": 'echo "$*" >> calls; wc -l < calls',
+        "squeue": "cat queued 2>/dev/null",
+        "scancel": 'echo "scancel $*" >> calls',
+    }.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    sweep, where = searched(tmp_path, trials=4, jobs=2), slurm.place("cpu,0,1")
+    assert slurm.submit(sweep, [], where) == ["1", "2", "3", "4"]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    found = [re.search(r"--dependency=(\S+)", call) for call in calls]
+    after = [match and match[1] for match in found]
+    assert after == [None, "afterok:1", "afterany:2", "afterok:3"]
+    (tmp_path / "queued").write_text("3\n9\n")
+    with pytest.raises(UserError, match="jobs 3 of this sweep"):
+        slurm.submit(sweep, [], where)
+    (tmp_path / "queued").unlink()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho no such >&2; exit 1\n")
+    with pytest.raises(UserError, match="no such"):
+        slurm.submit(sweep, [], where)
+
+
 def test_a_wave_is_asked_for_once_and_no_trial_is_too_many(folder):
     sweep = searched(folder, trials=3, seeds=("0", "1"))
     runs.write(sweep)
