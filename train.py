@@ -14,6 +14,7 @@ again. From Python: `run(config, workdir)`.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -244,8 +245,17 @@ def restore_or_init(
     return state, meta | {"config": schema.to_json(config)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How the parts of a run are made; packed.run lets runs share them."""
+
+    experiment: Callable[[ExperimentConfig], Experiment] = Experiment
+    codecs: Callable[[ExperimentConfig, str], Mapping[str, Codec]] = find_codecs
+    splits: Callable[..., plan.Splits] = plan.Splits.open
+
+
 def resolve(
-    config: ExperimentConfig, workdir: str = ""
+    config: ExperimentConfig, workdir: str = "", parts: Parts = Parts()
 ) -> tuple[ExperimentConfig, Mapping[str, Codec] | None]:
     """(the config with what follows from the data filled in, codecs if it needed them).
 
@@ -254,7 +264,7 @@ def resolve(
     plugins.load_all(config)
     if not config.needs_classes():
         return config.resolved(), None
-    codecs = find_codecs(config, workdir)
+    codecs = parts.codecs(config, workdir)
     return config.resolved(codec_files.class_counts(config.data, codecs)), codecs
 
 
@@ -265,6 +275,7 @@ def run(
     stop: Stop = lambda: "",
     resume: int | None = None,
     fork: str = "",
+    parts: Parts = Parts(),
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
@@ -277,8 +288,8 @@ def run(
     group, interrupt = hosts.here(), stop
     stop = group.stop(stop)
     what = "reading the names of classes"
-    config, codecs = group.in_turn(what, lambda: resolve(config, workdir))
-    experiment = Experiment(config)
+    config, codecs = group.in_turn(what, lambda: resolve(config, workdir, parts))
+    experiment = parts.experiment(config)
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.lock(workdir))
@@ -301,10 +312,10 @@ def run(
         print(plan.sources(config), flush=True)
         if codecs is None:
             what = "building tokenizer and classes"
-            codecs = group.in_turn(what, lambda: find_codecs(config, workdir))
+            codecs = group.in_turn(what, lambda: parts.codecs(config, workdir))
         print(plan.export(config, workdir, codecs), flush=True)
         what = "preparing the data"
-        splits = group.in_turn(what, lambda: plan.Splits.open(experiment, codecs))
+        splits = group.in_turn(what, lambda: parts.splits(experiment, codecs))
         group.same(what, splits.digests())
         splits.print()
         about = experiment, splits.train, checkpointer

@@ -178,15 +178,9 @@ class MeshPlacement:
             held = slice(0, padded)
         batch = pad_rows(batch, held.stop - held.start)
 
-        def axis(letter: str, size: int) -> tuple[str, ...] | None:
-            over = BATCH_AXES.get(letter, ())
-            fits = size % math.prod(self.sizes[a] for a in over) == 0
-            return over if over and fits else None
-
         def place(name: str, x: np.ndarray) -> jax.Array:
             shape = (padded, *x.shape[1:])
-            split = P(*map(axis, axes[name], shape))
-            sharding = NamedSharding(self.mesh, split)
+            sharding = self._split(axes[name], shape)
 
             def part(index: tuple) -> np.ndarray:
                 start, stop, _ = index[0].indices(padded)
@@ -195,6 +189,23 @@ class MeshPlacement:
             return jax.make_array_from_callback(shape, sharding, part)
 
         return {name: place(name, x) for name, x in batch.items()}
+
+    def _split(self, letters: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a field of a batch is."""
+
+        def axis(letter: str, size: int) -> tuple[str, ...] | None:
+            over = BATCH_AXES.get(letter, ())
+            fits = size % math.prod(self.sizes[a] for a in over) == 0
+            return over if over and fits else None
+
+        return NamedSharding(self.mesh, P(*map(axis, letters, shape)))
+
+    def spread(self, batch: Batch, axes: AxisLetters) -> Mapping[str, jax.Array]:
+        """A batch on the devices of one process, whose rows divide evenly. Axis letters
+        that are not in BATCH_AXES are not split.
+        """
+        places = {name: self._split(axes[name], x.shape) for name, x in batch.items()}
+        return jax.device_put(dict(batch), places)
 
     def same(self, x: np.generic) -> np.ndarray:
         """A number of the host as steps take it beside a batch."""

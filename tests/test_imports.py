@@ -28,6 +28,7 @@ IMPORTS = {
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
+    "packed": ("train",),
     "config_flag": ("forks",),
     "sweep": ("config_flag", "sweeps"),
     "sweeps": ("runtime",),
@@ -48,6 +49,7 @@ IMPORTS = {
 PROGRAMS = (
     *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
     *(
+        "packed",
         "sweep",
         "plot",
         "inspection",
