@@ -25,6 +25,7 @@ from absl import flags
 
 from triform import config_flag, plan
 from triform import workdir as workdirs
+from triform.compilation import Steps
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
@@ -59,21 +60,6 @@ def examples_of(train: TrainBatches, step: int) -> str:
     return f"{shown} of {train.batches.dataset.split}"
 
 
-def compile_steps(
-    experiment: Experiment, train: TrainBatches, state: TrainState
-) -> dict[int, Any]:
-    """The train step compiled for every shape of a batch, before the first step."""
-    compiled, shapes = {}, experiment.config.data.shapes()
-    for index in train.shapes():
-        axes = ", ".join(f"{k}={n}" for k, n in shapes[index].items())
-        batch = experiment.put(experiment.empty_batch(shapes[index]))
-        with stage(f"compiling the step for {axes or 'rows'}"):
-            compiled[index] = experiment.placement.compile_train(
-                experiment.train_step, state, batch
-            )
-    return compiled
-
-
 def train_loop(
     experiment: Experiment,
     train: TrainBatches,
@@ -87,7 +73,7 @@ def train_loop(
 ) -> TrainState:
     """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
-    steps = compile_steps(experiment, train, state)
+    steps = Steps(experiment, train, state, start)
     progress = Progress(
         start,
         config.steps,
@@ -114,11 +100,12 @@ def train_loop(
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch, index, real = next(source)
+            compiled = steps[index]
             if step == start + 1:
                 with stage("first step"):
-                    state, measured = jax.block_until_ready(steps[index](state, batch))
+                    state, measured = jax.block_until_ready(compiled(state, batch))
             else:
-                state, measured = steps[index](state, batch)
+                state, measured = compiled(state, batch)
             settle()
             pending = (step, measured, real)
             due = evaluation_due(config, step)
@@ -140,6 +127,7 @@ def train_loop(
             if stop():
                 break
     finally:
+        steps.close()
         source.close()
         progress.close()
     with stage("saving the last step", least=SOON):

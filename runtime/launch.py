@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from triform.runtime import host, paths, streams
+from triform.runtime import compile_cache, host, paths, streams
 from triform.runtime.errors import TriformError, UserError
 
 Main = Callable[[list[str]], int | None]
@@ -51,6 +51,7 @@ def launch(
     def parse(given: list[str]) -> list[str]:
         if not passes_on:
             host.prepare()
+            compile_cache.prepare()
         known = set(flags.FLAGS)
         define()
         if HELP & set(given[1:]):

@@ -16,11 +16,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag", "recovery"),
+    "train": ("evaluate", "plan", "config_flag", "recovery", "compilation"),
     "recovery": ("configs",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "evaluate": ("answers", "input_pipeline"),
+    "compilation": ("experiment", "input_pipeline"),
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
@@ -41,7 +42,7 @@ IMPORTS = {
 # One box in the picture: what a user starts, and what only that needs.
 PROGRAMS = (
     *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
-    *("sweep", "plot", "inspection", "config_flag"),
+    *("compilation", "sweep", "plot", "inspection", "config_flag"),
 )
 # What starts the others, and imports them by name when they are asked for.
 DOORS = ("", "__main__", "console")
