@@ -24,10 +24,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from triform.runtime import files, read_errors
+from triform.runtime import files, lazy, read_errors
 from triform.runtime.checksum import checksums
 from triform.runtime.errors import CheckpointError
 from triform.runtime.leaves import (
@@ -39,6 +38,8 @@ from triform.runtime.leaves import (
     storage,
 )
 from triform.runtime.read_errors import Corrupt, reason
+
+ocp = lazy.Module("orbax.checkpoint")  # 0.2 s, which --help and a dry run need not
 
 _log = logging.getLogger(__name__)
 _FULL = ("No space left", "Disk quota exceeded")

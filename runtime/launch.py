@@ -49,14 +49,14 @@ def launch(
     streams.prepare(needed=answers)
 
     def parse(given: list[str]) -> list[str]:
-        if not passes_on:
-            host.prepare()
-            compile_cache.prepare()
         known = set(flags.FLAGS)
         define()
         if HELP & set(given[1:]):
             _print_help(about, sorted(set(flags.FLAGS) - known))
             sys.exit(0)
+        if not passes_on:
+            host.prepare()
+            compile_cache.prepare()
         return flags.FLAGS(prepare(given), known_only=passes_on)
 
     def run(rest: list[str]) -> int | None:

@@ -35,7 +35,7 @@ IMPORTS = {
     "configs": ("models", "tasks", "data", "scores", "runtime"),
     "models": ("runtime.errors",),
     "tasks": ("runtime.metrics",),
-    "data": ("runtime.errors", "runtime.paths"),
+    "data": ("runtime.errors", "runtime.paths", "runtime.files", "runtime.lazy"),
     "scores": (),
     "runtime": (),
 }
@@ -76,6 +76,7 @@ LATE = {
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
     ("runtime.metrics", "triform.runtime.events"): "it imports torch",
+    ("scores.text", "sacrebleu.metrics"): "it costs 40 ms",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
 }
 LINES = 500  # of a file
