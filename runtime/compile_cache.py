@@ -81,15 +81,16 @@ class Cache(CacheInterface):
 
     def put(self, key: str, value: bytes) -> None:
         """Keeps the value of a key."""
-        if self.off or 0 <= self.limit < len(value):
+        entry = _checksum(value) + value
+        if self.off or 0 <= self.limit < len(entry):
             return
         try:
-            if self.limit >= 0 and self._room < len(value):
-                used = prune(os.path.dirname(self.folder), self.limit - len(value))
-                self._room = max(self.limit - used, len(value))
+            if self.limit >= 0 and self._room < len(entry):
+                used = prune(os.path.dirname(self.folder), self.limit - len(entry))
+                self._room = self.limit - used
             with files.replacing(self._file(key), binary=True) as f:
-                f.write(_checksum(value) + value)
-            self._room -= len(value)
+                f.write(entry)
+            self._room -= len(entry)
         except OSError as error:
             self.off = True
             self._tell(

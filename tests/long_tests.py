@@ -4,6 +4,7 @@
 LONG = {
     "tests/test_chat_run.py": "trainings",
     "tests/test_checkpoint.py::test_sigkill": "processes",
+    "tests/test_compile_cache.py::test_processes": "processes",
     "tests/test_console.py": "an installation and processes",
     "tests/test_docs.py": "three trainings",
     "tests/test_encoding.py::test_a_killed_run": "processes",
@@ -22,6 +23,7 @@ LONG = {
     "tests/test_recovery.py::test_a_run_killed": "processes",
     "tests/test_signals.py::test_a_run_that_fails": "processes",
     "tests/test_signals.py::test_a_sweep": "processes",
+    "tests/test_start.py": "processes",
     "tests/test_train.py::test_a_mistake_is_one_line": "processes",
     "tests/test_train.py::test_a_run_killed": "processes",
     "tests/test_train.py::test_an_interruption": "processes",
