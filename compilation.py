@@ -10,47 +10,56 @@ import jax
 
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import TrainBatches
-from triform.runtime import compile_cache
+from triform.runtime import compile_cache, guard
 from triform.runtime.progress import say, stage
 
 AHEAD = 2000  # steps whose shapes are looked at; beyond that, all shapes are compiled
 
 
-class Steps:
-    """Index of a shape -> the compiled step: (state, batch) -> (state, metrics).
+class Compiled:
+    """Index of a shape -> the compiled step, (state, fed) -> (state, metrics).
 
-    Compiled in threads, in the order in which a run needs the shapes. On CPUs it trains
-    meanwhile with those that are there; what a step computes does not depend on that.
+    They are compiled in threads, in the order in which a run needs the shapes, from the
+    first that is asked for. On CPUs training goes on meanwhile with those that are
+    there; what a step computes does not depend on that.
     """
 
     def __init__(
         self, experiment: Experiment, train: TrainBatches, state: TrainState, start: int
     ):
-        self._experiment, self._state = experiment, jax.tree.map(_abstract, state)
-        order = needed(train, start, experiment.config.steps)
-        alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+        self._experiment, self._train, self._start = experiment, train, start
+        self._state = jax.tree.map(_abstract, state)
+        self._step = guard.guarded(experiment.train_step, experiment.config.recovery)
         # Accelerators measure kernels while they compile: nothing else should run. And
         # several hosts must compile the same programs in the same order.
-        workers = min(len(order), available_cores()) if alone else 1
-        self._pool = ThreadPoolExecutor(max(1, workers), "compile")
+        self._beside = jax.default_backend() == "cpu" and jax.process_count() == 1
+        cores = available_cores() if self._beside else 1
+        self._pool = ThreadPoolExecutor(cores, "compile")
         self._found: dict[int, Future] = {}
-        for index in order:
-            self._found[index] = self._pool.submit(self._compile, index)
-        for index in order[:1] if alone else order:
-            self[index]
+
+    def __enter__(self) -> "Compiled":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Compiles nothing more; what is being compiled is waited for at exit."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __getitem__(self, index: int) -> Any:
-        if index not in self._found:
-            self._found[index] = self._pool.submit(self._compile, index)
-        found = self._found[index]
-        if not found.done():
-            with stage(f"compiling the step for {self._title(index)}", least=math.inf):
-                found.result()
-        return found.result()
+        order = [index]
+        if not self._found:
+            steps = self._experiment.config.steps
+            order += needed(self._train, self._start, steps)
+        for one in order:
+            if one not in self._found:
+                self._found[one] = self._pool.submit(self._compile, one)
+        for one in order[:1] if self._beside else order:
+            self._wait(one)
+        return self._found[index].result()
 
-    def close(self) -> None:
-        """Compiles nothing more. What is being compiled is waited for at exit."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def _wait(self, index: int) -> None:
+        if not self._found[index].done():
+            with stage(f"compiling the step for {self._title(index)}", least=math.inf):
+                self._found[index].exception()
 
     def _title(self, index: int) -> str:
         shape = self._experiment.config.data.shapes()[index]
@@ -58,12 +67,10 @@ class Steps:
 
     def _compile(self, index: int) -> Any:
         experiment, hits = self._experiment, compile_cache.hits()
-        shape = experiment.config.data.shapes()[index]
-        start = time.perf_counter()
-        batch = experiment.put(experiment.empty_batch(shape))
-        step = experiment.placement.compile_train(
-            experiment.train_step, self._state, batch
-        )
+        start, placement = time.perf_counter(), experiment.placement
+        batch = experiment.empty_batch(experiment.config.data.shapes()[index])
+        fed = guard.feed(placement, experiment.put(batch), 1, 0.0)
+        step = placement.compile_train(self._step, self._state, fed)
         seconds = time.perf_counter() - start
         how = ", cached" if compile_cache.hits() > hits else ""
         say(f"compiling the step for {self._title(index)}{how}: {seconds:.1f} s")

@@ -16,8 +16,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag", "recovery", "compilation"),
+    "train": ("evaluate", "plan", "config_flag", "stepping", "compilation", "capsule"),
+    "stepping": ("compilation", "recovery"),
     "recovery": ("configs",),
+    "tools": ("capsule",),
+    "capsule": ("workdir", "input_pipeline"),
+    "forks": ("workdir",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "evaluate": ("answers", "input_pipeline"),
@@ -25,14 +29,16 @@ IMPORTS = {
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
-    "sweep": ("runtime",),
-    "config_flag": ("workdir",),
+    "config_flag": ("forks",),
+    "sweep": ("config_flag", "sweeps"),
+    "sweeps": ("runtime",),
     "inspection": ("workdir",),
     "interop": ("workdir",),
     "workdir": ("experiment",),
     "experiment": ("configs",),
     "input_pipeline": ("data",),
-    "configs": ("models", "tasks", "data", "scores", "runtime"),
+    # Files of configs/sweeps say which runs.
+    "configs": ("models", "tasks", "data", "scores", "runtime", "sweeps.values"),
     "models": ("runtime.errors",),
     "tasks": ("runtime.metrics",),
     "data": ("runtime.errors", "runtime.paths", "runtime.files", "runtime.lazy"),
@@ -42,7 +48,17 @@ IMPORTS = {
 # One box in the picture: what a user starts, and what only that needs.
 PROGRAMS = (
     *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
-    *("compilation", "sweep", "plot", "inspection", "config_flag"),
+    *(
+        "sweep",
+        "plot",
+        "inspection",
+        "config_flag",
+        "forks",
+        "capsule",
+        "tools",
+        "stepping",
+        "compilation",
+    ),
 )
 # What starts the others, and imports them by name when they are asked for.
 DOORS = ("", "__main__", "console")
@@ -78,6 +94,8 @@ LATE = {
     ("runtime.metrics", "triform.runtime.events"): "tensorboardX costs 0.2 s",
     ("scores.text", "sacrebleu.metrics"): "it costs 40 ms",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
+    ("sweeps.page", "matplotlib.figure"): "an extra",
+    ("sweeps.search", "optuna"): "an extra",
 }
 LINES = 500  # of a file
 FUNCTION_LINES = 80

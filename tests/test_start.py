@@ -57,13 +57,14 @@ def started(*words, listing=os.devnull, code=0, **more):
 def text_run(tmp_path_factory):
     """(start, folder): runs a program, with the cache root and a text in the folder."""
     folder = tmp_path_factory.mktemp("start")
-    lines = "\n\n".join(f"line {n} of {n * n} words" for n in range(200))
-    (folder / "text.txt").write_text(lines)
+    rows = [json.dumps({"text": f"line {n} of {n * n} words"}) for n in range(200)]
+    (folder / "text.jsonl").write_text("\n".join(rows))
 
     def start(*words, config=True, **more):
         flags = (
             "--config=my_text:smoke",
-            f"--config.data.source={folder / 'text.txt'}",
+            f"--config.data.source={folder / 'text.jsonl'}",
+            "--config.data.text=text",
             "--config.optim.schedule=constant",
             "--config.checkpoint.every=2",
             "--config.log_every=1",
