@@ -16,14 +16,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag", "stepping", "compilation", "capsule"),
-    "stepping": ("compilation", "recovery"),
+    "train": ("evaluate", "plan", "config_flag", "stepping", "capsule"),
     "recovery": ("configs",),
     "tools": ("capsule",),
-    "capsule": ("workdir", "input_pipeline"),
     "forks": ("workdir",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
+    "capsule": ("workdir", "input_pipeline"),
+    "stepping": ("compilation", "recovery"),
     "evaluate": ("answers", "input_pipeline"),
     "compilation": ("experiment", "input_pipeline"),
     "lm_eval": ("answers",),
