@@ -259,8 +259,7 @@ def cached(
 
 def cache_root(config: Any) -> str:
     """Where arrays are kept."""
-    given = config.cache_dir or os.environ.get("TRIFORM_CACHE")
-    return paths.absolute(given or "~/.cache/triform", setting="TRIFORM_CACHE")
+    return paths.cache_root(config.cache_dir)
 
 
 def _sweep(directory: str) -> None:
