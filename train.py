@@ -357,7 +357,9 @@ def train_and_test(
     if isinstance(stop, signals.Interrupt):
         stop.listening = True
     if evaluation_due(config, start) and not checkpointer.metrics_of(start):
-        evaluate(state, start)  # the one that was interrupted
+        # The one that was interrupted; perhaps between two splits.
+        writer.go_back(start, scores=False)
+        evaluate(state, start)
     compiled = {}
     if start < config.steps and not stop():
         compiled = compile_steps(experiment, splits.train, state)
