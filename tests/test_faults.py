@@ -107,7 +107,8 @@ class Disk:
             kind = self.kind(path)
             self.seen.setdefault(kind, path)
             if kind == self.fails and self.error == errno.ENOSPC:
-                # It opens, and is full as soon as something reaches the disk.
+                # It is made, and is full as soon as something reaches the disk.
+                self._open(file, mode, *args, **options).close()
                 file, mode = "/dev/full", re.sub("[xa]", "w", mode).replace("+", "")
             elif kind == self.fails:
                 raise OSError(self.error, os.strerror(self.error), path)
