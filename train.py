@@ -383,7 +383,9 @@ def train_and_test(
         scored[step] = found
 
     if evaluation_due(config, start) and not checkpointer.metrics_of(start):
-        evaluate(state, start)  # the one that was interrupted
+        # The one that was interrupted; perhaps between two splits.
+        writer.go_back(start, scores=False)
+        evaluate(state, start)
     with Compiled(experiment, splits.train, state, start) as compiled:
         while meta["data"]["step"] < config.steps and not stop():
             about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop

@@ -314,7 +314,7 @@ def _join_texts(parts: Sequence[str], field: str, target: str) -> None:
     with open(f"{target}.tokens", "wb") as f:
         for ids in _joined(parts, f"{field}/ids"):
             dtype = ids.dtype
-            ids.tofile(f)
+            f.write(ids.data)  # `tofile` would not say why it fails
     sizes, first, counts = (
         list(_joined(parts, f"{field}/{name}")) for name in ("sizes", "first", "counts")
     )
