@@ -147,7 +147,7 @@ def test_a_run_that_is_worse_than_half_of_the_others_is_pruned(
     begin = time.monotonic()
     *_, good, bad = done(sweep).values()
     assert (good.state, bad.state) == ("finished", "pruned")
-    assert "2.6 is worse than the median 2.4" in bad.note
+    assert "its best eval/loss 2.6 is worse than the median 2." in bad.note
     assert pruning.reason(sweep.members[0], sweep) == ""  # it is at its last step
     assert time.monotonic() - begin > 3  # the other one was let go on
 
