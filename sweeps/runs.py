@@ -259,7 +259,7 @@ def _number(value: Any) -> float | None:
 def locked(folder: str) -> Iterator[bool]:
     """Holds the lock of a folder meanwhile; False if another process has it."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as file:
+    with open(os.path.join(folder, ".lock"), "a") as file:  # what is in it stays
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
