@@ -27,6 +27,7 @@ from absl import flags
 
 from triform import capsule, config_flag, forks, plan, recovery
 from triform import workdir as workdirs
+from triform.compilation import Compiled
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
@@ -51,7 +52,7 @@ from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter, NoWriter
 from triform.runtime.progress import SOON, Progress, stage
 from triform.runtime.stopping import Stop
-from triform.stepping import Steps, compile_steps
+from triform.stepping import Steps
 
 SAME = ("workdir", "resume", "fork")  # flags that processes must agree in
 
@@ -79,13 +80,10 @@ def train_loop(
     checkpointer: Checkpointer,
     recover: Recovery,
     writer: MetricWriter | NoWriter,
-    compiled: Mapping[int, Any],
+    compiled: Compiled,
     stop: Stop,
 ) -> TrainState:
-    """Steps until config.steps or `stop()`; the last state is saved.
-
-    `compiled`: what `compile_steps` gives.
-    """
+    """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
     progress = Progress(
         start,
@@ -385,21 +383,23 @@ def train_and_test(
         scored[step] = found
 
     if evaluation_due(config, start) and not checkpointer.metrics_of(start):
-        evaluate(state, start)  # the one that was interrupted
-    compiled = {}
-    if start < config.steps and not stop():
-        compiled = compile_steps(experiment, splits.train, state)
-    while meta["data"]["step"] < config.steps and not stop():
-        about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
-        try:
-            state = train_loop(experiment, splits.train, *about)
-        except recovery.Rewind as bad:
-            state = about = None  # its memory is wanted
-            step = recovery.rewind(workdir, checkpointer, watch, config.recovery, bad)
-            about = experiment, splits.train, checkpointer
-            state, meta = restore_or_init(*about, anew=step == 0)
-            watch.losses = meta.get("recovery", {}).get("losses", [])
-            writer.go_back(step)
+        # The one that was interrupted; perhaps between two splits.
+        writer.go_back(start, scores=False)
+        evaluate(state, start)
+    with Compiled(experiment, splits.train, state, start) as compiled:
+        while meta["data"]["step"] < config.steps and not stop():
+            about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
+            try:
+                state = train_loop(experiment, splits.train, *about)
+            except recovery.Rewind as bad:
+                state = about = None  # its memory is wanted
+                step = recovery.rewind(
+                    workdir, checkpointer, watch, config.recovery, bad
+                )
+                about = experiment, splits.train, checkpointer
+                state, meta = restore_or_init(*about, anew=step == 0)
+                watch.losses = meta.get("recovery", {}).get("losses", [])
+                writer.go_back(step)
     if stop():
         return {}
     scores = test(experiment, evaluator, splits, checkpointer, scored, stop)

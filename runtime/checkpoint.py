@@ -23,10 +23,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from absl import flags
 
-from triform.runtime import files, hosts, read_errors
+from triform.runtime import files, hosts, lazy, read_errors
 from triform.runtime.checksum import checksums
 from triform.runtime.errors import CheckpointError
 from triform.runtime.leaves import (
@@ -38,6 +37,8 @@ from triform.runtime.leaves import (
     storage,
 )
 from triform.runtime.read_errors import Corrupt, reason
+
+ocp = lazy.Module("orbax.checkpoint")  # 0.2 s, which --help and a dry run need not
 
 _log = logging.getLogger(__name__)
 _FULL = ("No space left", "Disk quota exceeded")
@@ -466,7 +467,10 @@ class Checkpointer:
 def _wait_without_devices() -> None:
     """Makes orbax's processes wait through the coordination service, with a timeout."""
     name = "experimental_orbax_use_distributed_barrier"
-    if hosts.here().count > 1 and name in flags.FLAGS:
+    if hosts.here().count == 1:
+        return
+    _ = ocp.CheckpointManager  # orbax defines its flags when it is imported
+    if name in flags.FLAGS:
         flags.FLAGS[name].value = True
         flags.FLAGS[name].present += 1  # read before the command line, in a notebook
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ Tree = Any
 Batch = Mapping[str, np.ndarray]
 AxisLetters = Mapping[str, str]  # field of a batch -> its axes, "BL"
 AXES = ("data", "fsdp", "tensor", "sequence")
+# Of steps that are compiled in threads, one is traced at a time. Tracing is Python: two
+# at once would take twice as long, and the first step of a run waits for one of them.
+TRACING = threading.Lock()
 
 # Axis letter of a batch's field -> mesh axes; other axes are not split.
 BATCH_AXES = {
@@ -223,7 +227,10 @@ class MeshPlacement:
             out = jax.lax.with_sharding_constraint(out, self.shardings(out))
             return out, self._readable(metrics)
 
-        compiled = jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
+        jitted = jax.jit(pinned, donate_argnums=0)
+        with TRACING:
+            lowered = jitted.lower(state, batch)
+        compiled = lowered.compile()
         return lambda state, batch: block_on_cpu(compiled(state, batch))
 
     def compile_eval(self, step: Callable) -> Callable:
@@ -335,7 +342,9 @@ class PmapPlacement:
         The state is donated.
         """
         mapped = self._pmap(step, donate_argnums=0)
-        compiled = mapped.lower(state, batch).compile()
+        with TRACING:
+            lowered = mapped.lower(state, batch)
+        compiled = lowered.compile()
 
         def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
             state, metrics = block_on_cpu(compiled(state, batch))

@@ -4,6 +4,7 @@
 LONG = {
     "tests/test_chat_run.py": "trainings",
     "tests/test_checkpoint.py::test_sigkill": "processes",
+    "tests/test_compile_cache.py::test_processes": "processes",
     "tests/test_console.py": "an installation and processes",
     "tests/test_docs.py": "three trainings",
     "tests/test_divergence.py::test_a_run_goes_on": "three trainings for every action",
@@ -30,6 +31,7 @@ LONG = {
     "tests/test_packed_runs.py::test_interrupted": "two trainings",
     "tests/test_placements.py::test_every_placement": "compiles for every placement",
     "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
+    "tests/test_start.py": "processes",
     "tests/test_tools.py::test_the_program": "a process",
     "tests/test_sweeps.py::test_a_run_that_is": "processes",
     "tests/test_sweeps.py::test_a_sweep": "processes",
