@@ -34,9 +34,9 @@ class Packs(Protocol):
 
 @dataclasses.dataclass
 class Call:
-    """A step that a member asks for: 'compile', 'train' or 'eval', and of what."""
+    """A step that a member asks for, and of what."""
 
-    kind: str
+    kind: str  # 'train' or 'eval'
     about: tuple  # the function, in evaluation, and the shapes of the batch
     state: Any  # TrainState or Held; in evaluation variables
     batch: "HostBatch"
@@ -138,13 +138,16 @@ class Together:
         return self._pack.state_of(self._index) if held else state
 
     def compile_train(self, step: Callable, state: Any, fed: dict) -> Callable:
-        """(state, fed) -> (state, metrics). The pack has the same step for all."""
-        shapes = fed["batch"].shapes()
-        self._ask("compile", shapes, state, fed["batch"], 0)
+        """(state, fed) -> (state, metrics). The pack compiles the same step for all
+        members when they first ask for it.
+        """
 
         def run(state: Any, fed: dict) -> tuple[Held, Tree]:
-            about = fed["batch"], fed["step"], fed["limit"]
-            measured = self._ask("train", shapes, state, *about)
+            batch = fed["batch"]
+            about = (batch.shapes(),)
+            measured = self._ask(
+                "train", about, state, batch, fed["step"], fed["limit"]
+            )
             return Held(self._pack, self._index), measured
 
         return run

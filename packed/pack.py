@@ -22,6 +22,7 @@ from triform.packed.sharing import Opened
 from triform.runtime import guard, launch
 from triform.runtime.errors import UserError
 from triform.runtime.partition import Across, MeshPlacement, block_on_cpu, pad_rows
+from triform.runtime.progress import stage
 from triform.runtime.traced import Traced, stacked
 from triform.runtime.turns import Turns
 
@@ -113,11 +114,12 @@ class Pack:
         calls: dict[tuple, dict[int, Call]] = {}
         for index, call in waiting.items():
             calls.setdefault(self._key(call), {})[self._order.index(index)] = call
-        # The first training step waits for all.
+        # The first training step waits for all: they share what is frozen.
+        begun = self._abstract is not None
         key, chosen = max(
-            calls.items(), key=lambda x: (x[0][0] != "compile", len(x[1]))
+            calls.items(), key=lambda x: (begun or x[0][0] == "eval", len(x[1]))
         )
-        perform = {"compile": self._compile, "train": self._step, "eval": self._eval}
+        perform = {"train": self._step, "eval": self._eval}
         try:
             answers = {s: (x,) for s, x in perform[key[0]](chosen).items()}
         except Exception as error:  # their states may be gone: nobody can go on
@@ -130,7 +132,7 @@ class Pack:
 
     def _key(self, call: Call) -> tuple:
         """Calls of one key are computed at once."""
-        shared = self._shared(call.kind) and call.kind != "compile"
+        shared = self._shared(call.kind)
         return call.kind, call.about, shared and id(call.batch.rows)
 
     def _shared(self, kind: str) -> bool:
@@ -165,8 +167,7 @@ class Pack:
     def _batch(self, calls: Sequence[Call]) -> tuple[Tree, int | None]:
         """(batch on the devices, its axis of members, None if all have the same)."""
         first, alone, batches = calls[0].batch, self._alone, [x.batch for x in calls]
-        kind = "eval" if calls[0].kind == "eval" else "train"
-        if self._shared(kind):
+        if self._shared(calls[0].kind):
             rows = pad_rows(first.rows, alone.rows * first.parts)
             return alone.spread(rows, first.axes), None
         padded = [pad_rows(x.rows, alone.rows * x.parts) for x in batches]
@@ -235,20 +236,19 @@ class Pack:
 
     # Training
 
-    def _compile(self, calls: Mapping[int, Call]) -> dict[int, None]:
-        slots, first = self._slots(calls), next(iter(calls.values()))
-        if self._abstract is None:
-            make = type(self._experiment).make_state
-            values = jax.tree.map(lambda x: x[0], self._values(self._order[:1]))
-            state = jax.eval_shape(
-                lambda values: make(self._with(self._experiment, values)), values
-            )
-            self._abstract = self._alone.abstract(state.replace(frozen={}))
-            held = [self._waiting.get(i, first).state.frozen for i in self._order]
-            self._frozen = equal_ones_shared(held)
-            self._frozen_inputs = joined(self._frozen, same_ones(self._frozen))
-        self._program(first, *self._batch(slots))
-        return dict.fromkeys(calls)
+    def _begin(self) -> None:
+        """Finds out what the state is of, and what all have of it that is frozen."""
+
+        def made(values: Values) -> TrainState:
+            return self._with(self._experiment, values).make_state()
+
+        values = jax.tree.map(lambda x: x[0], self._values(self._order[:1]))
+        state = jax.eval_shape(made, values)
+        self._abstract = self._alone.abstract(state.replace(frozen={}))
+        first = next(iter(self._waiting.values()))
+        held = [self._waiting.get(i, first).state.frozen for i in self._order]
+        self._frozen = equal_ones_shared(held)
+        self._frozen_inputs = joined(self._frozen, same_ones(self._frozen))
 
     def _program(self, call: Call, batch: Tree, axis: int | None) -> Callable:
         """The train step of all slots, compiled for batches of these shapes."""
@@ -293,13 +293,16 @@ class Pack:
         states = jax.tree.map(abstract, self._abstract, self._places())
         values, active = self._values(self._order), np.ones(count, bool)
         inputs = values, states, _numbers([call] * count), frozen, batch, active
-        compiled = jax.jit(step, donate_argnums=1).lower(*inputs).compile()
+        with stage(f"compiling the step of {count} runs"):
+            compiled = jax.jit(step, donate_argnums=1).lower(*inputs).compile()
         self._programs[key] = functools.partial(compiled, values)
         return self._programs[key]
 
     def _step(self, calls: Mapping[int, Call]) -> dict[int, Tree]:
         self._variables = ([], None)
         slots = self._slots(calls)
+        if self._abstract is None:
+            self._begin()
         self._enter(
             {s: x.state for s, x in calls.items() if not isinstance(x.state, Held)}
         )
