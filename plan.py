@@ -21,7 +21,7 @@ from triform.data.codecs import files as codec_files
 from triform.experiment import Experiment
 from triform.input_pipeline import Batches, Split, TrainBatches, moved, report
 from triform.interop.workdir import exportable
-from triform.runtime import commands, optim
+from triform.runtime import commands, optim, stores
 from triform.runtime.errors import DataError, UserError
 from triform.runtime.partition import parameter_table
 from triform.runtime.progress import stage
@@ -79,7 +79,7 @@ def export(
             codec_files.save(codecs, folder)
             workdir = folder
         try:
-            found = exportable(config, workdir if codecs else "")
+            found = exportable(config, stores.local(workdir) if codecs else "")
         except UserError as error:
             return f"export: not possible: {error}"
     return f"export: as {found} of transformers"

@@ -97,6 +97,6 @@ def go_back(
     lost = [line for line in metrics.read_lines(workdir) if line["step"] > step]
     if lost:
         folder = os.path.join(workdir, "set_aside")
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, metrics.FILE), "a", encoding="utf-8") as f:
-            f.writelines(files.dumps(line) + "\n" for line in lost)
+        files.make_folder(folder)
+        text = "".join(files.dumps(line) + "\n" for line in lost)
+        files.append(os.path.join(folder, metrics.FILE), text)

@@ -33,7 +33,7 @@ from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
 from triform.recovery import Health, go_back
-from triform.runtime import commands, history, launch, metrics, paths, signals
+from triform.runtime import commands, files, history, launch, metrics, paths, signals, stores
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
@@ -134,6 +134,7 @@ def train_loop(
                 with stage(f"saving step {step}", least=SOON):
                     saved = experiment.placement.unload(state).replace(frozen={})
                     health.check_state(saved, step)
+                    writer.flush()
                     checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
@@ -205,14 +206,14 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     data = config.data
     source, rules = "", workdirs.init_rules(config)
     if workdirs.saved_config(workdir) is not None:
-        saved = codec_files.load(workdir, data)
+        saved = codec_files.load(stores.local(workdir), data)
         if codec_files.is_complete(saved, data):
             return saved
         source = workdir  # imported weights: their classes have no names yet
     elif rules:
         source = workdirs.parse(rules[0].source)[0]
     with stage(f"tokenizer and classes of {data.source!r}"):
-        return codec_files.build(data, config.model.sizes(), earlier=source)
+        return codec_files.build(data, config.model.sizes(), earlier=stores.local(source))
 
 
 def restore_or_init(
@@ -282,12 +283,12 @@ def run(
     {} is returned. `from_step`: goes on after this step, later ones are set aside.
     Raises TriformError for what a user can mend.
     """
-    config, workdir = copy.deepcopy(config), paths.absolute(workdir)
+    config, workdir = copy.deepcopy(config), paths.workdir(workdir)
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes: train.py runs on one host")
     config, codecs = resolve(config, workdir)
     experiment = Experiment(config)
-    os.makedirs(workdir, exist_ok=True)
+    files.make_folder(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.lock(workdir))
         before = workdirs.check_config(workdir, config)
@@ -359,6 +360,7 @@ def train_and_test(
             seconds = f"({result.seconds:.1f} s)"
             print(f"step {step}: {summary(result.scalars)} {seconds}", flush=True)
             health.check_evaluation(result.scalars, step)
+        writer.flush()
         checkpointer.record(step, numbers)
         scored[step] = found
 
@@ -403,7 +405,7 @@ def main(argv: list[str]) -> int:
         print(plan.export(config))
         print(plan.sources(config, read=True))
         return 0
-    workdir = launch.folder_flag("workdir")
+    workdir = launch.workdir_flag()
     interrupt = signals.Interrupt()
     run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
     if interrupt.requested:

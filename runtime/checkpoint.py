@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from triform.runtime import files, read_errors
+from triform.runtime import files, read_errors, stores
 from triform.runtime.checksum import checksums
 from triform.runtime.errors import CheckpointError
 from triform.runtime.leaves import (
@@ -41,6 +41,7 @@ from triform.runtime.leaves import (
 from triform.runtime.read_errors import Corrupt, reason
 
 _log = logging.getLogger(__name__)
+_COMMITTING = ocp.path.atomicity.CommitFileTemporaryPath
 _FULL = ("No space left", "Disk quota exceeded")
 
 
@@ -90,7 +91,10 @@ class Checkpointer:
 
     def __init__(self, directory: str, config: CheckpointConfig) -> None:
         config.validate()
-        if "://" not in directory:  # orbax refuses relative paths on save
+        self._remote = stores.is_store(directory)
+        if self._remote:
+            stores.teach_orbax()
+        else:  # orbax refuses relative paths on save
             directory = os.path.abspath(directory)
         self._config = config
         self._pending: int | None = None  # the step that is being saved
@@ -105,6 +109,8 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 create=False,  # a reader must not create a misspelt directory
                 preservation_policy=self,
+                # What no store can do is to rename a folder once all is written.
+                temporary_path_class=_COMMITTING if self._remote else None,
             ),
         )
         self.directory = self._manager.directory
@@ -125,7 +131,7 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The finished steps, oldest first."""
         steps = sorted(self._manager.all_steps())
-        return [s for s in steps if s != self._pending or self._path(s).exists()]
+        return [s for s in steps if s != self._pending or self._is_committed(s)]
 
     def latest(self) -> int | None:
         """The newest finished step, or None."""
@@ -160,9 +166,8 @@ class Checkpointer:
         return [s for s in steps if s % self._config.every == 0 or s == steps[-1]]
 
     def _read_scores(self) -> dict[int, Mapping[str, float]]:
-        try:
-            text = self._scores.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        text = files.read_text(str(self._scores))
+        if text is None:
             return {}
         try:
             saved = json.loads(text).items()
@@ -174,9 +179,8 @@ class Checkpointer:
 
     def _write_scores(self) -> None:
         if jax.process_index() == 0:
-            part = self._scores.with_suffix(".tmp")
-            part.write_text(files.dumps(self._metrics, indent=1), encoding="utf-8")
-            part.replace(self._scores)
+            with files.replacing(str(self._scores)) as f:
+                f.write(files.dumps(self._metrics, indent=1))
 
     def save(
         self,
@@ -322,23 +326,35 @@ class Checkpointer:
                 f"step {step} cannot be saved: {self.directory} already holds step "
                 f"{newest}, and steps must increase; save a later step or restore first"
             )
+        stores.check(str(self.directory))
         if not self._wrote:
             self.directory.mkdir(parents=True, exist_ok=True)
             # Only a writer may do this: a reader would ruin a save in progress.
             if jax.process_index() == 0:
-                for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                    if _ours(path.name):
-                        path.rmtree()
+                for path in self._uncommitted():
+                    path.rmtree()
             self._wrote = True
         if (free := self._free()) < size:
             self._pending = step
             sizes = f"{size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
             raise self._save_failed(f"No space left: {sizes}")
 
+    def _is_committed(self, step: int) -> bool:
+        """Is everything of a step written?"""
+        sign = stores.COMMITTED if self._remote else ""
+        return (self._path(step) / sign).exists()
+
+    def _uncommitted(self) -> list[Any]:
+        """The folders of saves that were not completed."""
+        if not self._remote:
+            found = self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
+            return [path for path in found if _ours(path.name)]
+        steps = [int(x.name) for x in _listed(self.directory) if x.name.isdigit()]
+        return [self._path(s) for s in steps if not self._is_committed(s)]
+
     def _free(self) -> float:
         """Free bytes where checkpoints are written; infinite for object stores."""
-        local = "://" not in str(self.directory)
-        return shutil.disk_usage(self.directory).free if local else math.inf
+        return math.inf if self._remote else shutil.disk_usage(self.directory).free
 
     def _save_failed(self, reason: str) -> CheckpointError:
         """The error for the pending step, which counts as never begun afterwards."""
@@ -362,8 +378,11 @@ class Checkpointer:
         there = {path.name for path in _listed(self._beside(folder))}
         target = self._beside(folder) / next(x for x in names if x not in there)
         if jax.process_index() == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._path(step).rename(target)
+            if self._remote:
+                stores.move(str(self._path(step)), str(target))
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._path(step).rename(target)
         multihost_utils.sync_global_devices(f"moved checkpoint {step}")
         self._manager.reload()
         if self._metrics.pop(step, None):
