@@ -6,6 +6,7 @@ Every function returns lines of text. None changes anything.
 import copy
 import dataclasses
 import functools
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -278,6 +279,8 @@ def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
     """Commands that go on from a finished run."""
     about = {"workdir": workdir, "checkpoint": best_of(config)}
     shown, seeds = commands.path(workdir), {"sweep": "seed=0,1"}
+    # A sweep needs a local folder.
+    beside = os.path.basename(shown) if stores.is_store(shown) else shown
     more = copy.deepcopy(config)
     more.steps = 2 * step
     lines = []
@@ -288,7 +291,7 @@ def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
         commands.line("inspect", shown),
         commands.line("plot", shown),
         commands.module("tensorboard.main", logdir=shown),
-        commands.line("sweep", config=shown, **seeds, workdir=f"{shown}_seeds"),
+        commands.line("sweep", config=shown, **seeds, workdir=f"{beside}_seeds"),
         commands.line("train", workdir=workdir, **{"config.steps": more.steps}),
     ]
     found = [f"finished: {step} steps in {shown}. Next:", *(f"  {x}" for x in lines)]

@@ -15,7 +15,6 @@ again. From Python: `run(config, workdir)`.
 import contextlib
 import copy
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,7 +32,16 @@ from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
 from triform.recovery import Health, go_back
-from triform.runtime import commands, files, history, launch, metrics, paths, signals, stores
+from triform.runtime import (
+    commands,
+    files,
+    history,
+    launch,
+    metrics,
+    paths,
+    signals,
+    stores,
+)
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
@@ -213,7 +221,9 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     elif rules:
         source = workdirs.parse(rules[0].source)[0]
     with stage(f"tokenizer and classes of {data.source!r}"):
-        return codec_files.build(data, config.model.sizes(), earlier=stores.local(source))
+        return codec_files.build(
+            data, config.model.sizes(), earlier=stores.local(source)
+        )
 
 
 def restore_or_init(

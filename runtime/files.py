@@ -79,7 +79,9 @@ def read_text(path: str, errors: str = "strict") -> str | None:
     """
     if stores.is_store(path):
         content = stores.read(path)
-        return None if content is None else content.decode("utf-8", errors)
+        if content is None:
+            return None
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8", errors).read()
     try:
         with open(path, encoding="utf-8", errors=errors) as f:
             return f.read()

@@ -2,8 +2,10 @@
 
 The objects `.lock/1`, `.lock/2`, ... are leases; the one with the highest number holds.
 Whoever takes a lease creates the next number, and a store creates an object only once.
-The holder puts its lease again and again. One that has not been put for STALE seconds,
-or whose process is known to have ended, is passed over.
+(One that ignores this condition lets two runs start that came within milliseconds; the
+one whose lease was overwritten stops writing at its next beat.) The holder puts its
+lease again and again. One that has not been put for STALE seconds, or whose process is
+known to have ended, is passed over.
 """
 
 import contextlib
@@ -49,7 +51,7 @@ class Lease:
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError, UserError):
-            if self._numbers()[-1:] == [self._number]:
+            if self._is_ours():
                 self._put(ended=True)
 
     def _url(self, number: int) -> str:
@@ -58,6 +60,10 @@ class Lease:
     def _numbers(self) -> list[int]:
         found = stores.names(f"{self._workdir}/{FOLDER}")
         return sorted(int(name) for name in found if name.isdigit())
+
+    def _is_ours(self) -> bool:
+        newest = self._numbers()[-1:] == [self._number]
+        return newest and self._read(self._number).get("owner") == self._name
 
     def _put(self, new: bool = False, **more: Any) -> None:
         content = {"owner": self._name, "time": time.time(), **_process(), **more}
@@ -74,12 +80,12 @@ class Lease:
                 self._put(new=True)
             except FileExistsError:
                 continue  # somebody was faster: look at that lease
-            after = self._numbers()
-            if after[-1:] == [self._number]:
-                for number in after[:-1]:
+            if self._is_ours():
+                for number in numbers:
                     stores.remove(self._url(number))
                 return self._number
-            stores.remove(self._url(self._number))  # that number was long past
+            if self._read(self._number).get("owner") == self._name:
+                stores.remove(self._url(self._number))  # that number was long past
 
     def _wait_for(self, number: int) -> None:
         """Returns once a lease is over; UserError if its run lives."""
@@ -136,13 +142,13 @@ class Lease:
         """Puts the lease until it is closed, or until another run has the next one."""
         while not self._ended.wait(self._beat):
             # A store that fails now may answer the next time.
-            with contextlib.suppress(OSError):
-                if self._numbers()[-1:] != [self._number]:
+            with contextlib.suppress(OSError, UserError):
+                if not self._is_ours():
                     stores.lose(
                         self._workdir,
-                        f"workdir={self._workdir!r}: this process was not heard of for "
-                        f"{self._stale:.0f} s and another run has taken over; look at "
-                        "that one",
+                        f"workdir={self._workdir!r}: another run has taken over, since "
+                        f"this process was not heard of for {self._stale:.0f} s; this "
+                        "one writes nothing more",
                     )
                     return
                 self._put()

@@ -9,8 +9,10 @@ import datetime
 import errno
 import functools
 import importlib
+import logging
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,10 +22,13 @@ from triform.runtime.errors import UserError
 from triform.runtime.read_errors import reason
 
 LIBRARIES = {"s3": "s3fs", "gs": "gcsfs"}
+ALOUD = ("botocore", "aiobotocore", "gcsfs", "fsspec")  # log what they also raise
 COMMITTED = "commit_success.txt"  # orbax writes it into a step after everything else
 LEAST = 10.0  # seconds from an upload of growing files to the next, at least
 SHARE = 0.02  # of the time, at most, for uploads of growing files
 GROWING = ("metrics.jsonl", "runs.jsonl")
+_NO_BUCKET = "bucket does not exist"  # S3's words
+_CREATE = "there is no such bucket; create it or name another"
 _lost: dict[str, str] = {}  # URL of a workdir -> why this process may not write there
 
 
@@ -50,6 +55,8 @@ def _system(scheme: str) -> Any:
         raise UserError(
             f"{scheme}://: needs {library}; pip install 'triform[stores]'"
         ) from error
+    for name in ALOUD:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Other processes write there, too: what was listed once may have changed.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     return fsspec.filesystem(scheme)
@@ -67,10 +74,8 @@ def _asked(url: str) -> Iterator[Any]:
     except UserError:
         raise
     except (FileNotFoundError, FileExistsError) as error:
-        if "bucket does not exist" in str(error):
-            raise UserError(
-                f"{url}: there is no such bucket; create it or name another"
-            ) from error
+        if _NO_BUCKET in str(error):
+            raise UserError(f"{url}: {_CREATE}") from error
         raise
     except Exception as error:
         if "Credentials" in type(error).__name__:
@@ -91,7 +96,7 @@ def read(url: str) -> bytes | None:
         try:
             return system.cat_file(url)
         except FileNotFoundError as error:
-            if "bucket does not exist" in str(error):
+            if _NO_BUCKET in str(error):
                 raise
             return None
 
@@ -100,7 +105,10 @@ def write(url: str, content: bytes, new: bool = False) -> None:
     """Puts an object whole; `new`: FileExistsError if there is one."""
     check(url)
     with _asked(url) as system:
-        system.pipe_file(url, content, mode="create" if new else "overwrite")
+        try:
+            system.pipe_file(url, content, mode="create" if new else "overwrite")
+        except FileNotFoundError as error:
+            raise UserError(f"{url}: {_CREATE}") from error
 
 
 def names(url: str) -> list[str]:
@@ -109,7 +117,7 @@ def names(url: str) -> list[str]:
         try:
             found = system.ls(url, detail=False)
         except FileNotFoundError as error:
-            if "bucket does not exist" in str(error):
+            if _NO_BUCKET in str(error):
                 raise
             return []
     return sorted({os.path.basename(x.rstrip("/")) for x in found} - {""})
@@ -192,11 +200,23 @@ class Mirror:
         """Puts the files that have changed, each whole.
 
         `only_if_due`: not within LEAST seconds of the last time, and not if it would
-        take more than SHARE of the time.
+        take more than SHARE of the time; a store that cannot be reached may be so the
+        next time.
         """
         start = time.monotonic()
         if not self._url or (only_if_due and start < self._due):
             return
+        try:
+            self._put_changes()
+        except OSError as error:
+            if not only_if_due:
+                raise
+            text = f"{self._url}: {error.strerror}; trying again later"
+            print(text, file=sys.stderr, flush=True)
+        end = time.monotonic()
+        self._due = end + max(LEAST, (end - start) / SHARE)
+
+    def _put_changes(self) -> None:
         for root, _, files in os.walk(self.folder):
             for name in sorted(files):
                 path = os.path.join(root, name)
@@ -207,8 +227,6 @@ class Mirror:
                     with open(path, "rb") as f:
                         write(f"{self._url}/{name}", f.read())
                     self._sent[name] = version
-        end = time.monotonic()
-        self._due = end + max(LEAST, (end - start) / SHARE)
 
     def close(self, push: bool = True) -> None:
         """Puts what has changed and removes the local folder."""

@@ -22,6 +22,7 @@ LONG = {
     "tests/test_recovery.py::test_a_run_killed": "processes",
     "tests/test_signals.py::test_a_run_that_fails": "processes",
     "tests/test_signals.py::test_a_sweep": "processes",
+    "tests/test_stores.py::test_a_run_killed": "processes",
     "tests/test_train.py::test_a_mistake_is_one_line": "processes",
     "tests/test_train.py::test_a_run_killed": "processes",
     "tests/test_train.py::test_an_interruption": "processes",
