@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -113,6 +114,14 @@ def exists(path: str) -> bool:
 def is_folder(path: str) -> bool:
     """Is there such a folder? One of a store is there if something is in it."""
     return bool(stores.names(path)) if stores.is_store(path) else os.path.isdir(path)
+
+
+def remove_folder(path: str) -> None:
+    """Removes a folder with all that is in it, as far as that goes."""
+    if stores.is_store(path):
+        stores.remove(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def make_folder(path: str) -> None:

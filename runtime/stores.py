@@ -147,11 +147,18 @@ def move(source: str, target: str) -> None:
 
     A kill in between leaves both: the source counts until it is gone.
     """
-    check(target)
-    with _asked(source) as system:
-        # A trailing slash: the content, whether or not the target is there already.
-        system.copy(f"{source}/", f"{target}/", recursive=True)
+    copy(source, target)
     remove(source)
+
+
+def copy(source: str, target: str) -> None:
+    """Copies everything below `source`; one of the two may be a local folder."""
+    check(target)
+    with _asked(source if is_store(source) else target) as system:
+        do = system.copy if is_store(target) else system.get
+        do = do if is_store(source) else system.put
+        # A trailing slash: the content, whether or not the target is there already.
+        do(f"{source}/", f"{target}/", recursive=True)
 
 
 def check(url: str) -> None:

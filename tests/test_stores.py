@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from triform import config_flag, plan
+from triform import config_flag, forks, plan, tools
 from triform import workdir as workdirs
 from triform.configs import transformer_cldr
 from triform.experiment import Experiment
@@ -340,9 +340,6 @@ def test_a_run_killed(url, tmp_path):
     assert scores[0] == scores[1]
     assert stores.names(f"{url}/samples") == sorted(os.listdir(f"{whole}/samples"))
 
-    asked = "--input=3 May 2024"
-    said = [ran(tmp_path, "generate.py", x, asked).stdout for x in (url, whole)]
-    assert said[0] == said[1]
     scored = json.loads(ran(tmp_path, "evaluate.py", url, "--examples=8").stdout)
     assert scored["validation/examples"] == 8
     assert "evaluation_validation_best.json" in stores.names(url)
@@ -362,4 +359,9 @@ def test_a_run_killed(url, tmp_path):
         assert saved.steps() == steps[:1]
     aside = ["metrics.jsonl", *map(str, steps[1:])]
     assert stores.names(f"{url}/set_aside") == sorted(aside)
-    assert sorted(os.listdir(tmp_path)) == ["cache", "whole"]
+    there = str(tmp_path / "fork")
+    for source, target in ((url, there), (url, f"{url}-fork"), (whole, f"{url}-3")):
+        forks.begin(target, config_flag.load(source), f"{source}:{steps[0]}")
+        assert state_of(target, steps[0])[0] == state_of(whole, steps[0])[0]
+    assert tools.verify(f"{url}-fork") == 0
+    assert sorted(os.listdir(tmp_path)) == ["cache", "fork", "whole"]
