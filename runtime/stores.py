@@ -282,8 +282,10 @@ def teach_orbax() -> None:
     Orbax describes a gs:// folder to tensorstore. An s3:// folder is described in the
     same way, but for the driver and its settings.
     """
-    from orbax.checkpoint._src.serialization import tensorstore_utils
-
+    # Only here: programs that read no checkpoint need no orbax.
+    tensorstore_utils = importlib.import_module(
+        "orbax.checkpoint._src.serialization.tensorstore_utils"
+    )
     build = tensorstore_utils.build_kvstore_tspec
 
     @functools.wraps(build)
