@@ -124,6 +124,15 @@ def remove_folder(path: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def move_folder(source: str, target: str) -> None:
+    """Gives a folder another name, which is free."""
+    if stores.is_store(source):
+        stores.move(source, target)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.rename(source, target)
+
+
 def make_folder(path: str) -> None:
     """The folder is there, with those above it; a store needs none."""
     if not stores.is_store(path):

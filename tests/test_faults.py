@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with `whole`, a run of 6 steps, and `half`, interrupted before its end."""
+    """A folder with `whole`, a run of 6 steps, and `half`, the same interrupted."""
     folder = tmp_path_factory.mktemp("faults")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRIFORM_CACHE", str(folder / "cache"))
@@ -60,7 +60,7 @@ def goes_on(base, workdir, config):
 
 
 def told(run) -> str:
-    """The one line that a user is told of the error that ends a run; '' if none does."""
+    """The line that a user is told of the error that ends a run; "" if none does."""
     failure = None
     try:
         run()

@@ -17,13 +17,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 IMPORTS = {
     "plot": ("runtime",),
     "train": ("evaluate", "plan", "config_flag", "stepping", "capsule"),
-    "stepping": ("experiment", "input_pipeline", "recovery"),
     "recovery": ("configs",),
     "tools": ("capsule",),
-    "capsule": ("workdir", "input_pipeline"),
     "forks": ("workdir",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
+    "capsule": ("workdir", "input_pipeline"),
+    "stepping": ("experiment", "input_pipeline", "recovery"),
     "evaluate": ("answers", "input_pipeline"),
     "lm_eval": ("answers",),
     "generate": ("answers",),

@@ -18,10 +18,9 @@ from jax import numpy as jnp
 from triform import config_flag, forks, plan, tools
 from triform import workdir as workdirs
 from triform.configs import transformer_cldr
-from triform.experiment import Experiment
 from triform.interop.staging import all_or_nothing
 from triform.recovery import go_back
-from triform.runtime import files, history, lease, metrics, paths, stores
+from triform.runtime import files, history, lease, metrics, paths, saved, stores
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.lease import Lease
@@ -121,17 +120,17 @@ def test_checkpoints(url, tmp_path):
 
     def story(workdir):
         config = CheckpointConfig(every=1, keep_newest=1)
-        with Checkpointer(workdirs.checkpoint_dir(workdir), config) as saved:
+        with Checkpointer(workdirs.checkpoint_dir(workdir), config) as kept:
             for step in (1, 2, 4):
                 state = jax.tree.map(lambda x, n=step: x * n, STATE)
-                saved.save(step, state, meta={"step": step}, wait=True)
-                saved.record(step, {"eval/loss": abs(step - 1)})
-        with Checkpointer(workdirs.checkpoint_dir(workdir), config) as saved:
-            seen = [saved.steps(), saved.best(), saved.metrics_of(4)]
-            state, meta = saved.restore(jax.eval_shape(lambda: STATE))
+                kept.save(step, state, meta={"step": step}, wait=True)
+                kept.record(step, {"eval/loss": abs(step - 1)})
+        with Checkpointer(workdirs.checkpoint_dir(workdir), config) as kept:
+            seen = [kept.steps(), kept.best(), kept.metrics_of(4)]
+            state, meta = kept.restore(jax.eval_shape(lambda: STATE))
             seen += [meta, *(np.asarray(x).tobytes() for x in jax.tree.leaves(state))]
-            moved = saved.set_aside([4])
-            seen += [str(moved[0]).removeprefix(workdir), saved.steps()]
+            moved = kept.set_aside([4])
+            seen += [str(moved[0]).removeprefix(workdir), kept.steps()]
         return seen
 
     assert story(url) == story(str(tmp_path))
@@ -140,19 +139,19 @@ def test_checkpoints(url, tmp_path):
 def test_a_torn_upload_is_no_checkpoint(url):
     """Nor is it in the way when its step is saved again; a damaged one is moved."""
     folder, config = workdirs.checkpoint_dir(url), CheckpointConfig(every=1)
-    with Checkpointer(folder, config) as saved:
-        saved.save(1, STATE, meta={}, wait=True)
+    with Checkpointer(folder, config) as kept:
+        kept.save(1, STATE, meta={}, wait=True)
     stores.write(f"{folder}/2/state/manifest.ocdbt", b"torn")
     abstract = jax.eval_shape(lambda: STATE)
-    with Checkpointer(folder, config) as saved:
-        assert saved.steps() == [1]
-        assert saved.restore(abstract)[1] == {}
-        saved.save(2, STATE, meta={"again": 1}, wait=True)
-        assert saved.steps() == [1, 2]
+    with Checkpointer(folder, config) as kept:
+        assert kept.steps() == [1]
+        assert kept.restore(abstract)[1] == {}
+        kept.save(2, STATE, meta={"again": 1}, wait=True)
+        assert kept.steps() == [1, 2]
     files.write_json(f"{folder}/2/meta/metadata", {"body": {}, "crc32": 1})
-    with Checkpointer(folder, config) as saved:
-        assert saved.restore(abstract)[1] == {}
-        assert saved.steps() == [1]
+    with Checkpointer(folder, config) as kept:
+        assert kept.restore(abstract)[1] == {}
+        assert kept.steps() == [1]
     assert stores.names(f"{url}/corrupt") == ["2"]
 
 
@@ -299,13 +298,9 @@ def ran(tmp_path, *words):
 
 def state_of(workdir, step):
     """Every array of a checkpoint by path, as bytes, and the JSON beside them."""
-    config = workdirs.for_these_devices(workdirs.saved_config(workdir))
-    with Checkpointer(workdirs.checkpoint_dir(workdir), config.checkpoint) as saved:
-        abstract = Experiment(config).abstract_state().replace(frozen={})
-        state, meta = saved.restore(abstract, step)
-    state = state.replace(rng=jax.random.key_data(state.rng))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in leaves}, meta
+    with Checkpointer(workdirs.checkpoint_dir(workdir), CheckpointConfig()) as kept:
+        arrays, meta = saved.read(kept, step)
+    return {path: x.tobytes() for path, x in arrays.items()}, meta
 
 
 def lines_of(workdir):
@@ -350,13 +345,11 @@ def test_a_run_killed(url, tmp_path):
     assert f"--workdir={url}" in plan.what_next(config, url, 12)
     config.init_from = f"{url}:best"
     assert config.resolved().init_from == config.init_from
-    experiment = Experiment(workdirs.for_these_devices(config))
-    _, report = workdirs.start(experiment, workdirs.init_rules(config))
-    assert report.restored and not report.new
-    with Checkpointer(workdirs.checkpoint_dir(url), config.checkpoint) as saved:
-        steps = saved.steps()
-        go_back(url, saved, config, steps[0])
-        assert saved.steps() == steps[:1]
+    assert workdirs.parse(config.init_from) == (url, "best")
+    with Checkpointer(workdirs.checkpoint_dir(url), config.checkpoint) as kept:
+        steps = kept.steps()
+        go_back(url, kept, config, steps[0])
+        assert kept.steps() == steps[:1]
     aside = ["metrics.jsonl", *map(str, steps[1:])]
     assert stores.names(f"{url}/set_aside") == sorted(aside)
     there = str(tmp_path / "fork")
