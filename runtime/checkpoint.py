@@ -28,7 +28,7 @@ from absl import flags
 
 from triform.runtime import files, hosts, read_errors, stores
 from triform.runtime.checksum import checksums
-from triform.runtime.errors import CheckpointError
+from triform.runtime.errors import CheckpointError, reason
 from triform.runtime.leaves import (
     describe,
     flatten,
@@ -37,7 +37,7 @@ from triform.runtime.leaves import (
     some,
     storage,
 )
-from triform.runtime.read_errors import Corrupt, reason
+from triform.runtime.read_errors import Corrupt
 
 _log = logging.getLogger(__name__)
 _COMMITTING = ocp.path.atomicity.CommitFileTemporaryPath

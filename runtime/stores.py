@@ -18,8 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from triform.runtime.errors import UserError
-from triform.runtime.read_errors import reason
+from triform.runtime.errors import UserError, reason
 
 LIBRARIES = {"s3": "s3fs", "gs": "gcsfs"}
 ALOUD = ("botocore", "aiobotocore", "gcsfs", "fsspec")  # log what they also raise
