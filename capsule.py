@@ -108,6 +108,7 @@ def first_bad(experiment: Experiment, state: TrainState, batch: Any) -> str:
     `batch` as steps take it on a mesh; slow, operation by operation.
     """
     task, k = experiment.task, experiment.config.optim.accumulate
+    batch = dict(batch)
     micros = experiment.micros(batch) if k > 1 else None
 
     def forward() -> None:

@@ -1,6 +1,8 @@
 """What one config means: placement, model, task, optimiser, state and pure steps."""
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,10 +60,26 @@ class Experiment:
         except ValueError as error:
             raise UserError(str(error)) from error
         self.spec, self.sizes = config.data.spec(), config.model.sizes()
+        self._build()
+
+    def _build(self) -> None:
+        config, rows = self.config, (*self.config.model.PARAMETERS, *ROWS)
         self.model = models.build(config.model)
         self.task = tasks.build(config.task, self.model)
         self.optimizer = optim.build(config.optim, config.steps, rows)
         self.schedule = optim.learning_rate(config.optim, config.steps)
+
+    def with_values(self, values: Mapping[str, Any]) -> "Experiment":
+        """The same with other values, {'optim.learning_rate': x}, which are not checked
+        and may be traced: its steps compute what an experiment with these numbers does.
+        """
+        other = copy.copy(self)
+        other.config = copy.deepcopy(self.config)
+        for key, value in values.items():
+            *path, name = key.split(".")
+            setattr(functools.reduce(getattr, path, other.config), name, value)
+        other._build()
+        return other
 
     # State
 

@@ -1,10 +1,10 @@
 """One training step after another, each looked at while the next one runs."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from triform.compilation import Compiled
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import TrainBatches
 from triform.recovery import Recovery
@@ -20,21 +20,6 @@ def examples_of(train: TrainBatches, number: int) -> str:
     return f"{shown} of {train.batches.dataset.split}"
 
 
-def compile_steps(
-    experiment: Experiment, train: TrainBatches, state: TrainState
-) -> dict[int, Any]:
-    """The train step compiled for every shape of a batch, before the first step."""
-    compiled, shapes = {}, experiment.config.data.shapes()
-    step = guard.guarded(experiment.train_step, experiment.config.recovery)
-    for index in train.shapes():
-        axes = ", ".join(f"{k}={n}" for k, n in shapes[index].items())
-        batch = experiment.put(experiment.empty_batch(shapes[index]))
-        with stage(f"compiling the step for {axes or 'rows'}"):
-            fed = guard.feed(experiment.placement, batch, 1, 0.0)
-            compiled[index] = experiment.placement.compile_train(step, state, fed)
-    return compiled
-
-
 class Steps:
     """Calls the compiled steps; what they measured goes to progress and writer."""
 
@@ -42,7 +27,7 @@ class Steps:
         self,
         experiment: Experiment,
         train: TrainBatches,
-        compiled: Mapping[int, Any],
+        compiled: Compiled,
         recover: Recovery,
         progress: Progress,
         writer: MetricWriter | NoWriter,
@@ -75,11 +60,12 @@ class Steps:
     def _run(self, state: TrainState, batch: Any, index: int, step: int) -> tuple:
         limit, placement = self._recover.watch.limit(step), self._experiment.placement
         fed = guard.feed(placement, batch, step, limit)
+        compiled = self._compiled[index]
         if self._begun:
-            return self._compiled[index](state, fed)
+            return compiled(state, fed)
         self._begun = True
         with stage("first step"):
-            return jax.block_until_ready(self._compiled[index](state, fed))
+            return jax.block_until_ready(compiled(state, fed))
 
     def _good(self, state: TrainState, saving: bool = False) -> bool:
         """Reads the metrics of the step before: never waits for the one in flight.

@@ -14,6 +14,7 @@ again. From Python: `run(config, workdir)`.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import sys
@@ -25,6 +26,7 @@ from absl import flags
 
 from triform import capsule, config_flag, forks, plan, recovery
 from triform import workdir as workdirs
+from triform.compilation import Compiled
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
@@ -51,7 +53,7 @@ from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter, NoWriter
 from triform.runtime.progress import SOON, Progress, stage
 from triform.runtime.stopping import Stop
-from triform.stepping import Steps, compile_steps
+from triform.stepping import Steps
 
 SAME = ("workdir", "resume", "fork")  # flags that processes must agree in
 
@@ -79,13 +81,10 @@ def train_loop(
     checkpointer: Checkpointer,
     recover: Recovery,
     writer: MetricWriter | NoWriter,
-    compiled: Mapping[int, Any],
+    compiled: Compiled,
     stop: Stop,
 ) -> TrainState:
-    """Steps until config.steps or `stop()`; the last state is saved.
-
-    `compiled`: what `compile_steps` gives.
-    """
+    """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
     progress = Progress(
         start,
@@ -248,8 +247,17 @@ def restore_or_init(
     return state, meta | {"config": schema.to_json(config)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How the parts of a run are made; packed.run lets runs share them."""
+
+    experiment: Callable[[ExperimentConfig], Experiment] = Experiment
+    codecs: Callable[[ExperimentConfig, str], Mapping[str, Codec]] = find_codecs
+    splits: Callable[..., plan.Splits] = plan.Splits.open
+
+
 def resolve(
-    config: ExperimentConfig, workdir: str = ""
+    config: ExperimentConfig, workdir: str = "", parts: Parts = Parts()
 ) -> tuple[ExperimentConfig, Mapping[str, Codec] | None]:
     """(the config with what follows from the data filled in, codecs if it needed them).
 
@@ -258,7 +266,7 @@ def resolve(
     plugins.load_all(config)
     if not config.needs_classes():
         return config.resolved(), None
-    codecs = find_codecs(config, workdir)
+    codecs = parts.codecs(config, workdir)
     return config.resolved(codec_files.class_counts(config.data, codecs)), codecs
 
 
@@ -269,6 +277,7 @@ def run(
     stop: Stop = lambda: "",
     resume: int | None = None,
     fork: str = "",
+    parts: Parts = Parts(),
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
@@ -281,8 +290,8 @@ def run(
     group, interrupt = hosts.here(), stop
     stop = group.stop(stop)
     what = "reading the names of classes"
-    config, codecs = group.in_turn(what, lambda: resolve(config, workdir))
-    experiment = Experiment(config)
+    config, codecs = group.in_turn(what, lambda: resolve(config, workdir, parts))
+    experiment = parts.experiment(config)
     files.make_folder(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.lock(workdir))
@@ -305,10 +314,10 @@ def run(
         print(plan.sources(config), flush=True)
         if codecs is None:
             what = "building tokenizer and classes"
-            codecs = group.in_turn(what, lambda: find_codecs(config, workdir))
+            codecs = group.in_turn(what, lambda: parts.codecs(config, workdir))
         print(plan.export(config, workdir, codecs), flush=True)
         what = "preparing the data"
-        splits = group.in_turn(what, lambda: plan.Splits.open(experiment, codecs))
+        splits = group.in_turn(what, lambda: parts.splits(experiment, codecs))
         group.same(what, splits.digests())
         splits.print()
         about = experiment, splits.train, checkpointer
@@ -379,21 +388,23 @@ def train_and_test(
         scored[step] = found
 
     if evaluation_due(config, start) and not checkpointer.metrics_of(start):
-        evaluate(state, start)  # the one that was interrupted
-    compiled = {}
-    if start < config.steps and not stop():
-        compiled = compile_steps(experiment, splits.train, state)
-    while meta["data"]["step"] < config.steps and not stop():
-        about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
-        try:
-            state = train_loop(experiment, splits.train, *about)
-        except recovery.Rewind as bad:
-            state = about = None  # its memory is wanted
-            step = recovery.rewind(workdir, checkpointer, watch, config.recovery, bad)
-            about = experiment, splits.train, checkpointer
-            state, meta = restore_or_init(*about, anew=step == 0)
-            watch.losses = meta.get("recovery", {}).get("losses", [])
-            writer.go_back(step)
+        # The one that was interrupted; perhaps between two splits.
+        writer.go_back(start, scores=False)
+        evaluate(state, start)
+    with Compiled(experiment, splits.train, state, start) as compiled:
+        while meta["data"]["step"] < config.steps and not stop():
+            about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
+            try:
+                state = train_loop(experiment, splits.train, *about)
+            except recovery.Rewind as bad:
+                state = about = None  # its memory is wanted
+                step = recovery.rewind(
+                    workdir, checkpointer, watch, config.recovery, bad
+                )
+                about = experiment, splits.train, checkpointer
+                state, meta = restore_or_init(*about, anew=step == 0)
+                watch.losses = meta.get("recovery", {}).get("losses", [])
+                writer.go_back(step)
     if stop():
         return {}
     scores = test(experiment, evaluator, splits, checkpointer, scored, stop)

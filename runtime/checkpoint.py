@@ -23,10 +23,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from absl import flags
 
-from triform.runtime import files, hosts, read_errors, stores
+from triform.runtime import files, hosts, lazy, read_errors, stores
 from triform.runtime.checksum import checksums
 from triform.runtime.errors import CheckpointError, reason
 from triform.runtime.leaves import (
@@ -39,8 +38,9 @@ from triform.runtime.leaves import (
 )
 from triform.runtime.read_errors import Corrupt
 
+ocp = lazy.Module("orbax.checkpoint")  # 0.2 s, which --help and a dry run need not
+
 _log = logging.getLogger(__name__)
-_COMMITTING = ocp.path.atomicity.CommitFileTemporaryPath
 _FULL = ("No space left", "Disk quota exceeded")
 
 
@@ -98,6 +98,8 @@ class Checkpointer:
         self._config = config
         self._pending: int | None = None  # the step that is being saved
         self._wrote = False
+        # What no store can do is to rename a folder once all is written.
+        atomicity = ocp.path.atomicity.CommitFileTemporaryPath if self._remote else None
         _wait_without_devices()
         self._manager = ocp.CheckpointManager(
             directory,
@@ -109,8 +111,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 create=False,  # a reader must not create a misspelt directory
                 preservation_policy=self,
-                # What no store can do is to rename a folder once all is written.
-                temporary_path_class=_COMMITTING if self._remote else None,
+                temporary_path_class=atomicity,
                 async_options=ocp.AsyncOptions(timeout_secs=int(hosts.SLOW)),
             ),
         )
@@ -482,7 +483,10 @@ class Checkpointer:
 def _wait_without_devices() -> None:
     """Makes orbax's processes wait through the coordination service, with a timeout."""
     name = "experimental_orbax_use_distributed_barrier"
-    if hosts.here().count > 1 and name in flags.FLAGS:
+    if hosts.here().count == 1:
+        return
+    _ = ocp.CheckpointManager  # orbax defines its flags when it is imported
+    if name in flags.FLAGS:
         flags.FLAGS[name].value = True
         flags.FLAGS[name].present += 1  # read before the command line, in a notebook
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ Tree = Any
 Batch = Mapping[str, np.ndarray]
 AxisLetters = Mapping[str, str]  # field of a batch -> its axes, "BL"
 AXES = ("data", "fsdp", "tensor", "sequence")
+# Of steps that are compiled in threads, one is traced at a time. Tracing is Python: two
+# at once would take twice as long, and the first step of a run waits for one of them.
+TRACING = threading.Lock()
 
 # Axis letter of a batch's field -> mesh axes; other axes are not split.
 BATCH_AXES = {
@@ -178,15 +182,9 @@ class MeshPlacement:
             held = slice(0, padded)
         batch = pad_rows(batch, held.stop - held.start)
 
-        def axis(letter: str, size: int) -> tuple[str, ...] | None:
-            over = BATCH_AXES.get(letter, ())
-            fits = size % math.prod(self.sizes[a] for a in over) == 0
-            return over if over and fits else None
-
         def place(name: str, x: np.ndarray) -> jax.Array:
             shape = (padded, *x.shape[1:])
-            split = P(*map(axis, axes[name], shape))
-            sharding = NamedSharding(self.mesh, split)
+            sharding = self._split(axes[name], shape)
 
             def part(index: tuple) -> np.ndarray:
                 start, stop, _ = index[0].indices(padded)
@@ -195,6 +193,23 @@ class MeshPlacement:
             return jax.make_array_from_callback(shape, sharding, part)
 
         return {name: place(name, x) for name, x in batch.items()}
+
+    def _split(self, letters: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a field of a batch is."""
+
+        def axis(letter: str, size: int) -> tuple[str, ...] | None:
+            over = BATCH_AXES.get(letter, ())
+            fits = size % math.prod(self.sizes[a] for a in over) == 0
+            return over if over and fits else None
+
+        return NamedSharding(self.mesh, P(*map(axis, letters, shape)))
+
+    def spread(self, batch: Batch, axes: AxisLetters) -> Mapping[str, jax.Array]:
+        """A batch on the devices of one process, whose rows divide evenly. Axis letters
+        that are not in BATCH_AXES are not split.
+        """
+        places = {name: self._split(axes[name], x.shape) for name, x in batch.items()}
+        return jax.device_put(dict(batch), places)
 
     def same(self, x: np.generic) -> np.ndarray:
         """A number of the host as steps take it beside a batch."""
@@ -212,7 +227,10 @@ class MeshPlacement:
             out = jax.lax.with_sharding_constraint(out, self.shardings(out))
             return out, self._readable(metrics)
 
-        compiled = jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
+        jitted = jax.jit(pinned, donate_argnums=0)
+        with TRACING:
+            lowered = jitted.lower(state, batch)
+        compiled = lowered.compile()
         return lambda state, batch: block_on_cpu(compiled(state, batch))
 
     def compile_eval(self, step: Callable) -> Callable:
@@ -324,7 +342,9 @@ class PmapPlacement:
         The state is donated.
         """
         mapped = self._pmap(step, donate_argnums=0)
-        compiled = mapped.lower(state, batch).compile()
+        with TRACING:
+            lowered = mapped.lower(state, batch)
+        compiled = lowered.compile()
 
         def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
             state, metrics = block_on_cpu(compiled(state, batch))

@@ -33,3 +33,9 @@ def absolute(path: str, setting: str = "HOME") -> str:
 def workdir(path: str) -> str:
     """The absolute path of a workdir: a local folder or a URL, s3://bucket/run."""
     return path.rstrip("/") if stores.is_store(path) else absolute(path)
+
+
+def cache_root(given: str = "") -> str:
+    """Where programs keep what can be made again: `given`, or the user's choice."""
+    given = given or os.environ.get("TRIFORM_CACHE") or "~/.cache/triform"
+    return absolute(given, setting="TRIFORM_CACHE")

@@ -23,11 +23,13 @@ IMPORTS = {
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "capsule": ("workdir", "input_pipeline"),
-    "stepping": ("experiment", "input_pipeline", "recovery"),
+    "stepping": ("compilation", "recovery"),
     "evaluate": ("answers", "input_pipeline"),
+    "compilation": ("experiment", "input_pipeline"),
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
+    "packed": ("train",),
     "config_flag": ("forks",),
     "sweep": ("config_flag", "sweeps"),
     "sweeps": ("runtime",),
@@ -40,7 +42,7 @@ IMPORTS = {
     "configs": ("models", "tasks", "data", "scores", "runtime", "sweeps.values"),
     "models": ("runtime.errors",),
     "tasks": ("runtime.metrics",),
-    "data": ("runtime.errors", "runtime.paths"),
+    "data": ("runtime.errors", "runtime.paths", "runtime.files", "runtime.lazy"),
     "scores": (),
     "runtime": (),
 }
@@ -48,6 +50,7 @@ IMPORTS = {
 PROGRAMS = (
     *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
     *(
+        "packed",
         "sweep",
         "plot",
         "inspection",
@@ -56,6 +59,7 @@ PROGRAMS = (
         "capsule",
         "tools",
         "stepping",
+        "compilation",
     ),
 )
 # What starts the others, and imports them by name when they are asked for.
@@ -89,7 +93,8 @@ LATE = {
     ("data.sources.streams", "pyarrow"): "0.2 s, which zstandard alone needs",
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
-    ("runtime.metrics", "triform.runtime.events"): "it imports torch",
+    ("runtime.metrics", "triform.runtime.events"): "tensorboardX costs 0.2 s",
+    ("scores.text", "sacrebleu.metrics"): "it costs 40 ms",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
     ("sweeps.page", "matplotlib.figure"): "an extra",
     ("sweeps.search", "optuna"): "an extra",
