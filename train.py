@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,6 +37,7 @@ from triform.input_pipeline import Prefetch, TrainBatches
 from triform.recovery import Health, Recovery, go_back
 from triform.runtime import (
     commands,
+    files,
     guard,
     history,
     hosts,
@@ -46,6 +46,7 @@ from triform.runtime import (
     locks,
     paths,
     signals,
+    stores,
 )
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
@@ -116,6 +117,7 @@ def train_loop(
                 with stage(f"saving step {step}", least=SOON):
                     saved = experiment.placement.unload(state).replace(frozen={})
                     recover.check_state(saved, step)
+                    writer.flush()
                     checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
@@ -187,14 +189,16 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     data = config.data
     source, rules = "", workdirs.init_rules(config)
     if workdirs.saved_config(workdir) is not None:
-        saved = codec_files.load(workdir, data)
+        saved = codec_files.load(stores.local(workdir), data)
         if codec_files.is_complete(saved, data):
             return saved
         source = workdir  # imported weights: their classes have no names yet
     elif rules:
         source = workdirs.parse(rules[0].source)[0]
     with stage(f"tokenizer and classes of {data.source!r}"):
-        return codec_files.build(data, config.model.sizes(), earlier=source)
+        return codec_files.build(
+            data, config.model.sizes(), earlier=stores.local(source)
+        )
 
 
 def restore_or_init(
@@ -282,13 +286,13 @@ def run(
     RUN:STEP, the run and the step from which a new workdir goes on.
     Raises TriformError for what a user can mend.
     """
-    config, workdir = copy.deepcopy(config), paths.absolute(workdir)
+    config, workdir = copy.deepcopy(config), paths.workdir(workdir)
     group, interrupt = hosts.here(), stop
     stop = group.stop(stop)
     what = "reading the names of classes"
     config, codecs = group.in_turn(what, lambda: resolve(config, workdir, parts))
     experiment = parts.experiment(config)
-    os.makedirs(workdir, exist_ok=True)
+    files.make_folder(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.lock(workdir))
         if fork:
@@ -379,6 +383,7 @@ def train_and_test(
             seconds = f"({result.seconds:.1f} s)"
             print(f"step {step}: {summary(result.scalars)} {seconds}", flush=True)
             health.check_evaluation(result.scalars, step)
+        writer.flush()
         checkpointer.record(step, numbers)
         scored[step] = found
 
@@ -424,7 +429,7 @@ def main(argv: list[str]) -> int:
         print(plan.export(config))
         print(plan.sources(config, read=True))
         return 0
-    workdir = launch.folder_flag("workdir")
+    workdir = launch.workdir_flag()
     about = {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
     group = joining.join(about)
     interrupt = signals.Interrupt()

@@ -198,9 +198,9 @@ class ExperimentConfig:
         config.evaluations = tuple(
             replace(x, source=absolute(x.source)) for x in config.evaluations
         )
-        config.init_from = self.init_from and paths.absolute(self.init_from)
+        config.init_from = self.init_from and paths.workdir(self.init_from)
         config.init = tuple(
-            replace(x, source=x.source and paths.absolute(x.source)) for x in self.init
+            replace(x, source=x.source and paths.workdir(x.source)) for x in self.init
         )
         try:
             config.data.validate()

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from triform.runtime import compile_cache, host, hosts, paths, streams
+from triform.runtime import compile_cache, host, hosts, paths, stores, streams
 from triform.runtime.errors import TriformError, UserError
 
 Main = Callable[[list[str]], int | None]
@@ -148,6 +148,12 @@ def _flag_error(error: flags.Error) -> str:
     if close:
         return f"unknown flag --{name}: did you mean --{close[0]}?"
     return f"unknown flag --{name}: --help lists the flags"
+
+
+def workdir_flag(name: str = "workdir") -> str:
+    """The workdir that a flag gives: as `folder_flag`, or on an object store."""
+    value = flags.FLAGS[name].value
+    return paths.workdir(value) if stores.is_store(value) else folder_flag(name)
 
 
 def folder_flag(name: str) -> str:

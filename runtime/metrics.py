@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from triform.runtime import files
+from triform.runtime import files, stores
 
 FILE = "metrics.jsonl"
 Array = jax.Array
@@ -123,7 +123,8 @@ class MetricWriter:
     `time` is in seconds since 1970, `unit` what of the data is counted.
 
     Opened at the step where a run goes on: what a killed run wrote after it goes, since
-    the same steps will be done and written again.
+    the same steps will be done and written again. On an object store the files are put
+    whole from time to time, and by `flush`.
     """
 
     def __init__(self, workdir: str, step: int, unit: str = "tokens"):
@@ -139,8 +140,9 @@ class MetricWriter:
 
     def _open(self, step: int, scores: bool = True) -> None:
         workdir = self._workdir
-        path = os.path.join(workdir, FILE)
         kept = [line for line in read_lines(workdir) if line["step"] <= step]
+        self._mirror = stores.Mirror(workdir)
+        path = os.path.join(self._mirror.folder, FILE)
         if not scores:
             kept = [x for x in kept if x["step"] < step or "train/loss" in x]
         with files.replacing(path) as f:
@@ -149,7 +151,9 @@ class MetricWriter:
         # Not at the top: see there.
         from triform.runtime.events import Events
 
-        self._events = Events(os.path.join(workdir, "tensorboard"), step + 1)
+        folder = os.path.join(self._mirror.folder, "tensorboard")
+        self._events = Events(folder, step + 1)
+        self.flush()
 
     def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
         """One line, with the time and the tokens (or images) trained on so far.
@@ -164,6 +168,11 @@ class MetricWriter:
             if isinstance(value, (int, float)):
                 self._events.add(step, name, value)
         self._events.flush()
+        self._mirror.push(only_if_due=True)
+
+    def flush(self) -> None:
+        """What was written can be read by others: before its step counts as saved."""
+        self._mirror.push()
 
     def close(self) -> None:
         """Flushes both."""
@@ -171,6 +180,7 @@ class MetricWriter:
             self._file.close()
         finally:
             self._events.close()
+            self._mirror.close()
 
 
 class NoWriter:
@@ -183,6 +193,9 @@ class NoWriter:
         """Nothing."""
 
     def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ LONG = {
     "tests/test_packed_runs.py::test_interrupted": "two trainings",
     "tests/test_placements.py::test_every_placement": "compiles for every placement",
     "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
+    "tests/test_stores.py::test_a_run_killed": "processes",
     "tests/test_start.py": "processes",
     "tests/test_tools.py::test_the_program": "a process",
     "tests/test_sweep_search.py::test_a_search_that_was_killed": "processes",
