@@ -133,8 +133,9 @@ class Experiment:
             ctx = Context(state.step, rngs, True, across.rows)
             variables = {"params": optim.join(params, state.frozen), **extra}
             outputs, extra = task.outputs(variables, micro, ctx)
-            totals = task.terms(outputs, micro, ctx)
-            measured = task.metrics(outputs, micro, ctx)
+            with jax.named_scope("loss"):
+                totals = task.terms(outputs, micro, ctx)
+                measured = task.metrics(outputs, micro, ctx)
             loss = sum(scale[name] * totals[name] for name in scale)
             return loss, ((totals, measured), extra)
 
@@ -146,8 +147,11 @@ class Experiment:
         else:
             grads, sums, extra = self._accumulated(gradient, state, batch)
         grads, (totals, measured) = across.sum((grads, sums))
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimiser"):
+            updates, opt_state = self.optimizer.update(
+                grads, state.opt_state, state.params
+            )
+            params = optax.apply_updates(state.params, updates)
         one = jnp.float32(1)
         measured = dict(measured)
         if len(weights) > 1:

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import config_flag, plan
+from triform import config_flag, forecast, plan
 from triform import workdir as workdirs
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
@@ -33,7 +33,7 @@ from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
 from triform.recovery import Health, go_back
-from triform.runtime import commands, history, launch, metrics, paths, signals
+from triform.runtime import chips, commands, history, launch, metrics, paths, signals
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
@@ -398,11 +398,10 @@ def main(argv: list[str]) -> int:
         print("\n".join(map(str, keys.listing(config, flags.FLAGS.keys))))
         return 0
     if flags.FLAGS.dry_run:
-        config = resolve(config)[0]
-        print(plan.describe(Experiment(config)))
-        print(plan.export(config))
-        print(plan.sources(config, read=True))
+        dry_run(config)
         return 0
+    if flags.FLAGS.devices:
+        raise UserError(f"--devices={flags.FLAGS.devices}: only with --dry_run")
     workdir = launch.folder_flag("workdir")
     interrupt = signals.Interrupt()
     run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
@@ -417,12 +416,40 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def dry_run(config: ExperimentConfig) -> None:
+    """Prints the plan, for the devices that are here or those that flags name."""
+    given = flags.FLAGS
+    devices = chips.parse(given.devices) if given.devices else None
+    memory = chips.parse_memory(given.memory) if given.memory else 0
+    if devices:
+        chips.simulate(devices.count)
+    config = resolve(config)[0]
+    experiment = Experiment(config)
+    on = forecast.hardware(config, devices, memory, given.utilisation)
+    print(plan.describe(experiment, str(devices or "")))
+    print(forecast.describe(config, on), flush=True)
+    if given.compile:
+        with stage("compiling the step"):
+            step = forecast.compiled(experiment)
+        print(forecast.compiled_line(step))
+    print(plan.export(config))
+    print(plan.sources(config, read=True))
+
+
 def define() -> None:
     """Defines the flags but for --config."""
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
     flags.DEFINE_integer("from_step", None, about)
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+    about = "With --dry_run: plan for 8xH100, 2x8xA100-80GB, v5e-64, in place of these."
+    flags.DEFINE_string("devices", None, about)
+    about = "With --dry_run: memory of a device, as 16GB; else what JAX takes of it."
+    flags.DEFINE_string("memory", None, about)
+    about = "With --dry_run: share of the devices' peak FLOP/s that is assumed."
+    flags.DEFINE_float("utilisation", forecast.UTILISATION, about, 0.01, 1.0)
+    about = "With --dry_run: also compile the step, and say what memory it needs."
+    flags.DEFINE_bool("compile", False, about)
     flags.DEFINE_string(
         "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."
     )

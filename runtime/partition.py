@@ -87,6 +87,18 @@ class MeshConfig:
         return (data, *given[1:])
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled training step: (state, batch) -> (state, metrics)."""
+
+    compiled: Any  # jax.stages.Compiled: what it needs, and its text
+    run: Callable[[Tree, Tree], tuple[Tree, Tree]]
+
+    def __call__(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """Runs it."""
+        return self.run(state, batch)
+
+
 class MeshPlacement:
     """jit over a mesh with the axes data, fsdp, tensor and sequence."""
 
@@ -160,19 +172,34 @@ class MeshPlacement:
         """
         batch = pad_rows(batch, self.rows * parts)
 
+        def place(name: str, x: np.ndarray) -> jax.Array:
+            sharding = self._batch_sharding(axes[name], x.shape)
+            return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+        return {name: place(name, x) for name, x in batch.items()}
+
+    def abstract_batch(
+        self, batch: Batch, axes: AxisLetters, parts: int = 1
+    ) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of what `put` gives; no array is made."""
+        multiple = self.rows * parts
+
+        def of(name: str, x: np.ndarray) -> jax.ShapeDtypeStruct:
+            shape = (-(-len(x) // multiple) * multiple, *x.shape[1:])
+            sharding = self._batch_sharding(axes[name], shape)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return {name: of(name, x) for name, x in batch.items()}
+
+    def _batch_sharding(self, axes: str, shape: tuple[int, ...]) -> NamedSharding:
         def axis(letter: str, size: int) -> tuple[str, ...] | None:
             over = BATCH_AXES.get(letter, ())
             fits = size % math.prod(self.sizes[a] for a in over) == 0
             return over if over and fits else None
 
-        def place(name: str, x: np.ndarray) -> jax.Array:
-            split = P(*map(axis, axes[name], x.shape))
-            sharding = NamedSharding(self.mesh, split)
-            return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+        return NamedSharding(self.mesh, P(*map(axis, axes, shape)))
 
-        return {name: place(name, x) for name, x in batch.items()}
-
-    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
+    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> "Step":
         """(state, batch) -> (state, metrics), compiled for these shapes.
 
         The state is donated.
@@ -184,7 +211,7 @@ class MeshPlacement:
             return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
 
         compiled = jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
-        return lambda state, batch: block_on_cpu(compiled(state, batch))
+        return Step(compiled, lambda *inputs: block_on_cpu(compiled(*inputs)))
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""
@@ -250,6 +277,13 @@ class PmapPlacement:
         """Variables and a host's batch for generation, on one device."""
         return self.unload(variables), batch
 
+    def abstract_batch(
+        self, batch: Batch, axes: AxisLetters, parts: int = 1
+    ) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes of what `put` gives."""
+        put = self.put(batch, axes, parts)
+        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in put.items()}
+
     def put(self, batch: Batch, axes: AxisLetters, parts: int = 1) -> Batch:
         """The batch with a leading device axis; pmap moves it. See MeshPlacement."""
         batch = pad_rows(batch, self.rows * parts)
@@ -258,7 +292,7 @@ class PmapPlacement:
             k: x.reshape(n, x.shape[0] // n, *x.shape[1:]) for k, x in batch.items()
         }
 
-    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
+    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> "Step":
         """(state, batch) -> (state, metrics), compiled for these shapes.
 
         The state is donated.
@@ -270,7 +304,7 @@ class PmapPlacement:
             state, metrics = block_on_cpu(compiled(state, batch))
             return state, self.unload(metrics)
 
-        return run
+        return Step(compiled, run)
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""
