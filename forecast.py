@@ -19,12 +19,13 @@ import jax
 from triform.configs.schema import ExperimentConfig
 from triform.experiment import Experiment
 from triform.runtime import chips, leaves, program
-from triform.runtime.chips import Devices, shown
+from triform.runtime.chips import Devices
 from triform.runtime.errors import UserError
 from triform.runtime.partition import Across, Step
 from triform.runtime.paths import path_name
 from triform.runtime.program import Program, Value
 from triform.runtime.scopes import kind_of
+from triform.runtime.units import scaled, shown
 
 UTILISATION = 0.4  # of the peak, assumed unless it is given
 SHOWN = 3  # largest arrays that are named
@@ -63,20 +64,14 @@ def of(config: ExperimentConfig, rows: int = 0) -> Forecast:
     `rows`: those of a micro-batch on one device, in place of what the config says.
     """
     experiment, shape = Experiment(config), longest(config)
-    shards, k = experiment.placement.rows, config.optim.accumulate
-    rows = rows or -(-config.data.rows(shape) // (shards * k))
-    state = jax.eval_shape(experiment.make_state)
+    k, state = config.optim.accumulate, jax.eval_shape(experiment.make_state)
+    rows = rows or local_rows(experiment, shape) // k
     traced = trace(experiment, state, shape, rows * k)
+    flops, least = step_flops(experiment, traced, shape, rows * k)
+    twice = traced.flops().total() - traced.flops(again=False).total()
     state = experiment.placement.abstract(state)
     sizes = functools.partial(device_size, shares(state), mesh_of(experiment))
     peak = program.peak(traced, sizes, loop=True)
-    counted = needed(config, traced, shape, rows * k)
-    flops: Counter[str] = Counter()
-    for path, count in counted.flops(again=False, share=seen(config, shape)).items():
-        # The optimiser's products are of parameters, whatever the number of rows.
-        kind = kind_of(path)
-        flops[kind] += count * (1 if kind == "optimiser" else shards)
-    twice = traced.flops().total() - traced.flops(again=False).total()
     batch = experiment.empty_batch(shape, rows=rows * k)
     return Forecast(
         state_bytes(state),
@@ -84,11 +79,32 @@ def of(config: ExperimentConfig, rows: int = 0) -> Forecast:
         peak.size + gathered(state),
         tuple((name_of(x), sizes(x)) for x in peak.arrays[:SHOWN]),
         flops,
-        twice * shards,
-        counted.open_loops(),
+        twice * experiment.placement.rows,
+        least,
         rows,
         checkpoint_bytes(state),
     )
+
+
+def local_rows(experiment: Experiment, shape: Mapping[str, Any]) -> int:
+    """Rows of a batch of this shape on one device, padding included."""
+    shards, config = experiment.placement.rows, experiment.config
+    k = config.optim.accumulate
+    return k * -(-config.data.rows(shape) // (shards * k))
+
+
+def step_flops(
+    experiment: Experiment, traced: Program, shape: Mapping[str, Any], rows: int
+) -> tuple[dict[str, int], bool]:
+    """({kind of module: FLOPs of a step of all devices}, are they a lower bound?)."""
+    config = experiment.config
+    counted = needed(config, traced, shape, rows)
+    found: Counter[str] = Counter()
+    for path, count in counted.flops(again=False, share=seen(config, shape)).items():
+        # The optimiser's products are of parameters, whatever the number of rows.
+        kind = kind_of(path)
+        found[kind] += count * (1 if kind == "optimiser" else experiment.placement.rows)
+    return dict(found), counted.open_loops()
 
 
 def longest(config: ExperimentConfig) -> Mapping[str, Any]:
@@ -122,6 +138,11 @@ def trace(
     )
 
 
+def written_out(config: ExperimentConfig) -> bool:
+    """Is attention to be written out, for its products to be counted?"""
+    return any(t.attention == "flash" for t in config.model.trunks().values())
+
+
 def needed(
     config: ExperimentConfig, traced: Program, shape: Mapping[str, Any], rows: int
 ) -> Program:
@@ -130,7 +151,7 @@ def needed(
     `flash` visits blocks in loops, or in kernels that cannot be looked into: `dot`
     computes the same.
     """
-    if not any(t.attention == "flash" for t in config.model.trunks().values()):
+    if not written_out(config):
         return traced
     config = copy.deepcopy(config)
     for trunk in config.model.trunks().values():
@@ -306,15 +327,20 @@ def flops_line(found: Forecast) -> str:
     return f"matrix products a step: {least}{scaled(total)}FLOP ({shares_}){again}"
 
 
+def seconds(found: Forecast, on: Hardware) -> float:
+    """Of a step at the assumed utilisation; 0 if no peak is known."""
+    peak = on.count * on.peak * on.utilisation
+    return sum(found.flops.values()) / peak if peak else 0.0
+
+
 def time_line(config: ExperimentConfig, found: Forecast, on: Hardware) -> str:
     """Seconds of a step and hours of the run at the assumed utilisation."""
-    total = sum(found.flops.values())
-    if not on.peak or not total:
+    each = seconds(found, on)
+    if not each:
         return f"time: no peak FLOP/s of {on.name} is known; the first steps tell"
-    seconds = total / (on.count * on.peak * on.utilisation)
-    hours = seconds * config.steps / 3600
+    hours = each * config.steps / 3600
     return (
-        f"time: {hours:,.2f} hours, {seconds:.4f} s a step, if {on.utilisation:.0%} of "
+        f"time: {hours:,.2f} hours, {each:.4f} s a step, if {on.utilisation:.0%} of "
         f"{on.count} x {scaled(on.peak)}FLOP/s are reached (--utilisation)"
     )
 
@@ -393,14 +419,6 @@ def _changes(
     return [split, *steps] if most_is_state else [*steps, split]
 
 
-def scaled(number: float) -> str:
-    """'3.97 G' of 3.97e9."""
-    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:.3g} "
-
-
 # Compiled
 
 
@@ -434,3 +452,15 @@ def compiled_line(step: Step) -> str:
         f"compiled step: {shown(held + more)} a device: state and batch {shown(held)}, "
         f"step {shown(more)}"
     )
+
+
+def flops_of(experiment: Experiment, step: Step, shape: Mapping[str, Any]) -> int:
+    """FLOPs that the model needs in a compiled step for rows of this shape."""
+    config = experiment.config
+    if step.jaxpr is not None and not written_out(config):
+        # Of all devices together.
+        traced = program.read(step.jaxpr.jaxpr)
+        return traced.flops(again=False, share=seen(config, shape)).total()
+    rows, state = local_rows(experiment, shape), jax.eval_shape(experiment.make_state)
+    traced = None if written_out(config) else trace(experiment, state, shape, rows)
+    return sum(step_flops(experiment, traced, shape, rows)[0].values())

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import config_flag, forecast, plan
+from triform import ahead, config_flag, observe, plan
 from triform import workdir as workdirs
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
@@ -33,7 +33,7 @@ from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
 from triform.recovery import Health, go_back
-from triform.runtime import chips, commands, history, launch, metrics, paths, signals
+from triform.runtime import commands, history, launch, metrics, paths, signals
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
@@ -84,9 +84,11 @@ def train_loop(
     health: Health,
     writer: MetricWriter,
     stop: Stop,
+    profiled: observe.Steps,
 ) -> TrainState:
     """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
+    workdir = str(checkpointer.directory.parent)
     steps = compile_steps(experiment, train, state)
     progress = Progress(
         start,
@@ -98,29 +100,32 @@ def train_loop(
         meta["seen"],
     )
     source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
+    watch = observe.Watch(experiment, steps, progress, workdir, profiled)
     pending = None
 
     def settle() -> None:
         """Reads the metrics of the step before: never waits for the one in flight."""
         if pending is not None:
-            number, measured, real = pending
+            number, measured, real, index = pending
             measured = metrics.to_host(measured)
             shown = functools.partial(examples_of, train, number)
             health.check_step(metrics.values(measured, "train"), number, shown)
-            if line := progress.update(number, measured, real):
+            if line := progress.update(number, measured, real, watch.flops[index]):
                 writer.write(number, line, progress.seen)
 
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch, index, real = next(source)
+            watch.before(step)
             if step == start + 1:
                 with stage("first step"):
                     state, measured = jax.block_until_ready(steps[index](state, batch))
             else:
                 state, measured = steps[index](state, batch)
             settle()
-            pending = (step, measured, real)
+            pending = (step, measured, real, index)
+            watch.after(step, measured)
             due = evaluation_due(config, step)
             if not (stop() or due or step % config.checkpoint.every == 0):
                 continue
@@ -141,9 +146,12 @@ def train_loop(
                 break
     finally:
         source.close()
+        watch.close()
         progress.close()
     with stage("saving the last step", least=SOON):
         checkpointer.wait()
+    if text := watch.report(checkpointer):
+        print(text, flush=True)
     return state
 
 
@@ -275,11 +283,13 @@ def run(
     *,
     stop: Stop = lambda: "",
     from_step: int | None = None,
+    profile: observe.Steps = None,
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
     `stop` is asked after every step; once it returns a reason, the state is saved and
     {} is returned. `from_step`: goes on after this step, later ones are set aside.
+    `profile`: the first and the last step that are traced.
     Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
@@ -320,7 +330,15 @@ def run(
         stack.enter_context(contextlib.closing(writer))
         evaluator = Evaluator(experiment, codecs)
         scores = train_and_test(
-            experiment, splits, state, meta, evaluator, checkpointer, writer, stop
+            experiment,
+            splits,
+            state,
+            meta,
+            evaluator,
+            checkpointer,
+            writer,
+            stop,
+            profile,
         )
         if not scores:
             start.outcome = f"interrupted by {stop()}"
@@ -336,6 +354,7 @@ def train_and_test(
     checkpointer: Checkpointer,
     writer: MetricWriter,
     stop: Stop,
+    profiled: observe.Steps,
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
     config, workdir = experiment.config, str(checkpointer.directory.parent)
@@ -378,6 +397,7 @@ def train_and_test(
             health,
             writer,
             stop,
+            profiled,
         )
     if stop():
         return {}
@@ -398,13 +418,20 @@ def main(argv: list[str]) -> int:
         print("\n".join(map(str, keys.listing(config, flags.FLAGS.keys))))
         return 0
     if flags.FLAGS.dry_run:
-        dry_run(config)
+        ahead.dry_run(config, resolve)
         return 0
     if flags.FLAGS.devices:
         raise UserError(f"--devices={flags.FLAGS.devices}: only with --dry_run")
     workdir = launch.folder_flag("workdir")
     interrupt = signals.Interrupt()
-    run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
+    asked = flags.FLAGS.profile
+    run(
+        config,
+        workdir,
+        stop=interrupt,
+        from_step=flags.FLAGS.from_step,
+        profile=observe.steps_of(asked) if asked else None,
+    )
     if interrupt.requested:
         with Checkpointer(
             workdirs.checkpoint_dir(workdir), config.checkpoint
@@ -416,40 +443,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def dry_run(config: ExperimentConfig) -> None:
-    """Prints the plan, for the devices that are here or those that flags name."""
-    given = flags.FLAGS
-    devices = chips.parse(given.devices) if given.devices else None
-    memory = chips.parse_memory(given.memory) if given.memory else 0
-    if devices:
-        chips.simulate(devices.count)
-    config = resolve(config)[0]
-    experiment = Experiment(config)
-    on = forecast.hardware(config, devices, memory, given.utilisation)
-    print(plan.describe(experiment, str(devices or "")))
-    print(forecast.describe(config, on), flush=True)
-    if given.compile:
-        with stage("compiling the step"):
-            step = forecast.compiled(experiment)
-        print(forecast.compiled_line(step))
-    print(plan.export(config))
-    print(plan.sources(config, read=True))
-
-
 def define() -> None:
     """Defines the flags but for --config."""
+    ahead.define()
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
     flags.DEFINE_integer("from_step", None, about)
+    about = "First and last step, as 20:25, of a profile that WORKDIR/profile gets."
+    flags.DEFINE_string("profile", None, about)
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
-    about = "With --dry_run: plan for 8xH100, 2x8xA100-80GB, v5e-64, in place of these."
-    flags.DEFINE_string("devices", None, about)
-    about = "With --dry_run: memory of a device, as 16GB; else what JAX takes of it."
-    flags.DEFINE_string("memory", None, about)
-    about = "With --dry_run: share of the devices' peak FLOP/s that is assumed."
-    flags.DEFINE_float("utilisation", forecast.UTILISATION, about, 0.01, 1.0)
-    about = "With --dry_run: also compile the step, and say what memory it needs."
-    flags.DEFINE_bool("compile", False, about)
     flags.DEFINE_string(
         "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."
     )

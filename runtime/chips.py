@@ -75,9 +75,16 @@ CHIPS = (
 )
 # Names that others use.
 ALIASES = {
-    **{"A100": "A100-40GB", "A100-40": "A100-40GB", "A100-80": "A100-80GB"},
-    **{"H100-80GB": "H100", "H100-SXM": "H100", "A10G": "A10", "V100": "V100-16GB"},
-    **{"4090": "RTX4090", "3090": "RTX3090", "V5LITEPOD": "v5e", "V5LITE": "v5e"},
+    "A100": "A100-40GB",
+    "A100-40": "A100-40GB",
+    "A100-80": "A100-80GB",
+    "H100-80GB": "H100",
+    "H100-SXM": "H100",
+    "A10G": "A10",
+    "V100": "V100-16GB",
+    "4090": "RTX4090",
+    "3090": "RTX3090",
+    "V5LITEPOD": "v5e",
 }
 # Slices of these are named by cores, two a chip; of the others by chips. JAX sees one
 # device a chip.
@@ -156,11 +163,3 @@ def parse_memory(text: str) -> float:
     if not found or found[2].upper() not in units or found[1].count(".") > 1:
         raise UserError(f"--memory={text}: write a size like 16GB or 512MB")
     return float(found[1]) * units[found[2].upper()]
-
-
-def shown(size: float) -> str:
-    """'12.3 GB', '4.0 MB' or '700 B' of bytes."""
-    for unit, name in ((1e12, "TB"), (GB, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size:.0f} B"

@@ -93,6 +93,7 @@ class Step:
 
     compiled: Any  # jax.stages.Compiled: what it needs, and its text
     run: Callable[[Tree, Tree], tuple[Tree, Tree]]
+    jaxpr: Any = None  # for all devices together, where there is such
 
     def __call__(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
         """Runs it."""
@@ -210,8 +211,10 @@ class MeshPlacement:
             # Without this the compiler may return a state placed otherwise.
             return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
 
-        compiled = jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
-        return Step(compiled, lambda *inputs: block_on_cpu(compiled(*inputs)))
+        traced = jax.jit(pinned, donate_argnums=0).trace(state, batch)
+        compiled = traced.lower().compile()
+        run = lambda *inputs: block_on_cpu(compiled(*inputs))  # noqa: E731
+        return Step(compiled, run, traced.jaxpr)
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""

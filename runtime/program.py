@@ -212,7 +212,9 @@ def _convolution(eqn: Any) -> int:
         starts = np.arange(made[place]) * params["window_strides"][i] - low
         offsets = np.arange(kernel[numbers.rhs_spec[2 + i]]) * params["rhs_dilation"][i]
         at = starts[:, None] + offsets
-        count *= int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
+        count *= int(
+            ((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum()
+        )
     return count
 
 
@@ -281,9 +283,7 @@ def _ends(program: Program, roots: dict[int, Sequence[Value]]) -> dict[int, set[
     return ends
 
 
-def _kept(
-    program: Program, loop: bool
-) -> tuple[set[int], dict[int, Sequence[Value]]]:
+def _kept(program: Program, loop: bool) -> tuple[set[int], dict[int, Sequence[Value]]]:
     """(ids of the values that have memory, id -> the kept values it is computed from).
 
     Inputs of the program have none here: they are there anyway.

@@ -9,10 +9,12 @@ KINDS = (
     ("norms", r"norm(/|$)"),
     ("attention", r"(self|cross)_attention(/|$)"),
     ("feed-forward", r"feed_forward(/|$)"),
-    ("logits and loss", r"_logits(/|$)|(^|/)(\w+_)?head(/|$)|(^|/)(loss|pooler|heads_\d+)(/|$)"),
+    (
+        "logits and loss",
+        r"_logits(/|$)|(^|/)(\w+_)?head(/|$)|(^|/)(loss|pooler|heads_\d+)(/|$)",
+    ),
     ("embedding", r"(^|/)(embedding|positions|patches|\w+_embedding|frontend)(/|$)"),
 )
-NAMES = tuple(name for name, _ in KINDS) + ("other",)
 
 # 'transpose(jvp(LanguageModel))', 'checkpoint', 'rematted_computation': what the
 # derivative and recomputation add to the names of modules.

@@ -16,7 +16,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag", "recovery"),
+    "train": ("evaluate", "ahead", "observe", "config_flag", "recovery"),
+    "ahead": ("plan", "forecast"),
+    "observe": ("forecast",),
+    "forecast": ("experiment",),
     "recovery": ("configs",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
@@ -40,7 +43,17 @@ IMPORTS = {
 }
 # One box in the picture: what a user starts, and what only that needs.
 PROGRAMS = (
-    *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
+    *(
+        "train",
+        "plan",
+        "forecast",
+        "observe",
+        "recovery",
+        "evaluate",
+        "generate",
+        "answers",
+        "lm_eval",
+    ),
     *("sweep", "plot", "inspection", "config_flag"),
 )
 # What starts the others, and imports them by name when they are asked for.
