@@ -265,7 +265,8 @@ class Hardware:
     memory: float  # bytes of a device that JAX takes
     peak: float  # FLOP/s of a device, for the dtype of the model
     utilisation: float = UTILISATION
-    gpu: bool = False
+    gpu: bool = False  # is `memory` a share of a GPU's?
+    named: bool = False  # by the user; else these are the devices that are here
 
     def room(self) -> str:
         """'60.0 GB of H100, the share that JAX takes (...)'."""
@@ -280,7 +281,7 @@ def hardware(
     utilisation: float = UTILISATION,
 ) -> Hardware:
     """`devices`, else those that JAX sees; `memory` of one, if it is given."""
-    trunks = [*config.model.trunks().values()]
+    trunks, named = [*config.model.trunks().values()], bool(devices or memory)
     dtype = trunks[0].dtype if trunks else "float32"
     if devices is None:
         first, count = jax.devices()[0], jax.device_count()
@@ -292,7 +293,7 @@ def hardware(
     share = bool(chip and chip.gpu() and not memory)
     memory = memory or (chip.usable() if chip else 0)
     peak = chip.peak(dtype) if chip else 0
-    return Hardware(name, count, memory, peak, utilisation, share)
+    return Hardware(name, count, memory, peak, utilisation, share, named)
 
 
 def describe(config: ExperimentConfig, on: Hardware) -> str:
@@ -350,13 +351,16 @@ def fits(config: ExperimentConfig, found: Forecast, on: Hardware) -> list[str]:
     if found.total() > on.memory:
         head = f"does not fit: {shown(found.total())} in {on.room()}"
         return [head, *remedies(config, found, on)]
+    told = f"fits: {found.total() / on.memory:.1%} of {on.room()}"
+    if not on.named:
+        return [told]
     one = of(config, rows=1 if found.rows > 1 else 2)
     each = (found.step + found.batch - one.step - one.batch) / (found.rows - one.rows)
     spare = on.memory - found.total()
     most = found.rows + int(spare / each) if each > 0 else found.rows
     return [
-        f"fits: {found.total() / on.memory:.1%} of {on.room()}; largest micro-batch a "
-        f"device: about {most:,} rows (now {found.rows:,})"
+        f"{told}; largest micro-batch a device: about {most:,} rows (now "
+        f"{found.rows:,})"
     ]
 
 

@@ -43,18 +43,8 @@ IMPORTS = {
 }
 # One box in the picture: what a user starts, and what only that needs.
 PROGRAMS = (
-    *(
-        "train",
-        "plan",
-        "forecast",
-        "observe",
-        "recovery",
-        "evaluate",
-        "generate",
-        "answers",
-        "lm_eval",
-    ),
-    *("sweep", "plot", "inspection", "config_flag"),
+    *("train", "ahead", "plan", "forecast", "observe", "recovery", "evaluate"),
+    *("generate", "answers", "lm_eval", "sweep", "plot", "inspection", "config_flag"),
 )
 # What starts the others, and imports them by name when they are asked for.
 DOORS = ("", "__main__", "console")
