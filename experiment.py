@@ -14,7 +14,7 @@ from triform import models, tasks
 from triform.configs import plugins
 from triform.configs.schema import ExperimentConfig
 from triform.data import batch as batches
-from triform.runtime import optim
+from triform.runtime import norms, optim
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import Mean, Metrics
 from triform.runtime.parameters import ROWS
@@ -159,6 +159,9 @@ class Experiment:
         loss = sum(scale[name] * totals[name] for name in scale)
         measured["loss"] = Mean(loss, one)
         measured["grad_norm"] = Mean(optax.tree.norm(grads), one)
+        if self.config.log_norms:
+            found = norms.of_step(grads, state.params, updates)
+            measured |= {name: Mean(norm, one) for name, norm in found.items()}
         state = state.replace(
             step=state.step + 1,
             params=params,

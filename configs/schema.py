@@ -178,6 +178,8 @@ class ExperimentConfig:
     seed: int = 0  # of parameters, dropout and data order
     plugins: tuple[str, ...] = ()  # Python files with tables of your own
     log_every: int = 100  # steps between two progress lines
+    # Gradient, parameter and update norms of every layer, in metrics.jsonl.
+    log_norms: bool = False
 
     def needs_classes(self) -> bool:
         """Whether `resolved` needs the data: a number of classes is left to them."""

@@ -146,7 +146,7 @@ def _operations(jaxpr: Any, values: dict, scope: str) -> Iterator[Operation]:
     for eqn in jaxpr.eqns:
         name, where = eqn.primitive.name, f"{scope}/{eqn.source_info.name_stack}"
         inputs = [_known(var, values) for var in eqn.invars]
-        bodies = list(jax.core.jaxprs_in_params(eqn.params))
+        bodies = list(core.jaxprs_in_params(eqn.params))
         if name in INLINED and bodies:
             inner = bodies[0]
             inner = getattr(inner, "jaxpr", inner)

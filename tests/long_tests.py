@@ -18,6 +18,7 @@ LONG = {
     "tests/test_own_bert.py": "a training",
     "tests/test_own_data.py::test_a_template": "a training for every template",
     "tests/test_placements.py::test_every_placement": "compiles for every placement",
+    "tests/test_profile.py::test_a_run_is_profiled": "a training",
     "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
     "tests/test_recovery.py::test_a_run_killed": "processes",
     "tests/test_signals.py::test_a_run_that_fails": "processes",

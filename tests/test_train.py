@@ -29,7 +29,10 @@ from triform.workdir import checkpoint_dir, saved_config
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "configs/transformer_cldr.py:smoke"
 # Of a line in metrics.jsonl, what depends on the machine and not on the run.
-SPEED = ("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time")
+SPEED = (
+    *("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time"),
+    *("train/flops_per_second", "train/mfu"),
+)
 
 
 @pytest.fixture(scope="module")
