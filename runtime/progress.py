@@ -19,6 +19,7 @@ from triform.runtime import metrics
 from triform.runtime.units import scaled
 
 SOON = 2.0  # seconds after which a stage says that it has begun
+WIDE = 109  # characters of a progress line, at most
 QUIET = 20.0  # seconds between lines, at most
 
 
@@ -203,13 +204,17 @@ class Progress:
         now = time.perf_counter()
         seconds = max(now - self.since - self.away, 1e-9)
         left = datetime.timedelta(seconds=int(self.pace() * (self.total - self.step)))
-        text = (
-            f"step {self.step}/{self.total}  loss {scalars['train/loss']:.4f}  "
-            f"lr {float(self.rate(self.step - 1)):.2e}  "
-            f"grad {scalars['train/grad_norm']:.3f}  "
-            f"{self.real / seconds:,.0f} {self.unit}/s{self._flops(seconds)}  "
-            f"data {self.waited / seconds:.0%}  left {left}"
-        )
+        parts = [
+            f"step {self.step}/{self.total}",
+            f"loss {scalars['train/loss']:.4f}",
+            f"lr {float(self.rate(self.step - 1)):.2e}",
+            f"grad {scalars['train/grad_norm']:.3f}",
+            f"{self.real / seconds:,.0f} {self.unit}/s{self._flops(seconds)}",
+            f"data {self.waited / seconds:.0%}",
+            f"left {left}",
+        ]
+        while len(text := "  ".join(parts)) > WIDE:
+            parts.pop(2)  # the rate, then the gradient's norm: metrics.jsonl has them
         if self.live:
             # A wrapped line could not be overwritten; \x1b[K clears what was longer.
             text = text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"

@@ -19,8 +19,10 @@ KINDS = (
 # 'transpose(jvp(LanguageModel))', 'checkpoint', 'rematted_computation': what the
 # derivative and recomputation add to the names of modules.
 _WRAPPED = re.compile(r"[\w.<>-]+\(([^()]*)\)")
+# 'jit(step)', 'jit(_where)': functions, not modules.
+_CALLED = re.compile(r"\b(?:p?jit|pmap)\([^()]*\)")
 _ADDED = {"", "jit", "pjit", "scan", "while", "body", "cond", "checkpoint", "remat"}
-_ADDED |= {"remat2", "rematted_computation", "closed_call", "pinned", "main", "vmap"}
+_ADDED |= {"remat2", "rematted_computation", "closed_call", "main", "vmap"}
 
 
 def path_of(scope: str) -> str:
@@ -28,7 +30,7 @@ def path_of(scope: str) -> str:
 
     The name of the model's class, at the front, is left out; '' outside all modules.
     """
-    before = None
+    scope, before = _CALLED.sub("", scope), None
     while before != scope:
         before, scope = scope, _WRAPPED.sub(r"\1", scope)
     found: list[str] = []

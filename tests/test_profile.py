@@ -15,7 +15,7 @@ HloModule jit_pinned
 
 %fused (p: f32[2]) -> f32[2] {
   %p = f32[2]{0} parameter(0)
-  ROOT %add.1 = f32[2]{0} add(%p, %p), metadata={op_name="jit(pinned)/jvp(M)/a/norm/add"}
+  ROOT %add.1 = f32[2]{0} add(%p), metadata={op_name="jit(f)/jvp(M)/a/norm/add"}
 }
 
 ENTRY %main (x: f32[2]) -> f32[2] {
@@ -29,7 +29,7 @@ def test_operations_have_the_names_of_their_modules():
     found = profile.origins(TEXT)
     assert found["dot.3"] == "jit(f)/transpose(jvp(M))/a/up/dot"
     # A fusion without a name has that of what it calls.
-    assert found["fusion.2"] == "jit(pinned)/jvp(M)/a/norm/add"
+    assert found["fusion.2"] == "jit(f)/jvp(M)/a/norm/add"
     table = profile.table(
         profile.Profile({"dot.3": 3.0, "fusion.2": 1.0}, {}), [TEXT], 2, 8.0, 0.5
     )
