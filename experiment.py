@@ -123,14 +123,9 @@ class Experiment:
         scale = {
             name: factors[name] / jnp.maximum(weights[name], 1e-8) for name in weights
         }
-        rng = jax.random.fold_in(
-            jax.random.fold_in(state.rng, state.step), across.index
-        )
 
         def objective(params: Tree, extra: Tree, micro: Tree, i: Array) -> tuple:
-            stream = jax.random.fold_in(rng, i)
-            rngs = {"dropout": stream, "sample": jax.random.fold_in(stream, 1)}
-            ctx = Context(state.step, rngs, True, across.rows)
+            ctx = self.context(state, across, i)
             variables = {"params": optim.join(params, state.frozen), **extra}
             outputs, extra = task.outputs(variables, micro, ctx)
             with jax.named_scope("loss"):
@@ -170,13 +165,24 @@ class Experiment:
         )
         return state, measured
 
-    def _accumulated(self, gradient: Any, state: TrainState, batch: Tree) -> tuple:
-        """(gradients, sums, extra) of all micro-batches, one after another."""
+    def context(self, state: TrainState, across: Across, i: Array | int) -> Context:
+        """What micro-batch i of a training step is computed with."""
+        rng = jax.random.fold_in(state.rng, state.step)
+        stream = jax.random.fold_in(jax.random.fold_in(rng, across.index), i)
+        rngs = {"dropout": stream, "sample": jax.random.fold_in(stream, 1)}
+        return Context(state.step, rngs, True, across.rows)
+
+    def micros(self, batch: Tree) -> Tree:
+        """The micro-batches of a batch, on a leading axis."""
         k = self.config.optim.accumulate
         # Strided rows, so that a row stays on its device.
-        micros = jax.tree.map(
+        return jax.tree.map(
             lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch
         )
+
+    def _accumulated(self, gradient: Any, state: TrainState, batch: Tree) -> tuple:
+        """(gradients, sums, extra) of all micro-batches, one after another."""
+        k, micros = self.config.optim.accumulate, self.micros(batch)
 
         def accumulate(carry: tuple, micro: tuple) -> tuple[tuple, None]:
             summed, extra = carry

@@ -18,7 +18,7 @@ import jax
 
 from triform.configs.schema import ExperimentConfig
 from triform.experiment import Experiment
-from triform.runtime import chips, leaves, program
+from triform.runtime import chips, guard, leaves, program
 from triform.runtime.chips import Devices
 from triform.runtime.errors import UserError
 from triform.runtime.partition import Across, Step
@@ -133,9 +133,13 @@ def trace(
         name: jax.ShapeDtypeStruct(x.shape, x.dtype)
         for name, x in experiment.empty_batch(shape, rows=rows).items()
     }
-    return program.trace(
-        lambda state, batch: experiment.train_step(state, batch, Across()), state, batch
-    )
+    fed = {
+        "batch": batch,
+        "step": jax.ShapeDtypeStruct((), "int32"),
+        "limit": jax.ShapeDtypeStruct((), "float32"),
+    }
+    step = guard.guarded(experiment.train_step, experiment.config.recovery)
+    return program.trace(lambda state, fed: step(state, fed, Across()), state, fed)
 
 
 def written_out(config: ExperimentConfig) -> bool:
@@ -437,7 +441,8 @@ def compiled(experiment: Experiment) -> Step:
         experiment.axes(),
         config.optim.accumulate,
     )
-    return placement.compile_train(experiment.train_step, state, batch)
+    step = guard.guarded(experiment.train_step, config.recovery)
+    return placement.compile_train(step, state, guard.feed(placement, batch, 1, 0.0))
 
 
 def compiled_bytes(step: Step) -> tuple[int, int]:

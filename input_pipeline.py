@@ -240,10 +240,21 @@ class Prefetch:
     def __next__(self):
         if self._over is not None:
             raise self._over
-        item, self._over = self._queue.get()
+        item, self._over = self._next()
         if self._over is not None:
             raise self._over
         return item
+
+    def _next(self) -> tuple:
+        while True:
+            alive = self._thread.is_alive()  # asked before: its last item may follow
+            try:
+                return self._queue.get(timeout=1.0)
+            except queue.Empty:
+                if not alive:
+                    raise DataError(
+                        "the thread that prepares batches has died; start again"
+                    ) from None
 
     def close(self) -> None:
         """Stops the thread."""

@@ -16,7 +16,7 @@ from triform.runtime import host, profile
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.partition import Step
-from triform.runtime.progress import Progress, say, stage
+from triform.runtime.progress import SOON, Progress, say, stage
 from triform.runtime.units import shown
 
 Steps = tuple[int, int] | None  # the first and the last, none at all
@@ -24,8 +24,10 @@ SETTLED = 3  # steps after which memory is looked at
 LEAST = 10  # steps of which a report is made
 
 
-def steps_of(text: str) -> tuple[int, int]:
-    """(first, last) of 'START:STOP'. UserError if it is none."""
+def steps_of(text: str | None) -> Steps:
+    """(first, last) of 'START:STOP', None of None. UserError if it is none."""
+    if text is None:
+        return None
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
         raise UserError(
@@ -34,7 +36,7 @@ def steps_of(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-class Watch:
+class Observer:
     """Follows a training loop: `before` and `after` every step, `report` at the end."""
 
     def __init__(
@@ -106,7 +108,8 @@ class Watch:
         """
         if self._progress.step - self._progress.first < LEAST:
             return ""
-        found = forecast.of(self._experiment.config)
+        with stage("what was predicted", least=SOON):
+            found = forecast.of(self._experiment.config)
         step = max(self._steps.values(), key=lambda s: sum(forecast.compiled_bytes(s)))
         lines = [
             f"memory a device: predicted {shown(found.total())}, compiled "

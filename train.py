@@ -1,7 +1,7 @@
 """Trains one experiment; started again with the same workdir, resumes it.
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
-        [--config.any.key=value] [--dry_run] [--from_step=STEP]
+        [--config.any.key=value] [--dry_run] [--resume=STEP] [--fork=RUN:STEP]
     python train.py --workdir=DIR     goes on with the config that is in DIR
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import ahead, config_flag, observe, plan
+from triform import ahead, capsule, config_flag, forks, observe, plan, recovery
 from triform import workdir as workdirs
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
@@ -32,46 +32,33 @@ from triform.data.codecs import files as codec_files
 from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
-from triform.recovery import Health, go_back
-from triform.runtime import commands, history, launch, metrics, paths, signals
+from triform.recovery import Health, Recovery, go_back
+from triform.runtime import (
+    commands,
+    guard,
+    history,
+    launch,
+    paths,
+    signals,
+)
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter
 from triform.runtime.progress import SOON, Progress, stage
+from triform.stepping import Steps, compile_steps
 
 Stop = Callable[[], str]  # why to save and leave, '' to go on
 
 
 def batches_from(
-    train: TrainBatches, experiment: Experiment, first: int
+    train: TrainBatches, experiment: Experiment, watch: guard.Watch, first: int
 ) -> Iterator[tuple[Any, int, int]]:
     """(batch on the devices, index of its shape, real units) from step `first` on."""
     for step in range(first, experiment.config.steps):
-        index, _ = train.ids(step)
-        batch = train[step]
+        number = watch.position(step)
+        index, _ = train.ids(number)
+        batch = train[number]
         yield experiment.put(batch), index, train.batches.real(batch)
-
-
-def examples_of(train: TrainBatches, step: int) -> str:
-    """'12, 7, 3 of train': the first examples of a step."""
-    _, ids = train.ids(step - 1)
-    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-    return f"{shown} of {train.batches.dataset.split}"
-
-
-def compile_steps(
-    experiment: Experiment, train: TrainBatches, state: TrainState
-) -> dict[int, Any]:
-    """The train step compiled for every shape of a batch, before the first step."""
-    compiled, shapes = {}, experiment.config.data.shapes()
-    for index in train.shapes():
-        axes = ", ".join(f"{k}={n}" for k, n in shapes[index].items())
-        batch = experiment.put(experiment.empty_batch(shapes[index]))
-        with stage(f"compiling the step for {axes or 'rows'}"):
-            compiled[index] = experiment.placement.compile_train(
-                experiment.train_step, state, batch
-            )
-    return compiled
 
 
 def train_loop(
@@ -81,15 +68,17 @@ def train_loop(
     meta: dict[str, Any],
     evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
-    health: Health,
+    recover: Recovery,
     writer: MetricWriter,
+    compiled: Mapping[int, Any],
     stop: Stop,
     profiled: observe.Steps,
 ) -> TrainState:
-    """Steps until config.steps or `stop()`; the last state is saved."""
+    """Steps until config.steps or `stop()`; the last state is saved.
+
+    `compiled`: what `compile_steps` gives.
+    """
     config, start = experiment.config, meta["data"]["step"]
-    workdir = str(checkpointer.directory.parent)
-    steps = compile_steps(experiment, train, state)
     progress = Progress(
         start,
         config.steps,
@@ -99,46 +88,30 @@ def train_loop(
         train.batches.dataset.unit,
         meta["seen"],
     )
-    source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
-    watch = observe.Watch(experiment, steps, progress, workdir, profiled)
-    pending = None
-
-    def settle() -> None:
-        """Reads the metrics of the step before: never waits for the one in flight."""
-        if pending is not None:
-            number, measured, real, index = pending
-            measured = metrics.to_host(measured)
-            shown = functools.partial(examples_of, train, number)
-            health.check_step(metrics.values(measured, "train"), number, shown)
-            if line := progress.update(number, measured, real, watch.flops[index]):
-                writer.write(number, line, progress.seen)
-
+    source = Prefetch(
+        batches_from(train, experiment, recover.watch, start), config.data.prefetch
+    )
+    workdir = str(checkpointer.directory.parent)
+    observer = observe.Observer(experiment, compiled, progress, workdir, profiled)
+    advance = Steps(experiment, train, compiled, recover, progress, writer, observer)
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch, index, real = next(source)
-            watch.before(step)
-            if step == start + 1:
-                with stage("first step"):
-                    state, measured = jax.block_until_ready(steps[index](state, batch))
-            else:
-                state, measured = steps[index](state, batch)
-            settle()
-            pending = (step, measured, real, index)
-            watch.after(step, measured)
+            state = advance(state, batch, index, real, step)
             due = evaluation_due(config, step)
             if not (stop() or due or step % config.checkpoint.every == 0):
                 continue
-            settle()
-            pending = None
+            state = advance.settle(state)
             with progress.paused():
                 # Batch t is a function of (seed, t): the step is the whole position.
                 meta["data"]["step"] = step
                 meta["window"] = progress.saved_window()
                 meta["seen"] = progress.seen
+                meta["recovery"] = recover.watch.saved()
                 with stage(f"saving step {step}", least=SOON):
                     saved = experiment.placement.unload(state).replace(frozen={})
-                    health.check_state(saved, step)
+                    recover.check_state(saved, step)
                     checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
@@ -146,11 +119,11 @@ def train_loop(
                 break
     finally:
         source.close()
-        watch.close()
+        observer.close()
         progress.close()
     with stage("saving the last step", least=SOON):
         checkpointer.wait()
-    if text := watch.report(checkpointer):
+    if text := observer.report(checkpointer):
         print(text, flush=True)
     return state
 
@@ -224,15 +197,21 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
 
 
 def restore_or_init(
-    experiment: Experiment, train: TrainBatches, checkpointer: Checkpointer
+    experiment: Experiment,
+    train: TrainBatches,
+    checkpointer: Checkpointer,
+    anew: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest intact state, or a new one, placed; and what is saved beside it."""
+    """The newest intact state, or a new one, placed; and what is saved beside it.
+
+    `anew`: that no step is left is right.
+    """
     config = experiment.config
     data = {"seed": config.seed, "tokens": train.batches.dataset.digest}
     rules, restored = workdirs.init_rules(config), None
     if workdirs.is_imported(checkpointer):
         rules = (schema.InitRule(f"{checkpointer.directory.parent}:0"),)
-    else:
+    elif not anew or checkpointer.latest() is not None:
         with stage("looking for a checkpoint", least=SOON):
             restored = workdirs.restore(experiment, checkpointer)
     if restored is None:
@@ -282,14 +261,16 @@ def run(
     workdir: str,
     *,
     stop: Stop = lambda: "",
-    from_step: int | None = None,
+    resume: int | None = None,
+    fork: str = "",
     profile: observe.Steps = None,
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
     `stop` is asked after every step; once it returns a reason, the state is saved and
-    {} is returned. `from_step`: goes on after this step, later ones are set aside.
-    `profile`: the first and the last step that are traced.
+    {} is returned. `resume`: goes on after this step, later ones are set aside. `fork`:
+    RUN:STEP, the run and the step from which a new workdir goes on. `profile`: the
+    first and the last step that are traced.
     Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
@@ -300,14 +281,18 @@ def run(
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.lock(workdir))
+        if fork:
+            forks.begin(workdir, config, fork)
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
         if isinstance(stop, signals.Interrupt):
             stop.leaving = lambda came: start.end(f"interrupted by {came}")
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
-        if from_step is not None:
-            go_back(workdir, checkpointer, config, from_step)
+        if resume is not None:
+            go_back(workdir, checkpointer, config, resume)
+        else:
+            recovery.check_history(workdir, checkpointer, before or config)
         if scores := finished(experiment, checkpointer):
             return scores
         print(plan.describe(experiment))
@@ -316,9 +301,10 @@ def run(
         print(plan.export(config, workdir, codecs), flush=True)
         splits = plan.Splits.open(experiment, codecs)
         splits.print()
-        state, meta = restore_or_init(experiment, splits.train, checkpointer)
-        if from_step is not None:
-            meta["from_step"] = from_step
+        about = experiment, splits.train, checkpointer
+        state, meta = restore_or_init(*about, anew=resume == 0)
+        if resume is not None:
+            meta["resume"] = resume
         if before is not None:
             step = meta["data"]["step"]
             if text := plan.changes(before, config, codecs, splits.train, step):
@@ -329,17 +315,8 @@ def run(
         writer = MetricWriter(workdir, meta["data"]["step"], unit)
         stack.enter_context(contextlib.closing(writer))
         evaluator = Evaluator(experiment, codecs)
-        scores = train_and_test(
-            experiment,
-            splits,
-            state,
-            meta,
-            evaluator,
-            checkpointer,
-            writer,
-            stop,
-            profile,
-        )
+        about = evaluator, checkpointer, writer, stop, profile
+        scores = train_and_test(experiment, splits, state, meta, *about)
         if not scores:
             start.outcome = f"interrupted by {stop()}"
         return scores
@@ -354,11 +331,15 @@ def train_and_test(
     checkpointer: Checkpointer,
     writer: MetricWriter,
     stop: Stop,
-    profiled: observe.Steps,
+    profiled: observe.Steps = None,
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
     config, workdir = experiment.config, str(checkpointer.directory.parent)
-    health = Health(checkpointer, meta["data"]["step"])
+    start = meta["data"]["step"]
+    health = Health(checkpointer, start)
+    watch = guard.Watch(config.recovery, meta.get("recovery", {}))
+    keep = functools.partial(capsule.keep, experiment, splits.train, workdir, watch)
+    recover = Recovery(config.recovery, health, watch, keep)
     scored: dict[int, dict[str, Any]] = {}  # step -> prefix -> scalars
 
     def evaluate(state: TrainState, step: int) -> None:
@@ -383,22 +364,22 @@ def train_and_test(
 
     if isinstance(stop, signals.Interrupt):
         stop.listening = True
-    step = meta["data"]["step"]
-    if evaluation_due(config, step) and not checkpointer.metrics_of(step):
-        evaluate(state, step)  # the one that was interrupted
-    if step < config.steps and not stop():
-        state = train_loop(
-            experiment,
-            splits.train,
-            state,
-            meta,
-            evaluate,
-            checkpointer,
-            health,
-            writer,
-            stop,
-            profiled,
-        )
+    if evaluation_due(config, start) and not checkpointer.metrics_of(start):
+        evaluate(state, start)  # the one that was interrupted
+    compiled = {}
+    if start < config.steps and not stop():
+        compiled = compile_steps(experiment, splits.train, state)
+    while meta["data"]["step"] < config.steps and not stop():
+        about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
+        try:
+            state = train_loop(experiment, splits.train, *about, profiled)
+        except recovery.Rewind as bad:
+            state = about = None  # its memory is wanted
+            step = recovery.rewind(workdir, checkpointer, watch, config.recovery, bad)
+            about = experiment, splits.train, checkpointer
+            state, meta = restore_or_init(*about, anew=step == 0)
+            watch.losses = meta.get("recovery", {}).get("losses", [])
+            writer.go_back(step)
     if stop():
         return {}
     scores = test(experiment, evaluator, splits, checkpointer, scored, stop)
@@ -424,14 +405,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--devices={flags.FLAGS.devices}: only with --dry_run")
     workdir = launch.folder_flag("workdir")
     interrupt = signals.Interrupt()
-    asked = flags.FLAGS.profile
-    run(
-        config,
-        workdir,
-        stop=interrupt,
-        from_step=flags.FLAGS.from_step,
-        profile=observe.steps_of(asked) if asked else None,
-    )
+    resume, fork = flags.FLAGS.resume, flags.FLAGS.fork
+    profile = observe.steps_of(flags.FLAGS.profile)
+    run(config, workdir, stop=interrupt, resume=resume, fork=fork, profile=profile)
     if interrupt.requested:
         with Checkpointer(
             workdirs.checkpoint_dir(workdir), config.checkpoint
@@ -448,7 +424,9 @@ def define() -> None:
     ahead.define()
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
-    flags.DEFINE_integer("from_step", None, about)
+    flags.DEFINE_integer("resume", None, about)
+    about = "RUN:STEP: begin this workdir as that run was after this step."
+    flags.DEFINE_string("fork", "", about)
     about = "First and last step, as 20:25, of a profile that WORKDIR/profile gets."
     flags.DEFINE_string("profile", None, about)
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")

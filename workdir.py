@@ -116,7 +116,14 @@ def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | N
     changed = schema.differences(old, config) if old is not None else {}
     for name, (before, after) in changed.items():
         print(f"config: {name} was {before!r}, is now {after!r}")
-    for name, (before, after) in changed.items():
+    if old is not None:
+        require_same(workdir, old, config)
+    return old
+
+
+def require_same(workdir: str, old: ExperimentConfig, config: ExperimentConfig) -> None:
+    """UserError if a run of `old`, in that workdir, cannot go on as `config`."""
+    for name, (before, after) in schema.differences(old, config).items():
         if name == "data.source" and is_path(before) and is_path(after):
             continue  # files may move: a run knows them by their content
         if name == "seed" or (name.startswith(FIXED) and name not in FREE):
@@ -125,7 +132,6 @@ def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | N
                 f"{before!r} there, {after!r} here); name another workdir or change it "
                 "back"
             )
-    return old
 
 
 def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -> None:

@@ -144,6 +144,15 @@ class Checkpointer:
                 f"step {step} in {self.directory} is corrupt ({problem})"
             ) from problem
 
+    def described(self, step: int) -> dict[str, Any]:
+        """Shape, dtype and checksum by path of a step; CheckpointError if corrupt."""
+        try:
+            return self._read_meta(step)["arrays"]
+        except Corrupt as problem:
+            raise CheckpointError(
+                f"step {step} in {self.directory} is corrupt ({problem})"
+            ) from problem
+
     def metrics_of(self, step: int) -> Mapping[str, float]:
         """What was recorded for a step; empty if nothing was."""
         return self._metrics.get(step, {})
@@ -153,6 +162,17 @@ class Checkpointer:
         self.wait()  # a step that could not be saved has none
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
         self._write_scores()
+
+    def scored(self, last: int) -> list[int]:
+        """The steps up to `last` for which something was recorded."""
+        return [s for s in self._metrics if s <= last]
+
+    def forget(self, after: int) -> dict[int, Mapping[str, float]]:
+        """Takes out, and returns, what was recorded for later steps."""
+        gone = {s: self._metrics.pop(s) for s in [*self._metrics] if s > after}
+        if gone:
+            self._write_scores()
+        return gone
 
     def on_schedule(self) -> list[int]:
         """The finished steps that an uninterrupted run would have, oldest first."""
@@ -271,7 +291,8 @@ class Checkpointer:
     def _check_nothing_was_lost(self) -> None:
         """CheckpointError if steps were saved here once and none is left."""
         folders = [self._beside(name) for name in ("corrupt", "set_aside")]
-        kept = [str(x) for folder in folders for x in _listed(folder)]
+        found = [x for folder in folders for x in _listed(folder)]
+        kept = [str(x) for x in found if x.name.partition(".")[0].isdigit()]
         if kept or self._metrics:
             scored = f"{self._scores} knows {', '.join(map(str, self._metrics))}"
             where = ", ".join(kept) or scored

@@ -200,6 +200,10 @@ class MeshPlacement:
 
         return NamedSharding(self.mesh, P(*map(axis, axes, shape)))
 
+    def same(self, x: np.generic) -> np.ndarray:
+        """A number of the host as steps take it beside a batch."""
+        return np.asarray(x)
+
     def compile_train(self, step: Callable, state: Tree, batch: Tree) -> "Step":
         """(state, batch) -> (state, metrics), compiled for these shapes.
 
@@ -294,6 +298,10 @@ class PmapPlacement:
         return {
             k: x.reshape(n, x.shape[0] // n, *x.shape[1:]) for k, x in batch.items()
         }
+
+    def same(self, x: np.generic) -> np.ndarray:
+        """A number of the host as steps take it beside a batch: one a device."""
+        return np.full(self.rows, x)
 
     def compile_train(self, step: Callable, state: Tree, batch: Tree) -> "Step":
         """(state, batch) -> (state, metrics), compiled for these shapes.

@@ -184,7 +184,8 @@ def test_memory_is_within_a_fifth_of_what_is_compiled():
     ours = config(rows=64, d_model=64, d_ff=256)
     found, experiment = forecast.of(ours), Experiment(ours)
     held, more = forecast.compiled_bytes(forecast.compiled(experiment))
-    assert sum(found.state.values()) + found.batch == held
+    # And the number and the limit of the step.
+    assert sum(found.state.values()) + found.batch + 8 == held
     assert found.step == pytest.approx(more, rel=0.2)
 
 

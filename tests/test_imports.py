@@ -16,25 +16,31 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "ahead", "observe", "config_flag", "recovery"),
+    "train": ("evaluate", "ahead", "config_flag", "stepping", "capsule"),
     "ahead": ("plan", "forecast"),
+    "stepping": ("observe", "input_pipeline", "recovery"),
     "observe": ("forecast",),
     "forecast": ("experiment",),
     "recovery": ("configs",),
+    "tools": ("capsule",),
+    "capsule": ("workdir", "input_pipeline"),
+    "forks": ("workdir",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "evaluate": ("answers", "input_pipeline"),
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
-    "sweep": ("runtime",),
-    "config_flag": ("workdir",),
+    "config_flag": ("forks",),
+    "sweep": ("config_flag", "sweeps"),
+    "sweeps": ("runtime",),
     "inspection": ("workdir",),
     "interop": ("workdir",),
     "workdir": ("experiment",),
     "experiment": ("configs",),
     "input_pipeline": ("data",),
-    "configs": ("models", "tasks", "data", "scores", "runtime"),
+    # Files of configs/sweeps say which runs.
+    "configs": ("models", "tasks", "data", "scores", "runtime", "sweeps.values"),
     "models": ("runtime.errors",),
     "tasks": ("runtime.metrics",),
     "data": ("runtime.errors", "runtime.paths"),
@@ -43,8 +49,9 @@ IMPORTS = {
 }
 # One box in the picture: what a user starts, and what only that needs.
 PROGRAMS = (
-    *("train", "ahead", "plan", "forecast", "observe", "recovery", "evaluate"),
-    *("generate", "answers", "lm_eval", "sweep", "plot", "inspection", "config_flag"),
+    *("train", "ahead", "plan", "forecast", "observe", "stepping", "recovery"),
+    *("evaluate", "generate", "answers", "lm_eval", "sweep", "plot", "inspection"),
+    *("config_flag", "forks", "capsule", "tools"),
 )
 # What starts the others, and imports them by name when they are asked for.
 DOORS = ("", "__main__", "console")
@@ -79,6 +86,8 @@ LATE = {
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
     ("runtime.metrics", "triform.runtime.events"): "it imports torch",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
+    ("sweeps.page", "matplotlib.figure"): "an extra",
+    ("sweeps.search", "optuna"): "an extra",
 }
 LINES = 500  # of a file
 FUNCTION_LINES = 80
