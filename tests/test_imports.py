@@ -18,6 +18,8 @@ IMPORTS = {
     "plot": ("runtime",),
     "train": ("evaluate", "ahead", "config_flag", "stepping", "capsule"),
     "ahead": ("plan", "forecast"),
+    # The plan says whether a run can be exported.
+    "plan": ("interop", "input_pipeline"),
     "stepping": ("observe", "input_pipeline", "recovery"),
     "observe": ("forecast",),
     "forecast": ("experiment",),
@@ -25,8 +27,6 @@ IMPORTS = {
     "tools": ("capsule",),
     "capsule": ("workdir", "input_pipeline"),
     "forks": ("workdir",),
-    # The plan says whether a run can be exported.
-    "plan": ("interop", "input_pipeline"),
     "evaluate": ("answers", "input_pipeline"),
     "lm_eval": ("answers",),
     "generate": ("answers",),
