@@ -190,8 +190,12 @@ def _flops(eqn: Any) -> int:
     """Twice the multiplications of a matrix product or convolution, else 0."""
     out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
     if eqn.primitive.name == "dot_general":
-        ((contracted, _), _) = eqn.params["dimension_numbers"]
-        left = eqn.invars[0].aval.shape
+        contracted, batched = eqn.params["dimension_numbers"]
+        left, right = (var.aval.shape for var in eqn.invars)
+        sides = zip((left, right), contracted, batched, strict=True)
+        if not all(len(shape) > len(c) + len(b) for shape, c, b in sides):
+            return 0  # a sum, written as a product with a vector
+        contracted = contracted[0]
         return 2 * out * math.prod(left[i] for i in contracted)
     if eqn.primitive.name == "conv_general_dilated":
         return _convolution(eqn)

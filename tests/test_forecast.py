@@ -109,6 +109,8 @@ def test_loops_and_branches_are_counted():
     traced = program.trace(turns, x)
     assert traced.flops().total() == (5 + 2) * 2 * 4**3
     assert not traced.open_loops()
+    # A sum that is written as a product with a vector is none.
+    assert not program.trace(lambda x: jnp.ones(4) @ x, x).flops()
     unknown = program.trace(
         lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ c, x), x
     )
