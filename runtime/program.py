@@ -191,12 +191,12 @@ def _flops(eqn: Any) -> int:
     out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
     if eqn.primitive.name == "dot_general":
         contracted, batched = eqn.params["dimension_numbers"]
-        left, right = (var.aval.shape for var in eqn.invars)
-        sides = zip((left, right), contracted, batched, strict=True)
-        if not all(len(shape) > len(c) + len(b) for shape, c, b in sides):
-            return 0  # a sum, written as a product with a vector
-        contracted = contracted[0]
-        return 2 * out * math.prod(left[i] for i in contracted)
+        shapes = [var.aval.shape for var in eqn.invars]
+        for shape, *taken in zip(shapes, contracted, batched, strict=True):
+            used = {i for axes in taken for i in axes}
+            if math.prod(n for i, n in enumerate(shape) if i not in used) == 1:
+                return 0  # a sum, written as a product with a vector
+        return 2 * out * math.prod(shapes[0][i] for i in contracted[0])
     if eqn.primitive.name == "conv_general_dilated":
         return _convolution(eqn)
     return 0
