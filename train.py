@@ -1,7 +1,8 @@
 """Trains one experiment; started again with the same workdir, resumes it.
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
-        [--config.any.key=value] [--dry_run] [--resume=STEP] [--fork=RUN:STEP]
+        [--config.any.key=value] [--resume=STEP] [--fork=RUN:STEP]
+        [--dry_run [--devices=8xH100] [--memory=16GB] [--compile]] [--profile=20:25]
     python train.py --workdir=DIR     goes on with the config that is in DIR
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
