@@ -1,6 +1,8 @@
 """What one config means: placement, model, task, optimiser, state and pure steps."""
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,10 +60,26 @@ class Experiment:
         except ValueError as error:
             raise UserError(str(error)) from error
         self.spec, self.sizes = config.data.spec(), config.model.sizes()
+        self._build()
+
+    def _build(self) -> None:
+        config, rows = self.config, (*self.config.model.PARAMETERS, *ROWS)
         self.model = models.build(config.model)
         self.task = tasks.build(config.task, self.model)
         self.optimizer = optim.build(config.optim, config.steps, rows)
         self.schedule = optim.learning_rate(config.optim, config.steps)
+
+    def with_values(self, values: Mapping[str, Any]) -> "Experiment":
+        """The same with other values, {'optim.learning_rate': x}, which are not checked
+        and may be traced: its steps compute what an experiment with these numbers does.
+        """
+        other = copy.copy(self)
+        other.config = copy.deepcopy(self.config)
+        for key, value in values.items():
+            *path, name = key.split(".")
+            setattr(functools.reduce(getattr, path, other.config), name, value)
+        other._build()
+        return other
 
     # State
 
@@ -99,9 +117,25 @@ class Experiment:
         rows = rows or self.config.data.rows(shape)
         return batches.zeros(self.spec, {"B": rows, **sizes})
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> Tree:
-        """A batch on the devices, its rows padded to what steps need."""
-        return self.placement.put(batch, self.axes(), self.config.optim.accumulate)
+    def put(
+        self, batch: Mapping[str, np.ndarray], total: int = 0, parts: int = 0
+    ) -> Tree:
+        """A batch on the devices, its rows padded to what steps need.
+
+        All of its rows, or of `total` those that are `held` here. `parts`: micro-
+        batches; 0: as many as training has.
+        """
+        parts = parts or self.config.optim.accumulate
+        return self.placement.put(batch, self.axes(), parts, total)
+
+    def rows(self, index: int) -> int:
+        """Rows of a batch of the shape of this index, on all processes together."""
+        return self.config.data.rows(self.config.data.shapes()[index])
+
+    def held(self, index: int, parts: int = 0) -> slice:
+        """Which of these this process makes; `parts` as in `put`."""
+        parts = parts or self.config.optim.accumulate
+        return self.placement.held(self.rows(index), parts)
 
     def axes(self) -> dict[str, str]:
         """Field of a batch -> its axes."""

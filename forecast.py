@@ -21,7 +21,7 @@ from triform.experiment import Experiment
 from triform.runtime import chips, guard, leaves, program
 from triform.runtime.chips import Devices
 from triform.runtime.errors import UserError
-from triform.runtime.partition import Across, Step
+from triform.runtime.partition import TRACING, Across, Step
 from triform.runtime.paths import path_name
 from triform.runtime.program import Program, Value
 from triform.runtime.scopes import kind_of
@@ -139,7 +139,8 @@ def trace(
         "limit": jax.ShapeDtypeStruct((), "float32"),
     }
     step = guard.guarded(experiment.train_step, experiment.config.recovery)
-    return program.trace(lambda state, fed: step(state, fed, Across()), state, fed)
+    with TRACING:
+        return program.trace(lambda state, fed: step(state, fed, Across()), state, fed)
 
 
 def written_out(config: ExperimentConfig) -> bool:

@@ -5,10 +5,10 @@ Nothing here changes a number of the run.
 
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
+from absl import flags
 
 from triform import forecast
 from triform.experiment import Experiment
@@ -36,33 +36,49 @@ def steps_of(text: str | None) -> Steps:
     return int(first), int(last)
 
 
+def define() -> None:
+    """Defines the flag --profile."""
+    about = "First and last step, as 20:25, of a profile that WORKDIR/profile gets."
+    flags.DEFINE_string("profile", None, about)
+
+
+def asked() -> Steps:
+    """The steps that --profile names. UserError for --devices without --dry_run."""
+    if flags.FLAGS.devices:
+        raise UserError(f"--devices={flags.FLAGS.devices}: only with --dry_run")
+    return steps_of(flags.FLAGS.profile)
+
+
 class Observer:
     """Follows a training loop: `before` and `after` every step, `report` at the end."""
 
     def __init__(
         self,
         experiment: Experiment,
-        steps: Mapping[int, Step],
         progress: Progress,
         workdir: str,
         profiled: Steps = None,
     ):
-        self._experiment, self._steps, self._progress = experiment, steps, progress
+        self._experiment, self._progress = experiment, progress
         self._folder = os.path.join(workdir, "profile")
         self._profiled, self._tracing = profiled, False
-        shapes = experiment.config.data.shapes()
-        # Before the memory is looked at, which it uses.
-        self.flops = {
-            index: forecast.flops_of(experiment, step, shapes[index])
-            for index, step in steps.items()
-        }
+        self._steps: dict[int, Step] = {}
+        self.flops: dict[int, int] = {}  # index of a shape -> of a step; 0: unknown
         self._on = forecast.hardware(experiment.config)
         progress.peak = self._on.count * self._on.peak
-        self._held = host.resident_bytes(trim=True)
-        self._measured = 0
+        self._held = self._measured = 0
 
-    def before(self, step: int) -> None:
-        """Begins the profile if it begins with this step."""
+    def before(self, step: int, index: int, compiled: Any) -> None:
+        """Notes what the step runs; begins the profile if it begins with this step."""
+        if index not in self.flops:
+            self.flops[index] = 0
+            # A run in a pack has no step of its own.
+            if isinstance(compiled, Step):
+                shape = self._experiment.config.data.shapes()[index]
+                self._steps[index] = compiled
+                self.flops[index] = forecast.flops_of(self._experiment, compiled, shape)
+        if not self._held and self._steps:
+            self._held = host.resident_bytes(trim=True)
         if self._profiled and step == self._profiled[0]:
             profile.start(self._folder)
             self._tracing = True
@@ -70,7 +86,7 @@ class Observer:
 
     def after(self, step: int, measured: Any) -> None:
         """Ends the profile if it ends with this step; looks at the memory once."""
-        if step == self._progress.first + SETTLED:
+        if self._steps and step == self._progress.first + SETTLED:
             jax.block_until_ready(measured)
             self._measured = self._memory()
         if self._tracing and step == self._profiled[1]:
@@ -101,13 +117,13 @@ class Observer:
         held, _ = forecast.compiled_bytes(next(iter(self._steps.values())))
         return held + grown // jax.local_device_count()
 
-    def report(self, checkpointer: Checkpointer) -> str:
-        """Predicted beside measured: memory, time of a step and a checkpoint.
+    def report(self, checkpointer: Checkpointer) -> None:
+        """Prints predicted beside measured: memory, time of a step and a checkpoint.
 
-        '' after a few steps, which say little.
+        Nothing after a few steps, which say little.
         """
-        if self._progress.step - self._progress.first < LEAST:
-            return ""
+        if self._progress.step - self._progress.first < LEAST or not self._steps:
+            return
         with stage("what was predicted", least=SOON):
             found = forecast.of(self._experiment.config)
         step = max(self._steps.values(), key=lambda s: sum(forecast.compiled_bytes(s)))
@@ -126,7 +142,7 @@ class Observer:
         lines.append(
             f"a checkpoint: predicted {shown(found.checkpoint)}, measured {shown(size)}"
         )
-        return "\n".join(["predicted and measured:", *(f"  {x}" for x in lines)])
+        say("\n".join(["predicted and measured:", *(f"  {x}" for x in lines)]))
 
     def close(self) -> None:
         """Ends a profile that the run did not live to the end of."""

@@ -3,7 +3,7 @@
     python sweep.py --config=configs/bert_finetune.py:clinc150 --workdir=DIR \
         --sweep="init_from=RUN," --sweep=seed=0,1,2,3,4 [--config.steps=500 ...]
     python sweep.py ... --sweep=optim.learning_rate=log:1e-4:1e-2 --search=tpe:64
-    python sweep.py ... --jobs=2 | --on=slurm:PARTITION,GPUS,HOURS | --on=print
+    python sweep.py ... --jobs=2 | --on=packed | --on=slurm:PARTITION,GPUS,HOURS
     python sweep.py --workdir=DIR            goes on with the sweep that is in DIR
     python sweep.py report --workdir=DIR     table and curves, also while it runs
 
@@ -29,7 +29,7 @@ from triform.configs import sweeps as files_of_sweeps
 from triform.configs.schema import ExperimentConfig
 from triform.runtime import commands, files, launch, paths, signals
 from triform.runtime.errors import UserError
-from triform.sweeps import local, report, runs, search, slurm, values
+from triform.sweeps import local, packs, report, runs, search, slurm, values
 from triform.sweeps.local import Stop
 from triform.sweeps.runs import Member, Sweep
 
@@ -46,6 +46,8 @@ def _local(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
 
 def _slurm(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     jobs = slurm.submit(sweep, todo, slurm.place(where, flags.FLAGS.sbatch))
+    if not jobs:
+        return "nothing is left to do"
     shown = commands.line("sweep", "report", workdir=sweep.workdir)
     return f"submitted: {' '.join(jobs)}\n  squeue --me\n  {shown}"
 
@@ -61,6 +63,7 @@ def _print(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
 
 EXECUTORS: Mapping[str, Executor] = {
     "local": _local,
+    "packed": packs.run,
     "slurm": _slurm,
     "print": _print,
 }
@@ -176,19 +179,29 @@ def _executor(text: str) -> tuple[str, str]:
     kind, _, where = text.partition(":")
     if kind not in EXECUTORS:
         raise UserError(
-            f"--on={text}: expected local, slurm:PARTITION,GPUS,HOURS or print"
+            f"--on={text}: expected local, packed, slurm:PARTITION,GPUS,HOURS or print"
         )
-    if where or kind == "slurm":
+    if kind == "packed":
+        packs.at_most(where)
+    elif where or kind == "slurm":
         slurm.place(where, flags.FLAGS.sbatch)
     return kind, where
+
+
+def _check_search(sweep: Sweep, kind: str, where: str) -> None:
+    """UserError if what does the runs cannot ask for more of them."""
+    searches = kind in ("local", "slurm") or (kind == "print" and where)
+    if sweep.search is not None and not searches:
+        raise UserError(
+            f"--on={kind}: a search chooses its values as it goes; take "
+            "--search=random:N, or local, slurm:... or print:PARTITION,GPUS,HOURS"
+        )
 
 
 def _do(sweep: Sweep, kind: str, where: str, stop: Stop) -> str:
     """Has the runs done that are to do; what to print."""
     retry = flags.FLAGS.retry
     if sweep.search is not None and kind not in LATER:
-        if kind != "local":
-            raise UserError(f"--on={kind}: does no search; leave out one of them")
         local.work(sweep, search.Queue(sweep, retry), stop)
         return ""
     if sweep.search is not None:
@@ -205,6 +218,8 @@ def main(argv: list[str]) -> int:
     if words[:1] == ["report"]:
         print(report.run(workdir, before))
         return 0
+    if words and not words[0].startswith("-"):
+        raise UserError(f"unexpected argument {words[0]!r}: only report is one")
     kind, where = _executor(flags.FLAGS.on)
     stop = Stop()
     flag = flags.FLAGS
@@ -215,6 +230,7 @@ def main(argv: list[str]) -> int:
     else:
         sweep = asked(workdir, words)
         _continued(sweep, before)
+    _check_search(sweep, kind, where)
     os.makedirs(workdir, exist_ok=True)
     with runs.locked(workdir) as ours:
         if not ours:
@@ -247,7 +263,7 @@ def _end(sweep: Sweep, kind: str, stopped: str, unwritten: str) -> int:
         count[row["state"]] += 1
     if unwritten:
         print(unwritten, file=sys.stderr)
-    if kind not in LATER:
+    if kind != "print":
         print(report.table(sweep, rows))
     if stopped or (count.get("unfinished") and kind not in LATER):
         why = stopped or "a signal"
@@ -277,7 +293,8 @@ def define() -> None:
     about = "Runs at a time (default: one; on Slurm all); they share cores and GPUs."
     flags.DEFINE_integer("jobs", 0, about, lower_bound=0)
     about = (
-        "local, slurm:PARTITION,GPUS,HOURS, print (the commands) or print:PARTITION,..."
+        "local, packed or packed:N (in one program, N at once), "
+        "slurm:PARTITION,GPUS,HOURS, print (the commands) or print:PARTITION,..."
     )
     flags.DEFINE_string("on", "local", about)
     flags.DEFINE_multi_string("sbatch", [], "An option of sbatch; repeatable.")

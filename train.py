@@ -2,7 +2,7 @@
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
         [--config.any.key=value] [--resume=STEP] [--fork=RUN:STEP]
-        [--dry_run [--devices=8xH100] [--memory=16GB] [--compile]] [--profile=20:25]
+        [--dry_run [--devices=8xH100]] [--profile=20:25]
     python train.py --workdir=DIR     goes on with the config that is in DIR
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
@@ -15,7 +15,9 @@ again. From Python: `run(config, workdir)`.
 
 import contextlib
 import copy
+import dataclasses
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from absl import flags
 
 from triform import ahead, capsule, config_flag, forks, observe, plan, recovery
 from triform import workdir as workdirs
+from triform.compilation import Compiled
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
@@ -38,28 +41,35 @@ from triform.runtime import (
     commands,
     guard,
     history,
+    hosts,
+    joining,
     launch,
+    locks,
     paths,
     signals,
 )
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
-from triform.runtime.metrics import MetricWriter
+from triform.runtime.metrics import MetricWriter, NoWriter
 from triform.runtime.progress import SOON, Progress, stage
-from triform.stepping import Steps, compile_steps
+from triform.runtime.stopping import Stop
+from triform.stepping import Steps
 
-Stop = Callable[[], str]  # why to save and leave, '' to go on
+SAME = ("workdir", "resume", "fork")  # flags that processes must agree in
 
 
 def batches_from(
     train: TrainBatches, experiment: Experiment, watch: guard.Watch, first: int
 ) -> Iterator[tuple[Any, int, int]]:
-    """(batch on the devices, index of its shape, real units) from step `first` on."""
+    """(batch on the devices, index of its shape, real units of the rows made here)
+    from step `first` on.
+    """
     for step in range(first, experiment.config.steps):
         number = watch.position(step)
         index, _ = train.ids(number)
-        batch = train[number]
-        yield experiment.put(batch), index, train.batches.real(batch)
+        batch = train.batch(number, experiment.held(index))
+        put = experiment.put(batch, experiment.rows(index))
+        yield put, index, train.batches.real(batch)
 
 
 def train_loop(
@@ -70,15 +80,12 @@ def train_loop(
     evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
     recover: Recovery,
-    writer: MetricWriter,
-    compiled: Mapping[int, Any],
+    writer: MetricWriter | NoWriter,
+    compiled: Compiled,
     stop: Stop,
     profiled: observe.Steps,
 ) -> TrainState:
-    """Steps until config.steps or `stop()`; the last state is saved.
-
-    `compiled`: what `compile_steps` gives.
-    """
+    """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
     progress = Progress(
         start,
@@ -93,7 +100,7 @@ def train_loop(
         batches_from(train, experiment, recover.watch, start), config.data.prefetch
     )
     workdir = str(checkpointer.directory.parent)
-    observer = observe.Observer(experiment, compiled, progress, workdir, profiled)
+    observer = observe.Observer(experiment, progress, workdir, profiled)
     advance = Steps(experiment, train, compiled, recover, progress, writer, observer)
     try:
         for step in range(start + 1, config.steps + 1):
@@ -124,8 +131,7 @@ def train_loop(
         progress.close()
     with stage("saving the last step", least=SOON):
         checkpointer.wait()
-    if text := observer.report(checkpointer):
-        print(text, flush=True)
+    observer.report(checkpointer)
     return state
 
 
@@ -243,8 +249,17 @@ def restore_or_init(
     return state, meta | {"config": schema.to_json(config)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How the parts of a run are made; packed.run lets runs share them."""
+
+    experiment: Callable[[ExperimentConfig], Experiment] = Experiment
+    codecs: Callable[[ExperimentConfig, str], Mapping[str, Codec]] = find_codecs
+    splits: Callable[..., plan.Splits] = plan.Splits.open
+
+
 def resolve(
-    config: ExperimentConfig, workdir: str = ""
+    config: ExperimentConfig, workdir: str = "", parts: Parts = Parts()
 ) -> tuple[ExperimentConfig, Mapping[str, Codec] | None]:
     """(the config with what follows from the data filled in, codecs if it needed them).
 
@@ -253,7 +268,7 @@ def resolve(
     plugins.load_all(config)
     if not config.needs_classes():
         return config.resolved(), None
-    codecs = find_codecs(config, workdir)
+    codecs = parts.codecs(config, workdir)
     return config.resolved(codec_files.class_counts(config.data, codecs)), codecs
 
 
@@ -264,6 +279,7 @@ def run(
     stop: Stop = lambda: "",
     resume: int | None = None,
     fork: str = "",
+    parts: Parts = Parts(),
     profile: observe.Steps = None,
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
@@ -275,19 +291,21 @@ def run(
     Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: train.py runs on one host")
-    config, codecs = resolve(config, workdir)
-    experiment = Experiment(config)
+    group, interrupt = hosts.here(), stop
+    stop = group.stop(stop)
+    what = "reading the names of classes"
+    config, codecs = group.in_turn(what, lambda: resolve(config, workdir, parts))
+    experiment = parts.experiment(config)
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(workdirs.lock(workdir))
+        stack.enter_context(locks.lock(workdir))
         if fork:
             forks.begin(workdir, config, fork)
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
-        if isinstance(stop, signals.Interrupt):
-            stop.leaving = lambda came: start.end(f"interrupted by {came}")
+        group.leaving = lambda line: start.end(f"error: {line}")
+        if isinstance(interrupt, signals.Interrupt):
+            interrupt.leaving = start.interrupted
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         if resume is not None:
@@ -298,9 +316,13 @@ def run(
             return scores
         print(plan.describe(experiment))
         print(plan.sources(config), flush=True)
-        codecs = codecs or find_codecs(config, workdir)
+        if codecs is None:
+            what = "building tokenizer and classes"
+            codecs = group.in_turn(what, lambda: parts.codecs(config, workdir))
         print(plan.export(config, workdir, codecs), flush=True)
-        splits = plan.Splits.open(experiment, codecs)
+        what = "preparing the data"
+        splits = group.in_turn(what, lambda: parts.splits(experiment, codecs))
+        group.same(what, splits.digests())
         splits.print()
         about = experiment, splits.train, checkpointer
         state, meta = restore_or_init(*about, anew=resume == 0)
@@ -313,13 +335,18 @@ def run(
         workdirs.claim(workdir, config, codecs)
         workdirs.save_frozen(workdir, experiment.placement.unload(state))
         unit = splits.train.batches.dataset.unit
-        writer = MetricWriter(workdir, meta["data"]["step"], unit)
+        kind = MetricWriter if group.is_first else NoWriter
+        writer = kind(workdir, meta["data"]["step"], unit)
         stack.enter_context(contextlib.closing(writer))
         evaluator = Evaluator(experiment, codecs)
+        if isinstance(interrupt, signals.Interrupt):
+            interrupt.listening = True
         about = evaluator, checkpointer, writer, stop, profile
         scores = train_and_test(experiment, splits, state, meta, *about)
         if not scores:
             start.outcome = f"interrupted by {stop()}"
+            if isinstance(interrupt, signals.Interrupt):
+                interrupt.requested = stop()  # it may have come to another process
         return scores
 
 
@@ -330,9 +357,9 @@ def train_and_test(
     meta: dict[str, Any],
     evaluator: Evaluator,
     checkpointer: Checkpointer,
-    writer: MetricWriter,
+    writer: MetricWriter | NoWriter,
     stop: Stop,
-    profiled: observe.Steps = None,
+    profiled: observe.Steps,
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
     config, workdir = experiment.config, str(checkpointer.directory.parent)
@@ -363,24 +390,24 @@ def train_and_test(
         checkpointer.record(step, numbers)
         scored[step] = found
 
-    if isinstance(stop, signals.Interrupt):
-        stop.listening = True
     if evaluation_due(config, start) and not checkpointer.metrics_of(start):
-        evaluate(state, start)  # the one that was interrupted
-    compiled = {}
-    if start < config.steps and not stop():
-        compiled = compile_steps(experiment, splits.train, state)
-    while meta["data"]["step"] < config.steps and not stop():
-        about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
-        try:
-            state = train_loop(experiment, splits.train, *about, profiled)
-        except recovery.Rewind as bad:
-            state = about = None  # its memory is wanted
-            step = recovery.rewind(workdir, checkpointer, watch, config.recovery, bad)
-            about = experiment, splits.train, checkpointer
-            state, meta = restore_or_init(*about, anew=step == 0)
-            watch.losses = meta.get("recovery", {}).get("losses", [])
-            writer.go_back(step)
+        # The one that was interrupted; perhaps between two splits.
+        writer.go_back(start, scores=False)
+        evaluate(state, start)
+    with Compiled(experiment, splits.train, state, start) as compiled:
+        while meta["data"]["step"] < config.steps and not stop():
+            about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
+            try:
+                state = train_loop(experiment, splits.train, *about, profiled)
+            except recovery.Rewind as bad:
+                state = about = None  # its memory is wanted
+                step = recovery.rewind(
+                    workdir, checkpointer, watch, config.recovery, bad
+                )
+                about = experiment, splits.train, checkpointer
+                state, meta = restore_or_init(*about, anew=step == 0)
+                watch.losses = meta.get("recovery", {}).get("losses", [])
+                writer.go_back(step)
     if stop():
         return {}
     scores = test(experiment, evaluator, splits, checkpointer, scored, stop)
@@ -402,34 +429,38 @@ def main(argv: list[str]) -> int:
     if flags.FLAGS.dry_run:
         ahead.dry_run(config, resolve)
         return 0
-    if flags.FLAGS.devices:
-        raise UserError(f"--devices={flags.FLAGS.devices}: only with --dry_run")
-    workdir = launch.folder_flag("workdir")
+    workdir, profile = launch.folder_flag("workdir"), observe.asked()
+    about = {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
+    group = joining.join(about)
     interrupt = signals.Interrupt()
+    interrupt.leaving = lambda came: group.leave_at_once(came, signals.INTERRUPTED)
     resume, fork = flags.FLAGS.resume, flags.FLAGS.fork
-    profile = observe.steps_of(flags.FLAGS.profile)
     run(config, workdir, stop=interrupt, resume=resume, fork=fork, profile=profile)
     if interrupt.requested:
         with Checkpointer(
             workdirs.checkpoint_dir(workdir), config.checkpoint
         ) as checkpointer:
             saved = checkpointer.latest()
-        print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
-        print(f"to go on: {commands.line('train', workdir=workdir)}", file=sys.stderr)
+        again = commands.line("train", workdir=workdir)
+        if group.count > 1:
+            again = f"start all processes again, or one alone: {again}"
+        if group.is_first:
+            print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+            print(f"to go on: {again}", file=sys.stderr)
         return signals.INTERRUPTED
     return 0
 
 
 def define() -> None:
     """Defines the flags but for --config."""
+    joining.define()
     ahead.define()
+    observe.define()
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
     flags.DEFINE_integer("resume", None, about)
     about = "RUN:STEP: begin this workdir as that run was after this step."
     flags.DEFINE_string("fork", "", about)
-    about = "First and last step, as 20:25, of a profile that WORKDIR/profile gets."
-    flags.DEFINE_string("profile", None, about)
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
     flags.DEFINE_string(
         "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."

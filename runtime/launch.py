@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from triform.runtime import host, paths, streams
+from triform.runtime import compile_cache, host, hosts, paths, streams
 from triform.runtime.errors import TriformError, UserError
 
 Main = Callable[[list[str]], int | None]
@@ -49,13 +49,14 @@ def launch(
     streams.prepare(needed=answers)
 
     def parse(given: list[str]) -> list[str]:
-        if not passes_on:
-            host.prepare()
         known = set(flags.FLAGS)
         define()
         if HELP & set(given[1:]):
             _print_help(about, sorted(set(flags.FLAGS) - known))
             sys.exit(0)
+        if not passes_on:
+            host.prepare()
+            compile_cache.prepare()
         return flags.FLAGS(prepare(given), known_only=passes_on)
 
     def run(rest: list[str]) -> int | None:
@@ -64,10 +65,16 @@ def launch(
                 f"unexpected argument {rest[1]!r}: write --config.KEY=VALUE, "
                 "--input='TEXT'"
             )
-        return main(rest)
+        with hosts.together(one_line):
+            return main(rest)
+
+    def answered(rest: list[str]) -> int | None:
+        code = _answered(lambda: run(rest))
+        hosts.here().exit(code or 0)
+        return code
 
     app.run(
-        lambda rest: _answered(lambda: run(rest)),
+        answered,
         argv=list(argv),
         flags_parser=lambda given: _answered(lambda: parse(given), fail=True),
     )

@@ -130,15 +130,19 @@ class MetricWriter:
         self._workdir, self._unit = workdir, unit
         self._open(step)
 
-    def go_back(self, step: int) -> None:
-        """Opens again at an earlier step."""
+    def go_back(self, step: int, scores: bool = True) -> None:
+        """Opens again at an earlier step; without the scores of that step, if these are
+        to be found again.
+        """
         self.close()
-        self._open(step)
+        self._open(step, scores)
 
-    def _open(self, step: int) -> None:
+    def _open(self, step: int, scores: bool = True) -> None:
         workdir = self._workdir
         path = os.path.join(workdir, FILE)
         kept = [line for line in read_lines(workdir) if line["step"] <= step]
+        if not scores:
+            kept = [x for x in kept if x["step"] < step or "train/loss" in x]
         with files.replacing(path) as f:
             f.writelines(files.dumps(line) + "\n" for line in kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (see close)
@@ -167,3 +171,19 @@ class MetricWriter:
             self._file.close()
         finally:
             self._events.close()
+
+
+class NoWriter:
+    """In place of a MetricWriter where another process writes the same numbers."""
+
+    def __init__(self, workdir: str, step: int, unit: str = "tokens"):
+        del workdir, step, unit
+
+    def go_back(self, step: int, scores: bool = True) -> None:
+        """Nothing."""
+
+    def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""

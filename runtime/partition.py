@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ Tree = Any
 Batch = Mapping[str, np.ndarray]
 AxisLetters = Mapping[str, str]  # field of a batch -> its axes, "BL"
 AXES = ("data", "fsdp", "tensor", "sequence")
+# Of steps that are compiled in threads, one is traced at a time. Tracing is Python: two
+# at once would take twice as long, and the first step of a run waits for one of them.
+TRACING = threading.Lock()
 
 # Axis letter of a batch's field -> mesh axes; other axes are not split.
 BATCH_AXES = {
@@ -115,6 +119,9 @@ class MeshPlacement:
         )
         self.sizes = dict(zip(AXES, sizes, strict=True))
         self.rows = self.sizes["data"] * self.sizes["fsdp"]  # batch rows: a multiple
+        self._several = len({device.process_index for device in devices}) > 1
+        everywhere = NamedSharding(self.mesh, P())
+        self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
 
     def describe(self) -> str:
         """'mesh data=8 fsdp=1 tensor=1 sequence=1'."""
@@ -158,24 +165,45 @@ class MeshPlacement:
         return state
 
     def for_generation(
-        self, variables: Tree, batch: Batch, axes: AxisLetters
+        self, variables: Tree, batch: Batch, axes: AxisLetters, total: int = 0
     ) -> tuple[Tree, Tree]:
-        """Variables and a host's batch as text is generated from them."""
-        return variables, self.put(batch, axes)
+        """Variables and a batch (see `put`) as text is generated from them."""
+        return variables, self.put(batch, axes, total=total)
+
+    def held(self, total: int, parts: int = 1) -> slice:
+        """The rows of a batch of `total` that this process's devices need."""
+        padded = total + -total % (self.rows * parts)
+        if not self._several:
+            return slice(0, padded)
+        sharding = NamedSharding(self.mesh, P(BATCH_AXES["B"]))
+        places = sharding.addressable_devices_indices_map((padded,)).values()
+        ranges = [place[0].indices(padded) for place in places]
+        return slice(min(r[0] for r in ranges), max(r[1] for r in ranges))
 
     def put(
-        self, batch: Batch, axes: AxisLetters, parts: int = 1
+        self, batch: Batch, axes: AxisLetters, parts: int = 1, total: int = 0
     ) -> Mapping[str, jax.Array]:
-        """A host's view of the global batch, onto the devices.
+        """The batch on the devices: all of it, or of `total` rows the `held` ones.
 
         Rows are padded so that each of `parts` micro-batches divides evenly. Sequence
         axes are split where their size allows it.
         """
-        batch = pad_rows(batch, self.rows * parts)
+        total = total or len(next(iter(batch.values())))
+        held = self.held(total, parts)
+        padded = total + -total % (self.rows * parts)
+        if len(next(iter(batch.values()))) == total:
+            held = slice(0, padded)
+        batch = pad_rows(batch, held.stop - held.start)
 
         def place(name: str, x: np.ndarray) -> jax.Array:
-            sharding = self._batch_sharding(axes[name], x.shape)
-            return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+            shape = (padded, *x.shape[1:])
+            sharding = self._split(axes[name], shape)
+
+            def part(index: tuple) -> np.ndarray:
+                start, stop, _ = index[0].indices(padded)
+                return x[start - held.start : stop - held.start, *index[1:]]
+
+            return jax.make_array_from_callback(shape, sharding, part)
 
         return {name: place(name, x) for name, x in batch.items()}
 
@@ -187,18 +215,27 @@ class MeshPlacement:
 
         def of(name: str, x: np.ndarray) -> jax.ShapeDtypeStruct:
             shape = (-(-len(x) // multiple) * multiple, *x.shape[1:])
-            sharding = self._batch_sharding(axes[name], shape)
+            sharding = self._split(axes[name], shape)
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
         return {name: of(name, x) for name, x in batch.items()}
 
-    def _batch_sharding(self, axes: str, shape: tuple[int, ...]) -> NamedSharding:
+    def _split(self, letters: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a field of a batch is."""
+
         def axis(letter: str, size: int) -> tuple[str, ...] | None:
             over = BATCH_AXES.get(letter, ())
             fits = size % math.prod(self.sizes[a] for a in over) == 0
             return over if over and fits else None
 
-        return NamedSharding(self.mesh, P(*map(axis, axes, shape)))
+        return NamedSharding(self.mesh, P(*map(axis, letters, shape)))
+
+    def spread(self, batch: Batch, axes: AxisLetters) -> Mapping[str, jax.Array]:
+        """A batch on the devices of one process, whose rows divide evenly. Axis letters
+        that are not in BATCH_AXES are not split.
+        """
+        places = {name: self._split(axes[name], x.shape) for name, x in batch.items()}
+        return jax.device_put(dict(batch), places)
 
     def same(self, x: np.generic) -> np.ndarray:
         """A number of the host as steps take it beside a batch."""
@@ -213,17 +250,38 @@ class MeshPlacement:
         def pinned(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
             out, metrics = step(state, batch, Across())
             # Without this the compiler may return a state placed otherwise.
-            return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
+            out = jax.lax.with_sharding_constraint(out, self.shardings(out))
+            return out, self._readable(metrics)
 
-        traced = jax.jit(pinned, donate_argnums=0).trace(state, batch)
-        compiled = traced.lower().compile()
+        jitted = jax.jit(pinned, donate_argnums=0)
+        with TRACING:
+            traced = jitted.trace(state, batch)
+            lowered = traced.lower()
+        compiled = lowered.compile()
         run = lambda *inputs: block_on_cpu(compiled(*inputs))  # noqa: E731
         return Step(compiled, run, traced.jaxpr)
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""
-        compiled = jax.jit(functools.partial(step, across=Across()))
+
+        @jax.jit
+        def compiled(*inputs: Tree) -> tuple[Tree, Tree]:
+            metrics, rows = step(*inputs, across=Across())
+            return self._readable(metrics), rows
+
         return lambda *inputs: block_on_cpu(compiled(*inputs))
+
+    def _readable(self, metrics: Tree) -> Tree:
+        """Metrics that every process can read."""
+        if not self._several:
+            return metrics
+        return jax.lax.with_sharding_constraint(metrics, NamedSharding(self.mesh, P()))
+
+    def fetch(self, tree: Tree) -> Tree:
+        """Arrays on the host, whole on every process."""
+        if self._several:
+            tree = block_on_cpu(self._gather(tree))
+        return jax.tree.map(np.asarray, tree)
 
 
 class PmapPlacement:
@@ -279,10 +337,18 @@ class PmapPlacement:
         return jax.tree.map(lambda x: x.addressable_data(0)[0], state)
 
     def for_generation(
-        self, variables: Tree, batch: Batch, axes: AxisLetters
+        self, variables: Tree, batch: Batch, axes: AxisLetters, total: int = 0
     ) -> tuple[Tree, Tree]:
-        """Variables and a host's batch for generation, on one device."""
+        """Variables and a batch for generation, on one device."""
         return self.unload(variables), batch
+
+    def held(self, total: int, parts: int = 1) -> slice:
+        """All rows of a batch: pmap runs on one process."""
+        return slice(0, total)
+
+    def fetch(self, tree: Tree) -> Tree:
+        """Arrays on the host."""
+        return jax.tree.map(np.asarray, tree)
 
     def abstract_batch(
         self, batch: Batch, axes: AxisLetters, parts: int = 1
@@ -291,7 +357,9 @@ class PmapPlacement:
         put = self.put(batch, axes, parts)
         return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in put.items()}
 
-    def put(self, batch: Batch, axes: AxisLetters, parts: int = 1) -> Batch:
+    def put(
+        self, batch: Batch, axes: AxisLetters, parts: int = 1, total: int = 0
+    ) -> Batch:
         """The batch with a leading device axis; pmap moves it. See MeshPlacement."""
         batch = pad_rows(batch, self.rows * parts)
         n = self.rows
@@ -309,7 +377,9 @@ class PmapPlacement:
         The state is donated.
         """
         mapped = self._pmap(step, donate_argnums=0)
-        compiled = mapped.lower(state, batch).compile()
+        with TRACING:
+            lowered = mapped.lower(state, batch)
+        compiled = lowered.compile()
 
         def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
             state, metrics = block_on_cpu(compiled(state, batch))

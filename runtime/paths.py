@@ -25,3 +25,9 @@ def absolute(path: str, setting: str = "HOME") -> str:
             "the path in full"
         )
     return os.path.abspath(expanded)
+
+
+def cache_root(given: str = "") -> str:
+    """Where programs keep what can be made again: `given`, or the user's choice."""
+    given = given or os.environ.get("TRIFORM_CACHE") or "~/.cache/triform"
+    return absolute(given, setting="TRIFORM_CACHE")

@@ -58,7 +58,8 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Prints a line at once, above progress bars; nothing without an output."""
     file = file or sys.stdout
     if file is not None:
-        tqdm.write(text, file)
+        # \x1b[K clears what a live line had there.
+        tqdm.write(f"{text}\x1b[K" if file.isatty() else text, file)
         file.flush()
 
 

@@ -19,11 +19,12 @@ from triform.runtime.errors import UserError
 from triform.runtime.first_nonfinite import first_nonfinite
 from triform.runtime.guard import RecoveryConfig
 
-# A feed-forward layer that overflows where a text has the byte `#` (36 + 3 specials),
-# whose embedding a test makes large.
+# A feed-forward layer that overflows early.
 PLUGIN = """
 import jax.numpy as jnp
-FFNS = {"brittle": (lambda x: jnp.where(abs(x).max() > 1e3, x * jnp.inf, x), False)}
+def brittle(x):
+    return x * jnp.where(abs(x).max() > 1e3, jnp.inf, 1.0)
+FFNS = {"brittle": (brittle, False)}
 """
 STEPS = 8
 
