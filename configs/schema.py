@@ -452,10 +452,9 @@ def _key(model: ModelConfig, name: str) -> str:
 def _longest_rows(data: Any) -> dict[str, int]:
     """Axis letter -> its largest size in any batch, where that is a number."""
     rows: dict[str, int] = {}
-    for shape in data.shapes():
-        for axis, size in shape.items():
-            if isinstance(size, int):
-                rows[axis] = max(size, rows.get(axis, 0))
+    for axis, size in (item for shape in data.shapes() for item in shape.items()):
+        if isinstance(size, int):
+            rows[axis] = max(size, rows.get(axis, 0))
     return rows
 
 
