@@ -16,7 +16,7 @@ from triform import models, tasks
 from triform.configs import plugins
 from triform.configs.schema import ExperimentConfig
 from triform.data import batch as batches
-from triform.runtime import optim
+from triform.runtime import norms, optim
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import Mean, Metrics
 from triform.runtime.parameters import ROWS
@@ -162,8 +162,9 @@ class Experiment:
             ctx = self.context(state, across, i)
             variables = {"params": optim.join(params, state.frozen), **extra}
             outputs, extra = task.outputs(variables, micro, ctx)
-            totals = task.terms(outputs, micro, ctx)
-            measured = task.metrics(outputs, micro, ctx)
+            with jax.named_scope("loss"):
+                totals = task.terms(outputs, micro, ctx)
+                measured = task.metrics(outputs, micro, ctx)
             loss = sum(scale[name] * totals[name] for name in scale)
             return loss, ((totals, measured), extra)
 
@@ -175,8 +176,11 @@ class Experiment:
         else:
             grads, sums, extra = self._accumulated(gradient, state, batch)
         grads, (totals, measured) = across.sum((grads, sums))
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimiser"):
+            updates, opt_state = self.optimizer.update(
+                grads, state.opt_state, state.params
+            )
+            params = optax.apply_updates(state.params, updates)
         one = jnp.float32(1)
         measured = dict(measured)
         if len(weights) > 1:
@@ -184,6 +188,9 @@ class Experiment:
         loss = sum(scale[name] * totals[name] for name in scale)
         measured["loss"] = Mean(loss, one)
         measured["grad_norm"] = Mean(optax.tree.norm(grads), one)
+        if self.config.log_norms:
+            found = norms.of_step(grads, state.params, updates)
+            measured |= {name: Mean(norm, one) for name, norm in found.items()}
         state = state.replace(
             step=state.step + 1,
             params=params,

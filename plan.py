@@ -31,13 +31,16 @@ BACKWARD = 2  # a gradient costs so many forward passes
 DEAR = 0.5  # share of the training time from which an evaluation is called dear
 
 
-def describe(experiment: Experiment) -> str:
-    """Devices, placement, parameters, batches and schedule, from abstract shapes."""
+def describe(experiment: Experiment, planned: str = "") -> str:
+    """Devices, placement, parameters, batches and schedule, from abstract shapes.
+
+    `planned` names devices that are not here.
+    """
     config = experiment.config
     devices = jax.devices()
     state = jax.eval_shape(experiment.make_state)
     lines = [
-        f"devices: {len(devices)} x {devices[0].device_kind}",
+        f"devices: {planned or f'{len(devices)} x {devices[0].device_kind}'}",
         f"placement: {experiment.placement.describe()}",
         "parameters:",
         parameter_table(state.params, experiment.placement),

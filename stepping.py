@@ -7,6 +7,7 @@ import jax
 from triform.compilation import Compiled
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import TrainBatches
+from triform.observe import Observer
 from triform.recovery import Recovery
 from triform.runtime import guard, hosts, metrics
 from triform.runtime.metrics import MetricWriter, NoWriter
@@ -31,10 +32,12 @@ class Steps:
         recover: Recovery,
         progress: Progress,
         writer: MetricWriter | NoWriter,
+        observer: Observer,
     ):
         self._experiment, self._train, self._compiled = experiment, train, compiled
         self._recover, self._progress, self._writer = recover, progress, writer
-        self._pending: tuple | None = None  # (step, measured, real units)
+        self._observer = observer
+        self._pending: tuple | None = None  # (step, measured, real units, FLOPs)
         self._begun = False
 
     def __call__(
@@ -45,10 +48,12 @@ class Steps:
         `index` is that of the batch's shape. UserError or Rewind if the step before was
         bad and is not skipped.
         """
+        self._observer.before(step, index, self._compiled[index])
         state, measured = self._run(state, batch, index, step)
         if not self._good(state):
             state, measured = self._run(guard.passed(state), batch, index, step)
-        self._pending = step, measured, real
+        self._observer.after(step, measured)
+        self._pending = step, measured, real, self._observer.flops[index]
         return state
 
     def settle(self, state: TrainState) -> TrainState:
@@ -74,7 +79,7 @@ class Steps:
         """
         if self._pending is None:
             return True
-        step, measured, real = self._pending
+        step, measured, real, flops = self._pending
         watch = self._recover.watch
         measured = dict(metrics.to_host(measured))
         done, scalars = measured.pop(guard.DONE), metrics.values(measured, "train")
@@ -88,6 +93,6 @@ class Steps:
             self._recover.bad_step(step, scalars, limit, shown, state)
             return False
         watch.take(step, scalars["train/loss"])
-        if line := self._progress.update(step, measured, real):
+        if line := self._progress.update(step, measured, real, flops):
             self._writer.write(step, line, self._progress.seen)
         return True

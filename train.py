@@ -1,7 +1,8 @@
 """Trains one experiment; started again with the same workdir, resumes it.
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
-        [--config.any.key=value] [--dry_run] [--resume=STEP] [--fork=RUN:STEP]
+        [--config.any.key=value] [--resume=STEP] [--fork=RUN:STEP]
+        [--dry_run [--devices=8xH100]] [--profile=20:25]
     python train.py --workdir=DIR     goes on with the config that is in DIR
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
@@ -24,7 +25,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import capsule, config_flag, forks, plan, recovery
+from triform import ahead, capsule, config_flag, forks, observe, plan, recovery
 from triform import workdir as workdirs
 from triform.compilation import Compiled
 from triform.configs import keys, plugins, schema
@@ -83,6 +84,7 @@ def train_loop(
     writer: MetricWriter | NoWriter,
     compiled: Compiled,
     stop: Stop,
+    profiled: observe.Steps,
 ) -> TrainState:
     """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
@@ -98,7 +100,9 @@ def train_loop(
     source = Prefetch(
         batches_from(train, experiment, recover.watch, start), config.data.prefetch
     )
-    advance = Steps(experiment, train, compiled, recover, progress, writer)
+    workdir = str(checkpointer.directory.parent)
+    observer = observe.Observer(experiment, progress, workdir, profiled)
+    advance = Steps(experiment, train, compiled, recover, progress, writer, observer)
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
@@ -125,9 +129,11 @@ def train_loop(
                 break
     finally:
         source.close()
+        observer.close()
         progress.close()
     with stage("saving the last step", least=SOON):
         checkpointer.wait()
+    observer.report(checkpointer)
     return state
 
 
@@ -278,12 +284,14 @@ def run(
     resume: int | None = None,
     fork: str = "",
     parts: Parts = Parts(),
+    profile: observe.Steps = None,
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
     `stop` is asked after every step; once it returns a reason, the state is saved and
     {} is returned. `resume`: goes on after this step, later ones are set aside. `fork`:
-    RUN:STEP, the run and the step from which a new workdir goes on.
+    RUN:STEP, the run and the step from which a new workdir goes on. `profile`: the
+    first and the last step that are traced.
     Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.workdir(workdir)
@@ -337,9 +345,8 @@ def run(
         evaluator = Evaluator(experiment, codecs)
         if isinstance(interrupt, signals.Interrupt):
             interrupt.listening = True
-        scores = train_and_test(
-            experiment, splits, state, meta, evaluator, checkpointer, writer, stop
-        )
+        about = evaluator, checkpointer, writer, stop, profile
+        scores = train_and_test(experiment, splits, state, meta, *about)
         if not scores:
             start.outcome = f"interrupted by {stop()}"
             if isinstance(interrupt, signals.Interrupt):
@@ -356,6 +363,7 @@ def train_and_test(
     checkpointer: Checkpointer,
     writer: MetricWriter | NoWriter,
     stop: Stop,
+    profiled: observe.Steps,
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
     config, workdir = experiment.config, str(checkpointer.directory.parent)
@@ -395,7 +403,7 @@ def train_and_test(
         while meta["data"]["step"] < config.steps and not stop():
             about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
             try:
-                state = train_loop(experiment, splits.train, *about)
+                state = train_loop(experiment, splits.train, *about, profiled)
             except recovery.Rewind as bad:
                 state = about = None  # its memory is wanted
                 step = recovery.rewind(
@@ -424,18 +432,15 @@ def main(argv: list[str]) -> int:
         print("\n".join(map(str, keys.listing(config, flags.FLAGS.keys))))
         return 0
     if flags.FLAGS.dry_run:
-        config = resolve(config)[0]
-        print(plan.describe(Experiment(config)))
-        print(plan.export(config))
-        print(plan.sources(config, read=True))
+        ahead.dry_run(config, resolve)
         return 0
-    workdir = launch.workdir_flag()
+    workdir, profile = launch.workdir_flag(), observe.asked()
     about = {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
     group = joining.join(about)
     interrupt = signals.Interrupt()
     interrupt.leaving = lambda came: group.leave_at_once(came, signals.INTERRUPTED)
     resume, fork = flags.FLAGS.resume, flags.FLAGS.fork
-    run(config, workdir, stop=interrupt, resume=resume, fork=fork)
+    run(config, workdir, stop=interrupt, resume=resume, fork=fork, profile=profile)
     if interrupt.requested:
         with Checkpointer(
             workdirs.checkpoint_dir(workdir), config.checkpoint
@@ -454,6 +459,8 @@ def main(argv: list[str]) -> int:
 def define() -> None:
     """Defines the flags but for --config."""
     joining.define()
+    ahead.define()
+    observe.define()
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
     flags.DEFINE_integer("resume", None, about)

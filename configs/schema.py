@@ -181,6 +181,7 @@ class ExperimentConfig:
     seed: int = 0  # of parameters, dropout and data order
     plugins: tuple[str, ...] = ()  # Python files with tables of your own
     log_every: int = 100  # steps between two progress lines
+    log_norms: bool = False  # norms of gradients, parameters and updates by layer
 
     def needs_classes(self) -> bool:
         """Whether `resolved` needs the data: a number of classes is left to them."""
@@ -451,10 +452,9 @@ def _key(model: ModelConfig, name: str) -> str:
 def _longest_rows(data: Any) -> dict[str, int]:
     """Axis letter -> its largest size in any batch, where that is a number."""
     rows: dict[str, int] = {}
-    for shape in data.shapes():
-        for axis, size in shape.items():
-            if isinstance(size, int):
-                rows[axis] = max(size, rows.get(axis, 0))
+    for axis, size in (item for shape in data.shapes() for item in shape.items()):
+        if isinstance(size, int):
+            rows[axis] = max(size, rows.get(axis, 0))
     return rows
 
 

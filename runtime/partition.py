@@ -92,6 +92,19 @@ class MeshConfig:
         return (data, *given[1:])
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled training step: (state, batch) -> (state, metrics)."""
+
+    compiled: Any  # jax.stages.Compiled: what it needs, and its text
+    run: Callable[[Tree, Tree], tuple[Tree, Tree]]
+    jaxpr: Any = None  # for all devices together, where there is such
+
+    def __call__(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """Runs it."""
+        return self.run(state, batch)
+
+
 class MeshPlacement:
     """jit over a mesh with the axes data, fsdp, tensor and sequence."""
 
@@ -196,6 +209,19 @@ class MeshPlacement:
 
         return {name: place(name, x) for name, x in batch.items()}
 
+    def abstract_batch(
+        self, batch: Batch, axes: AxisLetters, parts: int = 1
+    ) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of what `put` gives; no array is made."""
+        multiple = self.rows * parts
+
+        def of(name: str, x: np.ndarray) -> jax.ShapeDtypeStruct:
+            shape = (-(-len(x) // multiple) * multiple, *x.shape[1:])
+            sharding = self._split(axes[name], shape)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return {name: of(name, x) for name, x in batch.items()}
+
     def _split(self, letters: str, shape: tuple[int, ...]) -> NamedSharding:
         """Where a field of a batch is."""
 
@@ -217,7 +243,7 @@ class MeshPlacement:
         """A number of the host as steps take it beside a batch."""
         return np.asarray(x)
 
-    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
+    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> "Step":
         """(state, batch) -> (state, metrics), compiled for these shapes.
 
         The state is donated.
@@ -231,9 +257,11 @@ class MeshPlacement:
 
         jitted = jax.jit(pinned, donate_argnums=0)
         with TRACING:
-            lowered = jitted.lower(state, batch)
+            traced = jitted.trace(state, batch)
+            lowered = traced.lower()
         compiled = lowered.compile()
-        return lambda state, batch: block_on_cpu(compiled(state, batch))
+        run = lambda *inputs: block_on_cpu(compiled(*inputs))  # noqa: E731
+        return Step(compiled, run, traced.jaxpr)
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""
@@ -346,6 +374,13 @@ class PmapPlacement:
         """Arrays on the host."""
         return jax.tree.map(np.asarray, tree)
 
+    def abstract_batch(
+        self, batch: Batch, axes: AxisLetters, parts: int = 1
+    ) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes of what `put` gives."""
+        put = self.put(batch, axes, parts)
+        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in put.items()}
+
     def put(
         self, batch: Batch, axes: AxisLetters, parts: int = 1, total: int = 0
     ) -> Batch:
@@ -360,7 +395,7 @@ class PmapPlacement:
         """A number of the host as steps take it beside a batch: one a device."""
         return np.full(self.rows, x)
 
-    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
+    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> "Step":
         """(state, batch) -> (state, metrics), compiled for these shapes.
 
         The state is donated.
@@ -374,7 +409,7 @@ class PmapPlacement:
             state, metrics = block_on_cpu(compiled(state, batch))
             return state, self.unload(metrics)
 
-        return run
+        return Step(compiled, run)
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""

@@ -16,14 +16,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag", "stepping", "capsule"),
+    "train": ("evaluate", "ahead", "config_flag", "stepping", "capsule"),
+    "ahead": ("plan", "forecast"),
     "recovery": ("configs",),
     "tools": ("capsule",),
     "forks": ("workdir",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "capsule": ("workdir", "input_pipeline"),
-    "stepping": ("compilation", "recovery"),
+    "stepping": ("compilation", "observe", "recovery"),
+    "observe": ("forecast",),
+    "forecast": ("experiment",),
     "evaluate": ("answers", "input_pipeline"),
     "compilation": ("experiment", "input_pipeline"),
     "lm_eval": ("answers",),
@@ -60,6 +63,9 @@ PROGRAMS = (
         "tools",
         "stepping",
         "compilation",
+        "ahead",
+        "forecast",
+        "observe",
     ),
 )
 # What starts the others, and imports them by name when they are asked for.
