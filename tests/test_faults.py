@@ -73,12 +73,10 @@ def told(run) -> str:
 
 
 def newest(workdir):
-    """The largest file of the newest checkpoint."""
+    """The largest file with data of the newest checkpoint."""
     steps = [int(x) for x in os.listdir(workdir / "checkpoints") if x.isdigit()]
     folder = workdir / "checkpoints" / str(max(steps)) / "state"
-    return max(
-        (x for x in folder.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size
-    )
+    return max(folder.glob("**/d/*"), key=lambda x: x.stat().st_size)
 
 
 # A full or read-only disk, wherever something is written.
