@@ -18,7 +18,7 @@ import numpy as np
 from triform import workdir as workdirs
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import TrainBatches
-from triform.runtime import commands, files, guard, metrics, paths
+from triform.runtime import commands, files, guard, hosts, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import CheckpointError, UserError
 from triform.runtime.first_nonfinite import first_nonfinite
@@ -50,13 +50,20 @@ def write(
     arrays = jax.tree.leaves(saved.variables())
     size = sum(x.nbytes for x in arrays)
     facts = {"step": step, "bytes": size, **facts, "norms": norms(saved.params)}
+    problem = ""
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder)
-        with files.replacing(os.path.join(folder, "batch.npz"), binary=True) as f:
-            np.savez(f, **batch)
-        workdirs.claim(folder, config, {})
-        files.write_json(os.path.join(folder, FILE), facts)
+        if hosts.here().is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.makedirs(folder)
+            with files.replacing(os.path.join(folder, "batch.npz"), binary=True) as f:
+                np.savez(f, **batch)
+            workdirs.claim(folder, config, {})
+            files.write_json(os.path.join(folder, FILE), facts)
+    except OSError as error:
+        problem = str(error)
+    if problem := hosts.here().broadcast("writing a capsule", problem):
+        return f"its capsule could not be written ({problem})"
+    try:
         where = workdirs.checkpoint_dir(folder)
         with Checkpointer(where, CheckpointConfig()) as checkpointer:
             checkpointer.save(step, saved, meta={}, wait=True)

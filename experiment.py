@@ -99,9 +99,25 @@ class Experiment:
         rows = rows or self.config.data.rows(shape)
         return batches.zeros(self.spec, {"B": rows, **sizes})
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> Tree:
-        """A batch on the devices, its rows padded to what steps need."""
-        return self.placement.put(batch, self.axes(), self.config.optim.accumulate)
+    def put(
+        self, batch: Mapping[str, np.ndarray], total: int = 0, parts: int = 0
+    ) -> Tree:
+        """A batch on the devices, its rows padded to what steps need.
+
+        All of its rows, or of `total` those that are `held` here. `parts`: micro-
+        batches; 0: as many as training has.
+        """
+        parts = parts or self.config.optim.accumulate
+        return self.placement.put(batch, self.axes(), parts, total)
+
+    def rows(self, index: int) -> int:
+        """Rows of a batch of the shape of this index, on all processes together."""
+        return self.config.data.rows(self.config.data.shapes()[index])
+
+    def held(self, index: int, parts: int = 0) -> slice:
+        """Which of these this process makes; `parts` as in `put`."""
+        parts = parts or self.config.optim.accumulate
+        return self.placement.held(self.rows(index), parts)
 
     def axes(self) -> dict[str, str]:
         """Field of a batch -> its axes."""

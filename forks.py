@@ -3,12 +3,13 @@
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from triform import workdir as workdirs
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import files as codec_files
-from triform.runtime import files, metrics, paths
+from triform.runtime import files, hosts, metrics, paths
 from triform.runtime.checkpoint import Checkpointer, ocp
 from triform.runtime.errors import UserError
 
@@ -50,6 +51,23 @@ def begin(workdir: str, config: ExperimentConfig, text: str) -> None:
     if steps[-1:] != [step]:
         shown = ", ".join(map(str, steps)) or "none that early"
         raise UserError(f"--fork={text}: no checkpoint of that step; there are {shown}")
+    hosts.here().barrier("looking at the run to fork")
+    if hosts.here().is_first:
+        _copy(workdir, source, old, steps, scores, fork)
+    hosts.here().barrier("forking")
+    print(f"forked: {source} after step {step}")
+
+
+def _copy(
+    workdir: str,
+    source: str,
+    old: ExperimentConfig,
+    steps: Sequence[int],
+    scores: Mapping[int, Any],
+    fork: Mapping[str, Any],
+) -> None:
+    """Everything up to the last of the steps."""
+    folder, step = workdirs.checkpoint_dir(source), steps[-1]
     _copy_steps(folder, workdirs.checkpoint_dir(workdir), steps)
     if os.path.isdir(os.path.join(source, "frozen")):
         _copy_steps(
@@ -62,7 +80,6 @@ def begin(workdir: str, config: ExperimentConfig, text: str) -> None:
     files.write_json(os.path.join(workdir, FILE), fork)
     # Last: a workdir with a config has all of it.
     workdirs.claim(workdir, old, codec_files.load(source, old.data))
-    print(f"forked: {source} after step {step}")
 
 
 def _tested(line: dict) -> bool:

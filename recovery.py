@@ -12,7 +12,7 @@ from typing import Any
 
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
-from triform.runtime import files, guard, metrics
+from triform.runtime import files, guard, hosts, metrics
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import CheckpointError, UserError
 from triform.runtime.leaves import not_finite, some
@@ -213,7 +213,7 @@ def set_aside(workdir: str, checkpointer: Checkpointer, step: int) -> None:
 
 def keep_lines(workdir: str, name: str, lines: list[Mapping[str, Any]]) -> None:
     """Appends lines to a file of that name in set_aside/."""
-    if not lines:
+    if not lines or not hosts.here().is_first:
         return
     folder = os.path.join(workdir, "set_aside")
     os.makedirs(folder, exist_ok=True)

@@ -8,8 +8,8 @@ import jax
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import TrainBatches
 from triform.recovery import Recovery
-from triform.runtime import guard, metrics
-from triform.runtime.metrics import MetricWriter
+from triform.runtime import guard, hosts, metrics
+from triform.runtime.metrics import MetricWriter, NoWriter
 from triform.runtime.progress import Progress, stage
 
 
@@ -45,7 +45,7 @@ class Steps:
         compiled: Mapping[int, Any],
         recover: Recovery,
         progress: Progress,
-        writer: MetricWriter,
+        writer: MetricWriter | NoWriter,
     ):
         self._experiment, self._train, self._compiled = experiment, train, compiled
         self._recover, self._progress, self._writer = recover, progress, writer
@@ -68,7 +68,7 @@ class Steps:
 
     def settle(self, state: TrainState) -> TrainState:
         """The state after the last step, which has ended and was looked at."""
-        state = state if self._good(state) else guard.passed(state)
+        state = state if self._good(state, saving=True) else guard.passed(state)
         self._pending = None
         return state
 
@@ -81,7 +81,7 @@ class Steps:
         with stage("first step"):
             return jax.block_until_ready(self._compiled[index](state, fed))
 
-    def _good(self, state: TrainState) -> bool:
+    def _good(self, state: TrainState, saving: bool = False) -> bool:
         """Reads the metrics of the step before: never waits for the one in flight.
 
         False if that step is skipped: it, and the one in flight, changed nothing.
@@ -92,7 +92,11 @@ class Steps:
         watch = self._recover.watch
         measured = dict(metrics.to_host(measured))
         done, scalars = measured.pop(guard.DONE), metrics.values(measured, "train")
+        # Each process counts its rows: added up when a number is written somewhere.
+        due = saving or step % self._progress.every == 0
+        real = hosts.here().total(real if done.value() else 0, due)
         if not done.value():
+            self._progress.seen += real
             shown = examples_of(self._train, watch.position(step - 1))
             limit = watch.limit(step)
             self._recover.bad_step(step, scalars, limit, shown, state)

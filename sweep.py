@@ -46,6 +46,8 @@ def _local(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
 
 def _slurm(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     jobs = slurm.submit(sweep, todo, slurm.place(where, flags.FLAGS.sbatch))
+    if not jobs:
+        return "nothing is left to do"
     shown = commands.line("sweep", "report", workdir=sweep.workdir)
     return f"submitted: {' '.join(jobs)}\n  squeue --me\n  {shown}"
 
@@ -183,12 +185,20 @@ def _executor(text: str) -> tuple[str, str]:
     return kind, where
 
 
+def _check_search(sweep: Sweep, kind: str, where: str) -> None:
+    """UserError if what does the runs cannot ask for more of them."""
+    searches = kind in ("local", "slurm") or (kind == "print" and where)
+    if sweep.search is not None and not searches:
+        raise UserError(
+            f"--on={kind}: a search chooses its values as it goes; take "
+            "--search=random:N, or local, slurm:... or print:PARTITION,GPUS,HOURS"
+        )
+
+
 def _do(sweep: Sweep, kind: str, where: str, stop: Stop) -> str:
     """Has the runs done that are to do; what to print."""
     retry = flags.FLAGS.retry
     if sweep.search is not None and kind not in LATER:
-        if kind != "local":
-            raise UserError(f"--on={kind}: does no search; leave out one of them")
         local.work(sweep, search.Queue(sweep, retry), stop)
         return ""
     if sweep.search is not None:
@@ -205,6 +215,8 @@ def main(argv: list[str]) -> int:
     if words[:1] == ["report"]:
         print(report.run(workdir, before))
         return 0
+    if words and not words[0].startswith("-"):
+        raise UserError(f"unexpected argument {words[0]!r}: only report is one")
     kind, where = _executor(flags.FLAGS.on)
     stop = Stop()
     flag = flags.FLAGS
@@ -215,6 +227,7 @@ def main(argv: list[str]) -> int:
     else:
         sweep = asked(workdir, words)
         _continued(sweep, before)
+    _check_search(sweep, kind, where)
     os.makedirs(workdir, exist_ok=True)
     with runs.locked(workdir) as ours:
         if not ours:
@@ -247,7 +260,7 @@ def _end(sweep: Sweep, kind: str, stopped: str, unwritten: str) -> int:
         count[row["state"]] += 1
     if unwritten:
         print(unwritten, file=sys.stderr)
-    if kind not in LATER:
+    if kind != "print":
         print(report.table(sweep, rows))
     if stopped or (count.get("unfinished") and kind not in LATER):
         why = stopped or "a signal"

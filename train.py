@@ -15,6 +15,7 @@ again. From Python: `run(config, workdir)`.
 import contextlib
 import copy
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,28 +38,35 @@ from triform.runtime import (
     commands,
     guard,
     history,
+    hosts,
+    joining,
     launch,
+    locks,
     paths,
     signals,
 )
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
-from triform.runtime.metrics import MetricWriter
+from triform.runtime.metrics import MetricWriter, NoWriter
 from triform.runtime.progress import SOON, Progress, stage
+from triform.runtime.stopping import Stop
 from triform.stepping import Steps, compile_steps
 
-Stop = Callable[[], str]  # why to save and leave, '' to go on
+SAME = ("workdir", "resume", "fork")  # flags that processes must agree in
 
 
 def batches_from(
     train: TrainBatches, experiment: Experiment, watch: guard.Watch, first: int
 ) -> Iterator[tuple[Any, int, int]]:
-    """(batch on the devices, index of its shape, real units) from step `first` on."""
+    """(batch on the devices, index of its shape, real units of the rows made here)
+    from step `first` on.
+    """
     for step in range(first, experiment.config.steps):
         number = watch.position(step)
         index, _ = train.ids(number)
-        batch = train[number]
-        yield experiment.put(batch), index, train.batches.real(batch)
+        batch = train.batch(number, experiment.held(index))
+        put = experiment.put(batch, experiment.rows(index))
+        yield put, index, train.batches.real(batch)
 
 
 def train_loop(
@@ -69,7 +77,7 @@ def train_loop(
     evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
     recover: Recovery,
-    writer: MetricWriter,
+    writer: MetricWriter | NoWriter,
     compiled: Mapping[int, Any],
     stop: Stop,
 ) -> TrainState:
@@ -266,19 +274,21 @@ def run(
     Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: train.py runs on one host")
-    config, codecs = resolve(config, workdir)
+    group, interrupt = hosts.here(), stop
+    stop = group.stop(stop)
+    what = "reading the names of classes"
+    config, codecs = group.in_turn(what, lambda: resolve(config, workdir))
     experiment = Experiment(config)
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(workdirs.lock(workdir))
+        stack.enter_context(locks.lock(workdir))
         if fork:
             forks.begin(workdir, config, fork)
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
-        if isinstance(stop, signals.Interrupt):
-            stop.leaving = lambda came: start.end(f"interrupted by {came}")
+        group.leaving = lambda line: start.end(f"error: {line}")
+        if isinstance(interrupt, signals.Interrupt):
+            interrupt.leaving = start.interrupted
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
         if resume is not None:
@@ -289,9 +299,13 @@ def run(
             return scores
         print(plan.describe(experiment))
         print(plan.sources(config), flush=True)
-        codecs = codecs or find_codecs(config, workdir)
+        if codecs is None:
+            what = "building tokenizer and classes"
+            codecs = group.in_turn(what, lambda: find_codecs(config, workdir))
         print(plan.export(config, workdir, codecs), flush=True)
-        splits = plan.Splits.open(experiment, codecs)
+        what = "preparing the data"
+        splits = group.in_turn(what, lambda: plan.Splits.open(experiment, codecs))
+        group.same(what, splits.digests())
         splits.print()
         about = experiment, splits.train, checkpointer
         state, meta = restore_or_init(*about, anew=resume == 0)
@@ -304,14 +318,19 @@ def run(
         workdirs.claim(workdir, config, codecs)
         workdirs.save_frozen(workdir, experiment.placement.unload(state))
         unit = splits.train.batches.dataset.unit
-        writer = MetricWriter(workdir, meta["data"]["step"], unit)
+        kind = MetricWriter if group.is_first else NoWriter
+        writer = kind(workdir, meta["data"]["step"], unit)
         stack.enter_context(contextlib.closing(writer))
         evaluator = Evaluator(experiment, codecs)
+        if isinstance(interrupt, signals.Interrupt):
+            interrupt.listening = True
         scores = train_and_test(
             experiment, splits, state, meta, evaluator, checkpointer, writer, stop
         )
         if not scores:
             start.outcome = f"interrupted by {stop()}"
+            if isinstance(interrupt, signals.Interrupt):
+                interrupt.requested = stop()  # it may have come to another process
         return scores
 
 
@@ -322,7 +341,7 @@ def train_and_test(
     meta: dict[str, Any],
     evaluator: Evaluator,
     checkpointer: Checkpointer,
-    writer: MetricWriter,
+    writer: MetricWriter | NoWriter,
     stop: Stop,
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
@@ -354,8 +373,6 @@ def train_and_test(
         checkpointer.record(step, numbers)
         scored[step] = found
 
-    if isinstance(stop, signals.Interrupt):
-        stop.listening = True
     if evaluation_due(config, start) and not checkpointer.metrics_of(start):
         # The one that was interrupted; perhaps between two splits.
         writer.go_back(start, scores=False)
@@ -399,7 +416,10 @@ def main(argv: list[str]) -> int:
         print(plan.sources(config, read=True))
         return 0
     workdir = launch.folder_flag("workdir")
+    about = {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
+    group = joining.join(about)
     interrupt = signals.Interrupt()
+    interrupt.leaving = lambda came: group.leave_at_once(came, signals.INTERRUPTED)
     resume, fork = flags.FLAGS.resume, flags.FLAGS.fork
     run(config, workdir, stop=interrupt, resume=resume, fork=fork)
     if interrupt.requested:
@@ -407,14 +427,19 @@ def main(argv: list[str]) -> int:
             workdirs.checkpoint_dir(workdir), config.checkpoint
         ) as checkpointer:
             saved = checkpointer.latest()
-        print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
-        print(f"to go on: {commands.line('train', workdir=workdir)}", file=sys.stderr)
+        again = commands.line("train", workdir=workdir)
+        if group.count > 1:
+            again = f"start all processes again, or one alone: {again}"
+        if group.is_first:
+            print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+            print(f"to go on: {again}", file=sys.stderr)
         return signals.INTERRUPTED
     return 0
 
 
 def define() -> None:
     """Defines the flags but for --config."""
+    joining.define()
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
     flags.DEFINE_integer("resume", None, about)

@@ -6,7 +6,6 @@ metrics.jsonl, runs.jsonl (a line per start), samples/ and what evaluate.py repo
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models import ModelConfig
 from triform.models.stacking import looped_layers, stacked_layers
-from triform.runtime import commands, files, metrics, paths
+from triform.runtime import commands, files, hosts, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 
@@ -136,24 +135,12 @@ def require_same(workdir: str, old: ExperimentConfig, config: ExperimentConfig) 
 
 def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -> None:
     """Writes codecs and config.json. Called last, after everything that may fail."""
+    if not hosts.here().is_first:
+        return
     codec_files.save(codecs, workdir)
     plugins.save(config.plugins, workdir)
     with files.replacing(os.path.join(workdir, "config.json")) as f:
         f.write(schema.to_json(config))
-
-
-def lock(workdir: str) -> Any:
-    """A file that is locked until it is closed: one run at a time per workdir."""
-    file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115  (kept open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(
-            f"workdir={workdir!r}: another train.py runs in it; wait for it, stop it, "
-            "or name another workdir"
-        ) from error
-    return file
 
 
 def tested(workdir: str, step: int) -> dict[str, Any]:
@@ -254,6 +241,7 @@ def load_variables(
     # Older steps are kept for being best, not for being next in line.
     newest = experiment.config.checkpoint.keep_newest
     steps = steps_of(checkpointer, which, checkpointer.on_schedule()[-newest:])
+    steps = hosts.here().broadcast("which checkpoint", steps)  # a run may be adding
     total = None
     for step in steps:
         try:

@@ -44,11 +44,15 @@ def run(path: str, index: str) -> int:
 
 def ask(workdir: str, path: str, trials: str) -> int:
     """Asks for the runs of so many trials, and writes their list; the exit code."""
+    if os.path.exists(path):
+        print(f"{path}: is there")  # this job was put back into the queue
+        return 0
     sweep = opened(workdir)
     study = search.Study(sweep)
     study.tell()
     known = {member.folder for member in study.members()}
-    new = [m for _ in range(int(trials)) for m in study.ask() if m.folder not in known]
+    count = min(int(trials), study.left())
+    new = [m for _ in range(count) for m in study.ask() if m.folder not in known]
     sweep.members = study.members()
     slurm.write_runs(path, list({m.folder: m for m in new}.values()))
     runs.write(sweep)

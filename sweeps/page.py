@@ -25,6 +25,20 @@ td.number { text-align: right; font-variant-numeric: tabular-nums }
 """
 
 
+def _short(text: str) -> str:
+    """A value for a picture: numbers with three digits, the end of what is long."""
+    try:
+        return f"{float(text):.3g}"
+    except ValueError:
+        return text if 0 < len(text) <= 16 else f"...{text[-13:]}" if text else "''"
+
+
+def _label(settings: dict[str, str]) -> str:
+    """'learning_rate=0.001 seed=0': settings for a legend, keys by their last part."""
+    found = [f"{k.rpartition('.')[2]}={_short(v)}" for k, v in settings.items()]
+    return "  ".join(found)
+
+
 def _groups(members: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Runs that differ by the seed only, by the name of what they share."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -79,7 +93,8 @@ def picture(sweep: Sweep, members: Sequence[dict[str, Any]]) -> bytes | None:
 def _draw_curves(axes: Any, sweep: Sweep, groups: Sequence, colours: dict) -> None:
     """A curve a run, the best on top; runs that differ by the seed have one colour."""
     for place, (name, group) in reversed(list(enumerate(groups))):
-        label = name if place < NAMED else None
+        kept = {k: v for k, v in group[0]["settings"].items() if k != SEED}
+        label = _label(kept) if place < NAMED else None
         for row in group:
             folder = sweep.member(row["settings"]).folder
             curve = runs.curve_of(folder, sweep.metric)
@@ -150,7 +165,7 @@ def _mark(axes: Any, scale: dict[str, float], most: int = 8) -> None:
     """Marks at most so many positions of a scale, evenly."""
     places = sorted(scale.items(), key=lambda item: item[1])
     kept = places[:: -(-len(places) // most)]
-    axes.set_xticks([x for _, x in kept], [text[:16] or "''" for text, _ in kept])
+    axes.set_xticks([x for _, x in kept], [_short(text) for text, _ in kept])
 
 
 def _draw_parallel(
@@ -178,7 +193,7 @@ def _draw_parallel(
         ordered = sorted(scales[key][0].items(), key=lambda item: item[1])
         for text, height in ordered[:: -(-len(ordered) // 6)]:
             axes.annotate(
-                text[:16] or "''",
+                _short(text),
                 (place, height),
                 xytext=(4, 3),
                 textcoords="offset points",

@@ -32,8 +32,10 @@ code=$?
 # {interrupted}: the run was interrupted and has saved. Where Slurm puts the job back
 # into the queue itself, or a user has cancelled it, its state is no longer RUNNING.
 if [ "$code" = {interrupted} ]; then
-    if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
-        scontrol requeue "$SLURM_JOB_ID"
+    # Not SLURM_JOB_ID: that of the last task names the whole array.
+    task="${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+    if scontrol show job "$task" | grep -q JobState=RUNNING; then
+        scontrol requeue "$task"
         sleep 60  # Slurm ends this script
     fi
 fi

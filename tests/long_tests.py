@@ -17,6 +17,7 @@ LONG = {
     "tests/test_forks.py": "trainings",
     "tests/test_kills.py::test_ten": "processes",
     "tests/test_kills.py::test_killed": "processes",
+    "tests/test_hosts_run.py": "processes",
     "tests/test_interop_workdir.py::test_memory": "a process",
     "tests/test_models.py::test_remat": "compiles three models",
     "tests/test_models.py::test_scan": "compiles two models for every window",

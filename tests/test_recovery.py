@@ -70,7 +70,7 @@ def test_a_failed_read_moves_nothing(say, part, folder, monkeypatch):
             if part == "meta":
                 patch.setattr(ocp.JsonCheckpointHandler, "restore", fail)
             else:
-                patch.setattr(checkpointer._manager, "restore", fail)
+                patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
             with pytest.raises(CheckpointError, match="step 3 .*could not be read"):
                 checkpointer.restore(WANTED)
     assert sorted(os.listdir(folder / "checkpoints")) == ["1", "2", "3"]

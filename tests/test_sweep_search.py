@@ -2,10 +2,12 @@
 
 import base64
 import io
+import json
 import math
 import os
 import re
 import sys
+import time
 
 import pytest
 import sweep_runs
@@ -14,6 +16,7 @@ from sweep_runs import starts_of, sweep_of
 
 from triform.runtime import files
 from triform.runtime.errors import UserError
+from triform.sweeps import __main__ as tasks
 from triform.sweeps import local, page, report, runs, search, slurm
 from triform.sweeps.values import Range, Search
 
@@ -130,7 +133,8 @@ def test_scripts_of_a_grid_and_of_a_search(tmp_path):
     assert after is None and found["array"] == "0-4%2" and found["gres"] == "gpu:2"
     assert found["time"] == "0-01:30:00" and found["mem"] == "16G"
     assert found["signal"] == "USR1@120" and "requeue" in found
-    assert "SLURM_ARRAY_TASK_ID" in files.read_text(path)
+    # The number of an array's last task, SLURM_JOB_ID, names all of its tasks.
+    assert 'requeue "$SLURM_JOB_ID' not in files.read_text(path)
     sweep = searched(tmp_path, trials=5, seeds=("0", "1"), jobs=2)
     found = slurm.scripts(sweep, [], where)
     assert [after for _, after in found] == [None, "afterok"] + [
@@ -142,6 +146,69 @@ def test_scripts_of_a_grid_and_of_a_search(tmp_path):
     for text in ("gpu", "gpu,1", "gpu,1,0", "a b,1,1", "gpu,1,1,1"):
         with pytest.raises(UserError, match="PARTITION,GPUS,HOURS"):
             slurm.place(text)
+
+
+def test_waves_are_submitted_at_once_and_none_twice(tmp_path, monkeypatch):
+    """With programs in place of Slurm's, which note how they are called."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {
+        "sbatch": 'echo "$*" >> calls; wc -l < calls',
+        "squeue": "cat queued 2>/dev/null",
+        "scancel": 'echo "scancel $*" >> calls',
+    }.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    sweep, where = searched(tmp_path, trials=4, jobs=2), slurm.place("cpu,0,1")
+    assert slurm.submit(sweep, [], where) == ["1", "2", "3", "4"]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    found = [re.search(r"--dependency=(\S+)", call) for call in calls]
+    after = [match and match[1] for match in found]
+    assert after == [None, "afterok:1", "afterany:2", "afterok:3"]
+    (tmp_path / "queued").write_text("3\n9\n")
+    with pytest.raises(UserError, match="jobs 3 of this sweep"):
+        slurm.submit(sweep, [], where)
+    (tmp_path / "queued").unlink()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho no such >&2; exit 1\n")
+    with pytest.raises(UserError, match="no such"):
+        slurm.submit(sweep, [], where)
+
+
+def test_a_wave_is_asked_for_once_and_no_trial_is_too_many(folder):
+    sweep = searched(folder, trials=3, seeds=("0", "1"))
+    runs.write(sweep)
+    listed = []
+    for wave in (0, 0, 1):  # the first job is put back into the queue
+        path = str(folder / "out" / f"wave{wave}.json")
+        assert tasks.ask(sweep.workdir, path, "2") == 0
+        listed.append(json.loads(files.read_text(path)))
+        for member in runs.read(sweep.workdir).members:
+            write_metrics(member, **{"eval/loss": 1.0})
+    assert [len(x) for x in listed] == [4, 4, 2] and listed[0] == listed[1]
+    found = runs.read(sweep.workdir)
+    assert [m.settings for m in found.members] == listed[0] + listed[2]
+
+
+def test_a_task_does_its_run_and_says_with_its_code_what_came_of_it(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(local, "Stop", lambda: lambda: "")
+    sweep = sweep_of(folder / "out", [{ENDS: "0"}, {ENDS: "1"}])
+    runs.write(sweep)
+    ((script, _),) = slurm.scripts(sweep, sweep.members, slurm.place("cpu,0,1"))
+    path = script.replace(".sh", ".json")
+    assert [tasks.run(path, str(i)) for i in range(3)] == [0, 1, 0]
+    assert [runs.status_of(m).state for m in sweep.members] == ["finished", "failed"]
+    # Stopped before its end: 75, which puts the task back into the queue.
+    stopped = sweep_of(folder / "out", [{"log_every": "60000"}])
+    runs.write(stopped)
+    slurm.write_runs(path, stopped.members)
+    begin = time.monotonic()
+    late = lambda: "SIGTERM" if time.monotonic() - begin > 1 else ""  # noqa: E731
+    monkeypatch.setattr(local, "Stop", lambda: late)
+    assert tasks.run(path, "0") == 75
 
 
 # The report

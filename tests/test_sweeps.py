@@ -263,6 +263,8 @@ def test_a_sweep_started_again_does_what_is_unfinished(sweep, tmp_path):
         (["--sweep=seed=0,1", "--on=slurm:gpu"], "PARTITION,GPUS,HOURS"),
         (["--sweep_file=nowhere"], "one of sizes"),
         ([], "nothing is swept"),
+        (["--sweep=seed=0,1", "reprot"], "'reprot'"),
+        (["--sweep=log_every=1,2", "--search=tpe:2", "--on=print"], "random:N"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_first_run(words, message, tmp_path, main):
