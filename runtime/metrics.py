@@ -179,7 +179,7 @@ class NoWriter:
     def __init__(self, workdir: str, step: int, unit: str = "tokens"):
         del workdir, step, unit
 
-    def go_back(self, step: int) -> None:
+    def go_back(self, step: int, scores: bool = True) -> None:
         """Nothing."""
 
     def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
