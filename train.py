@@ -304,7 +304,8 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.lock(workdir))
         if fork:
-            forks.begin(workdir, config, fork)
+            copy_run = functools.partial(forks.begin, workdir, config, fork)
+            group.in_turn("copying the run that is forked", copy_run)
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
         group.leaving = lambda line: start.end(f"error: {line}")

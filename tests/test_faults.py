@@ -15,7 +15,7 @@ import tiny_run
 
 from triform import input_pipeline, train
 from triform import workdir as workdirs
-from triform.runtime import launch
+from triform.runtime import launch, locks
 from triform.runtime.errors import UserError
 
 STEPS = 6
@@ -73,12 +73,10 @@ def told(run) -> str:
 
 
 def newest(workdir):
-    """The largest file of the newest checkpoint."""
+    """The largest file with data of the newest checkpoint."""
     steps = [int(x) for x in os.listdir(workdir / "checkpoints") if x.isdigit()]
     folder = workdir / "checkpoints" / str(max(steps)) / "state"
-    return max(
-        (x for x in folder.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size
-    )
+    return max(folder.glob("**/d/*"), key=lambda x: x.stat().st_size)
 
 
 # A full or read-only disk, wherever something is written.
@@ -251,7 +249,7 @@ def test_a_thread_that_dies_is_one_line(base, half, monkeypatch):
 
 def test_a_second_start_is_refused(base, half):
     workdir, config = half
-    with workdirs.lock(str(workdir)):
+    with locks.lock(str(workdir)):
         text = told(lambda: train.run(config, str(workdir)))
     assert "another train.py runs in it" in text
     goes_on(base, workdir, config)
