@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -90,11 +89,7 @@ class Checkpointer:
 
     def __init__(self, directory: str, config: CheckpointConfig) -> None:
         config.validate()
-        self._remote = stores.is_store(directory)
-        if self._remote:
-            stores.teach_orbax()
-        else:  # orbax refuses relative paths on save
-            directory = os.path.abspath(directory)
+        directory, self._remote = stores.for_orbax(directory)
         self._config = config
         self._pending: int | None = None  # the step that is being saved
         self._wrote = False
@@ -364,8 +359,7 @@ class Checkpointer:
 
     def _is_committed(self, step: int) -> bool:
         """Is everything of a step written?"""
-        path = self._path(step)
-        return (path / stores.COMMITTED if self._remote else path).exists()
+        return (self._path(step) / (stores.COMMITTED if self._remote else "")).exists()
 
     def _uncommitted(self) -> list[Any]:
         """The folders of saves that were not completed."""

@@ -274,6 +274,14 @@ def local(folder: str) -> str:
 # Checkpoints
 
 
+def for_orbax(directory: str) -> tuple[str, bool]:
+    """(the directory as orbax takes it, is it on a store?)."""
+    if is_store(directory):
+        teach_orbax()
+        return directory, True
+    return os.path.abspath(directory), False  # it refuses relative paths on save
+
+
 @functools.cache
 def teach_orbax() -> None:
     """Lets orbax put arrays on s3://, which tensorstore can and orbax 0.12 cannot.

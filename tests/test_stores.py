@@ -350,7 +350,7 @@ def test_a_run_killed(url, tmp_path):
         steps = kept.steps()
         go_back(url, kept, config, steps[0])
         assert kept.steps() == steps[:1]
-    aside = ["metrics.jsonl", *map(str, steps[1:])]
+    aside = ["metrics.jsonl", "scores.jsonl", *map(str, steps[1:])]
     assert stores.names(f"{url}/set_aside") == sorted(aside)
     there = str(tmp_path / "fork")
     for source, target in ((url, there), (url, f"{url}-fork"), (whole, f"{url}-3")):
