@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from triform.models.autoencoder import Autoencoder, AutoencoderConfig
 from triform.models.config import ModelConfig
+from triform.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from triform.models.distillation import Distillation, DistillationConfig
 from triform.models.encoder import Encoder, EncoderConfig
 from triform.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -27,6 +28,7 @@ MODELS = {
     LoRAConfig: LoRA,
     DistillationConfig: Distillation,
     AutoencoderConfig: Autoencoder,
+    DiscreteVAEConfig: DiscreteVAE,
 }
 
 

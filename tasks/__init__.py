@@ -7,6 +7,7 @@ from flax import linen as nn
 from triform.tasks.autoencoding import Autoencoding, AutoencodingConfig
 from triform.tasks.base import Context, Task
 from triform.tasks.distillation import LabelDistillation, LabelDistillationConfig
+from triform.tasks.image_coding import ImageCoding, ImageCodingConfig
 from triform.tasks.prediction import (
     Classification,
     ClassificationConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "AutoencodingConfig",
     "ClassificationConfig",
     "Context",
+    "ImageCodingConfig",
     "LabelDistillationConfig",
     "PretrainingConfig",
     "RegressionConfig",
@@ -39,6 +41,7 @@ TASKS: dict[type, type[Task]] = {
     RegressionConfig: Regression,
     TokenRegressionConfig: TokenRegression,
     AutoencodingConfig: Autoencoding,
+    ImageCodingConfig: ImageCoding,
     LabelDistillationConfig: LabelDistillation,
 }
 
