@@ -205,14 +205,15 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     data = config.data
     source, rules = "", workdirs.init_rules(config)
     if workdirs.saved_config(workdir) is not None:
-        saved = codec_files.load(workdir, data)
+        saved = workdirs.load_codecs(workdir, data)
         if codec_files.is_complete(saved, data):
             return saved
         source = workdir  # imported weights: their classes have no names yet
     elif rules:
         source = workdirs.parse(rules[0].source)[0]
     with stage(f"tokenizer and classes of {data.source!r}"):
-        return codec_files.build(data, config.model.sizes(), earlier=source)
+        trained = workdirs.models_of_codecs(data)
+        return codec_files.build(data, config.model.sizes(), earlier=source) | trained
 
 
 def restore_or_init(

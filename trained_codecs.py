@@ -7,7 +7,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,14 +16,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from triform import models
-from triform.configs import plugins, saving, schema
+from triform.configs import saving, schema
 from triform.data.codecs import Codec
 from triform.data.datasets.images import ImagesConfig, in_evaluation, scaling, to_pixels
 from triform.models import DiscreteVAEConfig
 from triform.runtime import files
-from triform.runtime.errors import DataError, UserError
+from triform.runtime.errors import DataError
 
-FOLDER = "codec_{}"  # of a workdir: config.json and parameters of the codec of a field
+FOLDER = "codec_{}"  # of a workdir, by field: the files below
+CONFIG, PARAMS = "config.json", "params.npz"
 BATCH = 64  # pictures at once
 
 
@@ -63,20 +65,52 @@ class PictureCodes:
 
     def digest(self) -> str:
         """Of the config and the parameters."""
-        return hashlib.sha256(self._config().encode() + self._arrays()).hexdigest()
+        found = hashlib.sha256(self._config().encode())
+        for name, x in sorted(self._arrays().items()):
+            found.update(name.encode() + np.ascontiguousarray(x).tobytes())
+        return found.hexdigest()
 
     def save(self, workdir: str) -> None:
         """Into a folder of a workdir."""
         folder = os.path.join(workdir, FOLDER.format(self.field))
         os.makedirs(folder, exist_ok=True)
-        with files.replacing(os.path.join(folder, "config.json")) as f:
+        with files.replacing(os.path.join(folder, CONFIG)) as f:
             f.write(self._config())
-        with files.replacing(os.path.join(folder, "params.npz"), binary=True) as f:
-            f.write(self._arrays())
+        with files.replacing(os.path.join(folder, PARAMS), binary=True) as f:
+            np.savez(f, **self._arrays())
 
     def _config(self) -> str:
         parts = {"model": self.model, "data": self.data}
-        return json.dumps({k: saving.tree_of(x, Any) for k, x in parts.items()}, indent=1)
+        tree = {k: saving.tree_of(x, Any) for k, x in parts.items()}
+        return json.dumps(tree, indent=1)
 
-    def _arrays(self) -> bytes:
-        return arrays_to_bytes(flatten_dict(self.params, sep="/"))
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return flatten_dict(self.params, sep="/")
+
+
+def load(workdir: str, data: Any) -> dict[str, Codec]:
+    """The codecs that a run saved, by field of its data; DataError if one is damaged.
+
+    Those of which there is nothing are left out: a new run has none yet.
+    """
+    found: dict[str, Codec] = {}
+    for field in data.coded():
+        folder = os.path.join(workdir, FOLDER.format(field))
+        text = files.read_text(os.path.join(folder, CONFIG))
+        if text is None:
+            continue
+        try:
+            tree = json.loads(text)
+            model, images = (
+                saving.from_tree(tree[name], Any, schema.CHOICES, name)
+                for name in ("model", "data")
+            )
+            with np.load(os.path.join(folder, PARAMS)) as arrays:
+                params = unflatten_dict({k: arrays[k] for k in arrays}, sep="/")
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"{folder}: is torn or of another version ({error}); restore it, or "
+                f"copy {FOLDER.format(field)} of another run with the same codes"
+            ) from error
+        found[field] = PictureCodes(field, model, images, params)
+    return found

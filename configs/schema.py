@@ -17,10 +17,12 @@ from triform.data.batch import Field
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets import (
     DATASETS,
+    CaptionedImagesConfig,
     CausalLMConfig,
     ConversationsConfig,
     Corpus,
     Dataset,
+    ImageCodesConfig,
     ImagesConfig,
     MaskedLMConfig,
     MixtureConfig,
@@ -59,6 +61,7 @@ from triform.tasks import (
 )
 
 __all__ = [
+    "CaptionedImagesConfig",
     "CausalLMConfig",
     "CheckpointConfig",
     "ClassificationConfig",
@@ -70,6 +73,7 @@ __all__ = [
     "EvaluationConfig",
     "EvaluationSplit",
     "ExperimentConfig",
+    "ImageCodesConfig",
     "ImagesConfig",
     "InitRule",
     "LanguageModelConfig",

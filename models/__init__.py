@@ -17,6 +17,7 @@ from triform.models.encoder import Encoder, EncoderConfig
 from triform.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from triform.models.language_model import LanguageModel, LanguageModelConfig
 from triform.models.lora import LoRA, LoRAConfig
+from triform.models.text_to_image import TextToImage, TextToImageConfig
 from triform.models.vision import VisionConfig
 
 # config type: module
@@ -29,6 +30,7 @@ MODELS = {
     DistillationConfig: Distillation,
     AutoencoderConfig: Autoencoder,
     DiscreteVAEConfig: DiscreteVAE,
+    TextToImageConfig: TextToImage,
 }
 
 

@@ -148,10 +148,7 @@ class DiscreteVAE(nn.Module):
         self.stem = nn.Conv(config.width, (7, 7), dtype=dtype)
         self.encoder = Side(config, down=True)
         self.codes = nn.Conv(config.num_codes, (1, 1), dtype=dtype)
-        init = nn.initializers.normal(1.0)
-        self.codebook = nn.Embed(
-            config.num_codes, 2 * config.width, dtype=dtype, embedding_init=init
-        )
+        self.codebook = nn.Embed(config.num_codes, 2 * config.width, dtype=dtype)
         self.decoder = Side(config, down=False)
         self.pixels = nn.Conv(2 * config.channels, (1, 1), dtype=dtype)
 

@@ -16,6 +16,10 @@ from triform.tasks.prediction import (
 )
 from triform.tasks.pretraining import Pretraining, PretrainingConfig
 from triform.tasks.regression import Regression, RegressionConfig
+from triform.tasks.text_to_image import (
+    TextToImagePrediction,
+    TextToImagePredictionConfig,
+)
 from triform.tasks.token_regression import TokenRegression, TokenRegressionConfig
 
 __all__ = [
@@ -28,6 +32,7 @@ __all__ = [
     "PretrainingConfig",
     "RegressionConfig",
     "Task",
+    "TextToImagePredictionConfig",
     "TokenPredictionConfig",
     "TokenRegressionConfig",
     "build",
@@ -42,6 +47,7 @@ TASKS: dict[type, type[Task]] = {
     TokenRegressionConfig: TokenRegression,
     AutoencodingConfig: Autoencoding,
     ImageCodingConfig: ImageCoding,
+    TextToImagePredictionConfig: TextToImagePrediction,
     LabelDistillationConfig: LabelDistillation,
 }
 
