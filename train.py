@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import config_flag, plan
+from triform import config_flag, plan, trained_codecs
 from triform import workdir as workdirs
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
@@ -212,7 +212,7 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     elif rules:
         source = workdirs.parse(rules[0].source)[0]
     with stage(f"tokenizer and classes of {data.source!r}"):
-        trained = workdirs.models_of_codecs(data)
+        trained = trained_codecs.from_runs(data, workdirs.open_run)
         return codec_files.build(data, config.model.sizes(), earlier=source) | trained
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from triform.data.codecs import Codec
 from triform.data.datasets.images import ImagesConfig, in_evaluation, scaling, to_pixels
 from triform.models import DiscreteVAEConfig
 from triform.runtime import files
-from triform.runtime.errors import DataError
+from triform.runtime.errors import DataError, UserError
 
 FOLDER = "codec_{}"  # of a workdir, by field: the files below
 CONFIG, PARAMS = "config.json", "params.npz"
@@ -86,6 +86,32 @@ class PictureCodes:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return flatten_dict(self.params, sep="/")
+
+
+def from_runs(data: Any, open_run: Callable[[str], Any]) -> dict[str, Codec]:
+    """The codecs of the runs that a config of data names, by field.
+
+    `open_run` opens a workdir (see workdir.py). UserError if one is not named or is no
+    discrete VAE.
+    """
+    found: dict[str, Codec] = {}
+    for field in data.coded():
+        path = getattr(data, field)
+        if not path:
+            raise UserError(
+                f"data.{field}='': name the workdir of a discrete VAE, which "
+                "train.py --config=configs/dvae.py makes"
+            )
+        run = open_run(path)
+        model, images = run.config.model, run.config.data
+        if not isinstance(model, DiscreteVAEConfig):
+            raise UserError(
+                f"data.{field}={path!r}: holds a {type(model).__name__}; name the "
+                "workdir of a discrete VAE"
+            )
+        params = jax.device_get(run.variables["params"])
+        found[field] = PictureCodes(field, model, images, params)
+    return found
 
 
 def load(workdir: str, data: Any) -> dict[str, Codec]:

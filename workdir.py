@@ -27,7 +27,7 @@ from triform.data.codecs.text import Tokenizer
 from triform.data.datasets import DATASETS
 from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
-from triform.models import DiscreteVAEConfig, ModelConfig
+from triform.models import ModelConfig
 from triform.models.stacking import looped_layers, stacked_layers
 from triform.runtime import commands, files, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
@@ -323,28 +323,6 @@ def open_run(
 def load_codecs(path: str, data: Any) -> dict[str, Codec]:
     """The codecs that a run saved, models of other runs among them."""
     return codec_files.load(path, data) | trained_codecs.load(path, data)
-
-
-def models_of_codecs(data: Any) -> dict[str, Codec]:
-    """The codecs that are models of other runs, out of their workdirs."""
-    found: dict[str, Codec] = {}
-    for field in data.coded():
-        path = getattr(data, field)
-        if not path:
-            raise UserError(
-                f"data.{field}='': name the workdir of a discrete VAE, which "
-                "train.py --config=configs/dvae.py makes"
-            )
-        run = open_run(path)
-        if not isinstance(run.config.model, DiscreteVAEConfig):
-            raise UserError(
-                f"data.{field}={path!r}: holds a {type(run.config.model).__name__}; "
-                "name the workdir of a discrete VAE"
-            )
-        params = jax.device_get(run.variables["params"])
-        model, images = run.config.model, run.config.data
-        found[field] = trained_codecs.PictureCodes(field, model, images, params)
-    return found
 
 
 def load(path: str, checkpoint: str = "best") -> Loaded:

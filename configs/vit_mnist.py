@@ -23,11 +23,29 @@ from triform.configs.schema import (
     vary,
 )
 
-VARIANTS = {"": {}, "smoke": functools.partial(smoke, split="test[:100]")}
+VARIANTS = {
+    "": {},
+    # scikit-learn's digits of 8 x 8 pixels.
+    "digits": {
+        "model.patch_size": 2,
+        "data": {
+            "source": "digits",
+            "train_split": "train",
+            "eval_split": "validation",
+            "size": 8,
+            "batch_size": 64,
+            "pad": 1,
+        },
+        "evaluation.every": 400,
+        "checkpoint.every": 200,
+        "steps": 2000,
+    },
+    "smoke": functools.partial(smoke, split="test[:100]"),
+}
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (minutes on 2 cores), 'smoke'."""
+    """Variants: '' (minutes on 2 cores), 'digits', 'smoke'."""
     trunk = TransformerConfig(
         num_layers=4,
         d_model=64,

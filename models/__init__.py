@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from triform.models.autoencoder import Autoencoder, AutoencoderConfig
 from triform.models.config import ModelConfig
+from triform.models.contrastive import Contrastive, ContrastiveConfig
 from triform.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from triform.models.distillation import Distillation, DistillationConfig
 from triform.models.encoder import Encoder, EncoderConfig
@@ -31,6 +32,7 @@ MODELS = {
     AutoencoderConfig: Autoencoder,
     DiscreteVAEConfig: DiscreteVAE,
     TextToImageConfig: TextToImage,
+    ContrastiveConfig: Contrastive,
 }
 
 

@@ -1,4 +1,4 @@
-"""Discrete VAE of images (Ramesh et al. 2021, 2.1 and A): pictures <-> grids of codes."""
+"""Discrete VAE of images (Ramesh et al. 2021, 2.1): pictures <-> grids of codes."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""DALL-E (Ramesh et al. 2021): a decoder of texts and, after them, codes of pictures."""
+"""DALL-E (Ramesh et al. 2021): a decoder of texts and codes of pictures."""
 
 import dataclasses
 import math
@@ -146,13 +146,13 @@ class TextToImage(nn.Module):
         rows, length = ids.shape
         room = texts.shape[1] + self.config.grid**2
         cache = Cache.empty(self.config.trunk, rows, room)
-        positions = jnp.broadcast_to(jnp.arange(length - 1, dtype=jnp.int32), (rows, length - 1))
+        positions = jnp.broadcast_to(
+            jnp.arange(length - 1, dtype=jnp.int32), (rows, length - 1)
+        )
         _, cache = self._run(ids[:, :-1], positions, cache)
         return cache, ids[:, -1], jnp.full((rows,), length - 1, jnp.int32)
 
-    def extend(
-        self, ids: Array, positions: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
+    def extend(self, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
         """Feeds the next ids int32 [B, l]; returns (logits of codes [B, l, K], cache).
 
         They are codes, or before the codes rows of the table.

@@ -8,6 +8,7 @@ from triform.tasks.autoencoding import Autoencoding, AutoencodingConfig
 from triform.tasks.base import Context, Task
 from triform.tasks.distillation import LabelDistillation, LabelDistillationConfig
 from triform.tasks.image_coding import ImageCoding, ImageCodingConfig
+from triform.tasks.matching import Matching, MatchingConfig
 from triform.tasks.prediction import (
     Classification,
     ClassificationConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "Context",
     "ImageCodingConfig",
     "LabelDistillationConfig",
+    "MatchingConfig",
     "PretrainingConfig",
     "RegressionConfig",
     "Task",
@@ -48,6 +50,7 @@ TASKS: dict[type, type[Task]] = {
     AutoencodingConfig: Autoencoding,
     ImageCodingConfig: ImageCoding,
     TextToImagePredictionConfig: TextToImagePrediction,
+    MatchingConfig: Matching,
     LabelDistillationConfig: LabelDistillation,
 }
 

@@ -25,7 +25,9 @@ class ImageCodingConfig:
     its own number in place of 192 a code of 4 pixels would cost 48 times as much.
     """
 
-    reconstruction: str = "laplace"  # of logits of pixels (A.3), or squared error
+    # laplace: of logits of pixels (A.3); squared: error / (2 spread^2), a Gaussian's.
+    reconstruction: str = "laplace"
+    spread: float = 0.25  # of squared errors: about the standard deviation of pixels
     kl_weight: float = 6.6  # of the paper's summed divergence
     kl_steps: int = 5000  # over which it rises from 0, along a cosine
     numbers_per_code: int = 192  # of the pictures that kl_weight was chosen for
@@ -44,8 +46,7 @@ class ImageCodingConfig:
         require(self.reconstruction in RECONSTRUCTIONS, "reconstruction", choices)
         for name in ("kl_weight", "kl_steps", "temperature_steps"):
             require(getattr(self, name) >= 0, name, "must not be negative; 0 is off")
-        require(self.numbers_per_code > 0, "numbers_per_code", "must be positive")
-        for name in ("temperature", "last_temperature"):
+        for name in ("numbers_per_code", "spread", "temperature", "last_temperature"):
             require(getattr(self, name) > 0, name, "must be positive")
 
 
@@ -128,9 +129,12 @@ class ImageCoding(Task):
         return {"image": outputs["image"]}
 
     def _losses(self, outputs: Outputs, batch: Batch) -> Array:
-        """[B, H, W, C]: nats of a logit-Laplace distribution, or squared errors."""
+        """[B, H, W, C]: nats of a logit-Laplace distribution, or of a Gaussian less a
+        constant.
+        """
         if self.config.reconstruction == "squared":
-            return (outputs["image"] - batch["image"]) ** 2
+            error = outputs["image"] - batch["image"]
+            return (error / self.config.spread) ** 2 / 2
         x = batch["image"] * (1 - 2 * EDGE) + EDGE
         logit = jnp.log(x) - jnp.log1p(-x)
         log_scale = outputs["log_scale"]

@@ -147,7 +147,9 @@ class Captions(Dataset):
 
         def write(folder: str, parts: str) -> None:
             path, array = os.path.join(folder, f"{name}.npy"), None
-            for start in counted(range(0, total, CHUNK), f"{name} of images", -(-total // CHUNK)):
+            for start in counted(
+                range(0, total, CHUNK), f"{name} of images", -(-total // CHUNK)
+            ):
                 stop = min(start + CHUNK, total)
                 rows = item([read_image(self, i) for i in range(start, stop)])
                 if array is None:
@@ -219,7 +221,7 @@ class Pairs(Requests):
         (text, image), notes = self.values(request)
         if isinstance(image, str | os.PathLike):
             image = pictures.decoded(os.fspath(image))
-        ids = self.tok.encode(text)
+        ids = self.tok.encode_batch([text])[0]
         return Item([ids, square(self.config, pixels(image))], text, notes)
 
     def size(self, item: Item) -> int:
@@ -268,7 +270,7 @@ class Prompts(Requests):
             (text, *_), notes = self.values({"text": request, "image": None})
         if not isinstance(text, str):
             raise DataError(f"{text!r:.40} is no text; quote it")
-        parts = [np.asarray(self.tok.encode(text), np.int32)]
+        parts = [self.tok.encode_batch([text])[0].astype(np.int32)]
         if image is not None:
             if isinstance(image, str | os.PathLike):
                 image = pictures.decoded(os.fspath(image))
