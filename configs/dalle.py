@@ -31,7 +31,7 @@ def lasting(steps: int) -> dict:
 # sees a square around each code (Ramesh et al. 2021, B.1).
 SPARSE = ("row", "column", "row", "row")
 VARIANTS = {
-    "digits": lasting(2000),
+    "digits": lasting(1200),
     "mnist": {
         **lasting(4000),
         "data": {
@@ -56,7 +56,7 @@ VARIANTS = {
     # A folder of pictures with metadata.csv: --config.data.source=FOLDER.
     "own": {
         **lasting(20_000),
-        "model.trunk": {"d_model": 256, "num_heads": 8, "d_ff": 1024, "num_layers": 8},
+        "model.trunk": {"d_model": 256, "num_heads": 8, "d_ff": 1024, "num_layers": 6},
         "model.vocab_size": 4000,
         "data": {
             "source": "pictures/",
@@ -106,17 +106,17 @@ VARIANTS = {
 def get_config(variant: str = "digits") -> ExperimentConfig:
     """Variants: 'digits', 'mnist', 'emoji', 'own', '12b', 'smoke'."""
     trunk = TransformerConfig(
-        num_layers=4,
-        d_model=128,
+        num_layers=3,
+        d_model=96,
         num_heads=4,
-        d_ff=512,
+        d_ff=384,
         max_len=0,
         positions="none",
         norm_position="pre",
         ffn="gelu",
         init="depth",
         dropout=0.1,
-        patterns=("row", "column", "row", "conv:3"),
+        patterns=("row", "column", "conv:3"),
     )
     config = ExperimentConfig(
         model=TextToImageConfig(trunk, vocab_size=320, num_codes=-1),
@@ -130,7 +130,7 @@ def get_config(variant: str = "digits") -> ExperimentConfig:
         ),
         optim=OptimConfig(
             name="adamw",
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             schedule="cosine",
             warmup_steps=100,
             b2=0.99,
