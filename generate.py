@@ -26,7 +26,7 @@ from triform.models.decode import METHODS
 from triform.runtime import launch, paths
 from triform.runtime.errors import UserError
 
-__all__ = ["Output", "Sampler", "cli", "define", "main"]
+__all__ = ["Output", "PictureFile", "Sampler", "cli", "define", "main"]
 
 FLAGS = (
     *("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p"),
