@@ -31,7 +31,7 @@ def lasting(steps: int) -> dict:
 # sees a square around each code (Ramesh et al. 2021, B.1).
 SPARSE = ("row", "column", "row", "row")
 VARIANTS = {
-    "digits": lasting(1200),
+    "digits": lasting(600),
     "mnist": {
         **lasting(4000),
         "data": {
@@ -43,14 +43,20 @@ VARIANTS = {
         },
     },
     "emoji": {
-        **lasting(4000),
-        "model.trunk": {"d_model": 192, "num_heads": 6, "d_ff": 768, "dropout": 0.2},
-        "model.vocab_size": 1500,
+        **lasting(1200),
+        "model.trunk": {
+            "num_layers": 4,
+            "d_model": 128,
+            "d_ff": 512,
+            "dropout": 0.2,
+            "patterns": ("row", "column", "row", "conv:3"),
+        },
+        "model.vocab_size": 1200,
         "data": {
             "source": "noto_emoji",
             "codes": "runs/dvae_emoji",
             "grid": 8,
-            "max_len": 16,
+            "batch_size": 32,
         },
     },
     # A folder of pictures with metadata.csv: --config.data.source=FOLDER.
@@ -115,7 +121,7 @@ def get_config(variant: str = "digits") -> ExperimentConfig:
         norm_position="pre",
         ffn="gelu",
         init="depth",
-        dropout=0.1,
+        dropout=0.2,
         patterns=("row", "column", "conv:3"),
     )
     config = ExperimentConfig(

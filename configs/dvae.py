@@ -44,9 +44,15 @@ VARIANTS = {
     },
     # 32 x 32 pixels in colour, 8 x 8 codes.
     "emoji": {
-        **lasting(6000),
-        "model": {"num_codes": 512, "width": 32, "stages": 2, "blocks": 1},
-        "data": {"source": "noto_emoji", "size": 32, "channels": 3, "flip": True},
+        **lasting(1500),
+        "model": {"num_codes": 256, "width": 32, "stages": 2, "blocks": 1},
+        "data": {
+            "source": "noto_emoji",
+            "size": 32,
+            "channels": 3,
+            "batch_size": 32,
+            "flip": True,
+        },
     },
     # A folder of pictures: --config.data.source=FOLDER.
     "own": {

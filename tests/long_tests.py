@@ -5,6 +5,7 @@ LONG = {
     "tests/test_chat_run.py": "trainings",
     "tests/test_checkpoint.py::test_sigkill": "processes",
     "tests/test_console.py": "an installation and processes",
+    "tests/test_dalle.py": "trainings",
     "tests/test_docs.py": "three trainings",
     "tests/test_encoding.py::test_a_killed_run": "processes",
     "tests/test_entry_points.py": "processes",
