@@ -9,8 +9,8 @@
 digits: every phrasing of every digit is drawn, and the pictures are classified by a ViT
 that has seen no drawn picture. likelihood: nats per code of held-out pictures, with
 their captions, without, and by the frequencies of codes in training. retrieval: of all
-held-out pictures without skin tones, how likely is each under each name. grid: the first
-32 of these names, the first sample of each.
+held-out pictures without skin tones, how likely is each under each name. grid: the
+first 32 of these names, the first sample of each.
 """
 
 import argparse
@@ -114,9 +114,7 @@ def likelihood(args: argparse.Namespace) -> None:
         counts = np.bincount(seen.ravel(), minlength=size) + 1.0
         return float(-np.log(counts / counts.sum())[wanted].mean())
 
-    each = [
-        unigram(codes[:, i], batch["codes"][:, i]) for i in range(codes.shape[1])
-    ]
+    each = [unigram(codes[:, i], batch["codes"][:, i]) for i in range(codes.shape[1])]
     print(f"{args.split}: {len(with_text)} pictures, {size} codes, nats per code")
     print(f"  uniform                {np.log(size):.4f}")
     print(f"  unigram                {unigram(codes, batch['codes']):.4f}")

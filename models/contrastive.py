@@ -1,4 +1,4 @@
-"""Texts and pictures in one space (CLIP, Radford et al. 2021): which belong together."""
+"""Texts and pictures in one space (Radford et al. 2021): which belong together."""
 
 import dataclasses
 import math

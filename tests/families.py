@@ -152,7 +152,9 @@ OTHERS = {
     ),
     "dalle": TextToImageConfig(
         trunk(
-            **{"positions": "none", "norm_position": "pre", "num_layers": 3},
+            positions="none",
+            norm_position="pre",
+            num_layers=3,
             patterns=("row:6:3", "column:6:3", "conv:3:6:3"),
         ),
         VOCAB,

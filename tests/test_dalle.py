@@ -9,10 +9,11 @@ import pytest
 from laws import flat
 from PIL import Image
 
-from triform import evaluate, generate, train, trained_codecs, workdir
+from triform import evaluate, generate, tasks, train, trained_codecs, workdir
 from triform.configs import contrastive, dalle, dvae
 from triform.configs.schema import update
 from triform.data.datasets import dataset
+from triform.input_pipeline import Split, TrainBatches
 from triform.runtime.errors import DataError, UserError
 from triform.tasks import Context, ImageCodingConfig
 from triform.tasks.code_use import CodesUsed, UsePerplexity, histogram
@@ -78,8 +79,8 @@ class Stop:
 
 def test_stopped_and_resumed_is_bitwise_the_same(pictures, runs, tmp_path):
     """Law 6, of both stages."""
-    config = short(dalle, pictures, **{"data.codes": runs[0]})
-    for number, config in enumerate((short(dvae, pictures), config)):
+    second = short(dalle, pictures, **{"data.codes": runs[0]})
+    for number, config in enumerate((short(dvae, pictures), second)):
         path = str(tmp_path / str(number))
         assert train.run(config, path, stop=Stop()) == {}
         assert train.run(config, path)["test/loss"]
@@ -225,8 +226,6 @@ def test_captions_are_left_out_in_training_only(runs, pictures):
     config = short(dalle, pictures, **{"data.codes": runs[0]})
     config.data.text_dropout = 0.5
     config, codecs = train.resolve(config)
-    from triform.input_pipeline import Split, TrainBatches
-
     split = Split.open(config.data, codecs, "train", config.model.sizes())
     batches = TrainBatches(split.batches, 0)
     lengths = np.concatenate(
@@ -246,8 +245,6 @@ def test_captions_are_left_out_in_training_only(runs, pictures):
 
 def test_the_objective_of_codes_is_the_formula():
     """Logit-Laplace (A.3) and KL to uniform, and their schedules."""
-    from triform import tasks
-
     rng = np.random.default_rng(0)
     image = rng.random((2, 4, 4, 1))
     outputs = {

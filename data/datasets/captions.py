@@ -263,9 +263,7 @@ class Prompts(Requests):
         image = None
         if isinstance(request, Mapping):
             image = request.get("image", request.get(self.config.image))
-            request = {k: x for k, x in request.items()}
-            request.setdefault("image", image)
-            (text, image), notes = self.values(request)
+            (text, image), notes = self.values({**request, "image": image})
         else:
             (text, *_), notes = self.values({"text": request, "image": None})
         if not isinstance(text, str):
@@ -314,9 +312,9 @@ class ImageCodes(Captions):
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """In training some captions are left out."""
         ids = self.tokens[item]
-        if epoch.train and self.config.text_dropout:
-            if epoch.rng(item).random() < self.config.text_dropout:
-                ids = ids[:0]
+        dropped = self.config.text_dropout if epoch.train else 0.0
+        if dropped and epoch.rng(item).random() < dropped:
+            ids = ids[:0]
         write_text(batch, row, ids, self.tok.start)
         batch["codes"][row], batch["code_weights"][row] = self._codes[item], 1
 

@@ -1,7 +1,7 @@
 """1,797 handwritten digits of 8 by 8 pixels with captions, out of scikit-learn.
 
-The test part of "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998,
-UCI), which scikit-learn ships: nothing is downloaded. Pixels of 0 to 16 become 0 to 255.
+The test part of "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998),
+which scikit-learn ships: nothing is downloaded. Pixels of 0 to 16 become 0 to 255.
 """
 
 import functools
@@ -32,8 +32,8 @@ def examples(split: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _part(numbers: np.ndarray) -> np.ndarray:
-    """0 train, 1 validation, 2 test. Writers follow one another, some 13 pictures each
-    time of each digit, so that whole runs of 100 pictures are held out.
+    """0 train, 1 validation, 2 test: whole runs of 100, since the pictures of a writer
+    follow one another.
     """
     block = numbers // 100 % 10
     return np.select([block == 4, block == 8], [1, 2], 0)
@@ -42,12 +42,12 @@ def _part(numbers: np.ndarray) -> np.ndarray:
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     try:
-        # Here, for it is an extra and takes a second.
+        # Here, for it takes a second.
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(
             "data.source='digits': scikit-learn, which holds the pictures, is not "
-            'installed; pip install "triform[digits]"'
+            f"installed ({error}); run pip install scikit-learn"
         ) from error
     found = load_digits()
     images = np.rint(found.images * (255 / 16)).astype(np.uint8)[..., None]
