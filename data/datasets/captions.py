@@ -275,6 +275,11 @@ class Prompts(Requests):
             parts.append(self.codecs["codes"].encode([pixels(image)])[0])
         return Item(parts, text, notes)
 
+    def checked(self, item: Item) -> Item:
+        """The same; the codes of an image are no ids of texts."""
+        super().checked(Item(item.parts[:1]))
+        return item
+
     def size(self, item: Item) -> int:
         """There is one shape."""
         return 0
