@@ -31,7 +31,7 @@ from triform.input_pipeline import Split
 
 def digits(args: argparse.Namespace) -> None:
     """Share of drawn digits that the classifier takes for the named ones."""
-    tested = evaluate.run(args.classifier, "test").numbers()["eval/accuracy"]
+    tested = evaluate.run(args.classifier, "test").numbers()["test/accuracy"]
     print(f"classifier: {tested:.2%} of held-out pictures right")
     sampler = Sampler(args.workdir, temperature=args.temperature, **guidance(args))
     classifier, right = Sampler(args.classifier), {}

@@ -28,17 +28,19 @@ VARIANTS = {
     # scikit-learn's digits of 8 x 8 pixels.
     "digits": {
         "model.patch_size": 2,
+        "model.trunk": {"num_layers": 3, "d_ff": 128},
         "data": {
             "source": "digits",
             "train_split": "train",
             "eval_split": "validation",
             "size": 8,
-            "batch_size": 64,
+            "batch_size": 32,
             "pad": 1,
         },
-        "evaluation.every": 400,
-        "checkpoint.every": 200,
-        "steps": 2000,
+        "optim.warmup_steps": 100,
+        "evaluation.every": 600,
+        "checkpoint.every": 300,
+        "steps": 3000,
     },
     "smoke": functools.partial(smoke, split="test[:100]"),
 }
