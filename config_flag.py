@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from triform import forks
 from triform import workdir as workdirs
 from triform.configs import plugins
 from triform.configs.schema import CHOICES, ExperimentConfig
@@ -104,17 +105,21 @@ def _with_plugins(config: ExperimentConfig, module: types.ModuleType) -> Any:
 # The flags
 
 
-def define(argv: Sequence[str]) -> list[str]:
-    """Defines --config and --config.KEY for every key that argv sets.
+def define(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Defines --config and --config.KEY for every key that argv sets, in `known`.
 
     Returns argv without --config itself, which may stand anywhere. Without it the
-    config is that of --workdir. UserError for a config or a key that is not there.
+    config is that of --workdir, or of the run of --fork. UserError for a config or a
+    key that is not there.
     """
-    argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+    argv = known.read_flags_from_files(list(argv), force_gnu=False)
     text, rest = _take(argv, "config")
     if text is None:
         workdir = _take(argv, "workdir")[0]
         if not workdir or not os.path.exists(os.path.join(workdir, "config.json")):
+            fork = _take(argv, "fork")[0]
+            workdir = forks.parse(fork)[0] if fork else ""
+        if not workdir:
             raise UserError(
                 f"no --config, and no --workdir of a run to go on with; {_choices()}"
             )
@@ -131,7 +136,7 @@ def define(argv: Sequence[str]) -> list[str]:
     for key, value in _keys(rest):
         check_key(config, key, value)
     config_flags.DEFINE_config_dataclass(
-        "config", config, "The experiment.", sys_argv=rest
+        "config", config, "The experiment.", sys_argv=rest, flag_values=known
     )
     # Without a value it is all of them.
     return ["--keys=" if word in ("--keys", "-keys") else word for word in rest]
@@ -155,6 +160,17 @@ def choose(config: ExperimentConfig, key: str, name: str) -> None:
     old = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     known = {field.name for field in dataclasses.fields(kinds[name])}
     setattr(config, key, kinds[name](**{k: x for k, x in old.items() if k in known}))
+
+
+def configured(text: str, words: Sequence[str]) -> ExperimentConfig:
+    """The config that --config=TEXT and --config.KEY=VALUE words make.
+
+    UserError or flags.Error for what they cannot name or set.
+    """
+    known = flags.FlagValues()
+    known(define(["configured", f"--config={text}", *words], known))
+    plugins.load_all(known.config)
+    return known.config
 
 
 def value() -> ExperimentConfig:

@@ -20,6 +20,7 @@ PROGRAMS = {
     "lm_eval": ("triform.lm_eval", "run the public harness lm-eval on a workdir"),
     "plot": ("triform.plot", "draw the loss curves of workdirs"),
     "inspect": ("triform.inspection", "show what a workdir holds and what is next"),
+    "tools": ("triform.tools", "verify and compare checkpoints, replay a bad step"),
     "import": ("triform.interop.__main__", "Hugging Face folder -> workdir"),
     "export": ("triform.interop.__main__", "workdir -> Hugging Face folder"),
 }

@@ -23,10 +23,11 @@ from triform import scores
 from triform import workdir as workdirs
 from triform.answers.writing import Targets
 from triform.data.codecs import Codec
+from triform.data.datasets.base import EVALUATION
 from triform.data.lines import one_line
 from triform.experiment import Experiment
 from triform.input_pipeline import Split
-from triform.runtime import files, launch, metrics, paths
+from triform.runtime import files, hosts, joining, launch, metrics, paths
 from triform.runtime.progress import stage
 
 
@@ -94,24 +95,27 @@ class Evaluator:
         None as soon as `stop()` is true between two batches. `predictions` keeps one
         object per example. `names` are scores in place of config.evaluation.metrics.
         """
-        config = self.experiment.config.evaluation
+        experiment, config = self.experiment, self.experiment.config.evaluation
         names = config.metrics if names is None else names
         start, dataset = time.perf_counter(), split.dataset
         total, ids, kept, written = None, [], [], {}
         with stage(f"scoring {dataset.title()}", least=math.inf, file=self.log) as note:
-            for items, batch in split.batches.evaluation(limit):
+            for index, items in split.batches.parts(limit):
                 if stop():
                     return None
-                put = self.experiment.put(batch)
-                measured, rows = self.eval_step(variables, np.int32(step), put)
+                whole, held = experiment.rows(index), experiment.held(index, parts=1)
+                batch = split.batches.collate(index, items, EVALUATION, held)
+                put = experiment.put(batch, whole, parts=1)
                 if names:
-                    written |= self._written(variables, batch, items)
+                    written |= self._written(variables, batch, items, whole)
+                measured, rows = self.eval_step(variables, np.int32(step), put)
                 total = metrics.add(total, metrics.to_host(measured))
                 # Numbers of all examples fit into memory, their images may not.
                 every = predictions or len(ids) < config.samples
                 rows = {k: x for k, x in rows.items() if every or x.ndim == 1}
                 # The batch may have more rows than examples: padding.
-                kept.append({k: np.asarray(x)[: len(items)] for k, x in rows.items()})
+                rows = experiment.placement.fetch(rows)
+                kept.append({k: x[: len(items)] for k, x in rows.items()})
                 ids += items.tolist()
                 note(f"{len(ids):,} of {limit or len(dataset):,} examples")
         found = self.experiment.values(total, step)
@@ -128,10 +132,12 @@ class Evaluator:
         lines = self._predictions(split, ids, kept, written) if predictions else []
         return Result(scalars, samples, time.perf_counter() - start, lines)
 
-    def _written(self, variables: Any, batch: Any, items: np.ndarray) -> dict[int, str]:
+    def _written(
+        self, variables: Any, batch: Any, items: np.ndarray, total: int
+    ) -> dict[int, str]:
         """Example -> generated text."""
         numbers = np.stack([items, np.zeros_like(items)], 1).astype(np.int32)
-        drafts = self.targets(variables, batch, numbers)
+        drafts = self.targets(variables, batch, numbers, total=total)
         texts = (one_line(draft.text) for draft in drafts)
         return dict(zip(items.tolist(), texts, strict=False))
 
@@ -230,9 +236,13 @@ def run(
     opened = workdirs.open_run(workdir, checkpoint, config)
     experiment = opened.experiment
     name = split or config.data.eval_split
-    part = Split.open(config.data, opened.codecs, name, experiment.sizes)
-    print(f"{workdir}: {opened.which}, split {name}", file=sys.stderr)
-    evaluator = Evaluator(experiment, opened.codecs, sys.stderr)
+    part = hosts.here().in_turn(
+        f"opening {config.data.source} {name}",
+        lambda: Split.open(config.data, opened.codecs, name, experiment.sizes),
+    )
+    log = sys.stderr if hosts.here().is_first else sys.stdout  # which says nothing
+    print(f"{workdir}: {opened.which}, split {name}", file=log)
+    evaluator = Evaluator(experiment, opened.codecs, log)
     inputs = opened.variables, opened.step, part, name, examples
     result = evaluator(*inputs, predictions=predictions)
     about = {"checkpoint": opened.which, "split": name}
@@ -247,7 +257,11 @@ def summary(scalars: Mapping[str, Any]) -> str:
 
 
 def write_samples(workdir: str, name: str, samples: Samples) -> None:
-    """Into samples/NAME.*, replacing what an interrupted evaluation left."""
+    """Into samples/NAME.*, replacing what an interrupted evaluation left; by the first
+    of several processes.
+    """
+    if not hosts.here().is_first:
+        return
     os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
     text = {".txt": samples.text.encode(errors="replace")} if samples.text else {}
     for end, content in (text | dict(samples.files)).items():
@@ -280,6 +294,9 @@ def write_report(workdir: str, name: str, report: Mapping[str, Any]) -> str:
     return chosen
 
 
+FLAGS = ("split", "checkpoint", "beam_size", "examples", "predictions")
+
+
 def write_all(writers: Iterable[Callable[[], Any]]) -> None:
     """Calls all of them; then raises the first OSError that one raised."""
     failed = None
@@ -297,6 +314,7 @@ def main(argv: list[str]) -> None:
     flag = flags.FLAGS
     workdir = launch.folder_flag("workdir")
     target = launch.file_flag("predictions")
+    joining.join(joining.asked("workdir", *FLAGS))
     result = run(
         workdir,
         flag.split,
@@ -305,6 +323,8 @@ def main(argv: list[str]) -> None:
         predictions=bool(target),
         examples=flag.examples,
     )
+    if not hosts.here().is_first:
+        return
     print(result.samples, file=sys.stderr)
     config = workdirs.open_config(workdir)
     report = {"seconds": result.seconds, "decode": dataclasses.asdict(config.decode)}
@@ -338,6 +358,7 @@ def define() -> None:
     flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
     flags.DEFINE_integer("examples", 0, "Score at most so many, spread evenly; 0: all.")
     flags.DEFINE_string("predictions", "", "File for one JSON object per example.")
+    joining.define()
 
 
 def cli(argv: Sequence[str], program: str = "evaluate") -> None:

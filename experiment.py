@@ -99,9 +99,25 @@ class Experiment:
         rows = rows or self.config.data.rows(shape)
         return batches.zeros(self.spec, {"B": rows, **sizes})
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> Tree:
-        """A batch on the devices, its rows padded to what steps need."""
-        return self.placement.put(batch, self.axes(), self.config.optim.accumulate)
+    def put(
+        self, batch: Mapping[str, np.ndarray], total: int = 0, parts: int = 0
+    ) -> Tree:
+        """A batch on the devices, its rows padded to what steps need.
+
+        All of its rows, or of `total` those that are `held` here. `parts`: micro-
+        batches; 0: as many as training has.
+        """
+        parts = parts or self.config.optim.accumulate
+        return self.placement.put(batch, self.axes(), parts, total)
+
+    def rows(self, index: int) -> int:
+        """Rows of a batch of the shape of this index, on all processes together."""
+        return self.config.data.rows(self.config.data.shapes()[index])
+
+    def held(self, index: int, parts: int = 0) -> slice:
+        """Which of these this process makes; `parts` as in `put`."""
+        parts = parts or self.config.optim.accumulate
+        return self.placement.held(self.rows(index), parts)
 
     def axes(self) -> dict[str, str]:
         """Field of a batch -> its axes."""
@@ -123,14 +139,9 @@ class Experiment:
         scale = {
             name: factors[name] / jnp.maximum(weights[name], 1e-8) for name in weights
         }
-        rng = jax.random.fold_in(
-            jax.random.fold_in(state.rng, state.step), across.index
-        )
 
         def objective(params: Tree, extra: Tree, micro: Tree, i: Array) -> tuple:
-            stream = jax.random.fold_in(rng, i)
-            rngs = {"dropout": stream, "sample": jax.random.fold_in(stream, 1)}
-            ctx = Context(state.step, rngs, True, across.rows)
+            ctx = self.context(state, across, i)
             variables = {"params": optim.join(params, state.frozen), **extra}
             outputs, extra = task.outputs(variables, micro, ctx)
             totals = task.terms(outputs, micro, ctx)
@@ -163,13 +174,24 @@ class Experiment:
         )
         return state, measured
 
-    def _accumulated(self, gradient: Any, state: TrainState, batch: Tree) -> tuple:
-        """(gradients, sums, extra) of all micro-batches, one after another."""
+    def context(self, state: TrainState, across: Across, i: Array | int) -> Context:
+        """What micro-batch i of a training step is computed with."""
+        rng = jax.random.fold_in(state.rng, state.step)
+        stream = jax.random.fold_in(jax.random.fold_in(rng, across.index), i)
+        rngs = {"dropout": stream, "sample": jax.random.fold_in(stream, 1)}
+        return Context(state.step, rngs, True, across.rows)
+
+    def micros(self, batch: Tree) -> Tree:
+        """The micro-batches of a batch, on a leading axis."""
         k = self.config.optim.accumulate
         # Strided rows, so that a row stays on its device.
-        micros = jax.tree.map(
+        return jax.tree.map(
             lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch
         )
+
+    def _accumulated(self, gradient: Any, state: TrainState, batch: Tree) -> tuple:
+        """(gradients, sums, extra) of all micro-batches, one after another."""
+        k, micros = self.config.optim.accumulate, self.micros(batch)
 
         def accumulate(carry: tuple, micro: tuple) -> tuple[tuple, None]:
             summed, extra = carry

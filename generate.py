@@ -14,7 +14,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from absl import flags
 
@@ -23,7 +23,7 @@ from triform.answers.inputs import Asked
 from triform.answers.output import JsonLines, Output, PictureFile
 from triform.answers.sampler import Sampler
 from triform.models.decode import METHODS
-from triform.runtime import launch, paths
+from triform.runtime import hosts, joining, launch, paths
 from triform.runtime.errors import UserError
 
 __all__ = ["Output", "PictureFile", "Sampler", "cli", "define", "main"]
@@ -31,6 +31,10 @@ __all__ = ["Output", "PictureFile", "Sampler", "cli", "define", "main"]
 FLAGS = (
     *("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p"),
     "guidance",
+)
+SAME = (
+    *("max_tokens", "num_samples", "seed", "batch_size", "stop", "scores", "strict"),
+    *("image", "rerank"),
 )
 NEWS = 20.0  # seconds between two lines on standard error while a file is written
 
@@ -53,6 +57,8 @@ def requests(flag: Any) -> tuple[Iterator[Asked], int]:
     if flag.input_file:
         found = [inputs.of_file(path) for path in flag.input_file]  # that all are there
         return itertools.chain.from_iterable(found), flag.batch_size
+    if hosts.here().count > 1:
+        return inputs.shared(inputs.of_stdin(), flag.batch_size), flag.batch_size
     if sys.stdin is not None and sys.stdin.isatty():
         print("type a line, Ctrl-D to end", file=sys.stderr)
         return inputs.of_stdin(), 1  # answer every line at once
@@ -62,7 +68,8 @@ def requests(flag: Any) -> tuple[Iterator[Asked], int]:
 class Report:
     """What standard error says of the answers: warnings, and that it goes on."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, log: TextIO):
+        self.log = log
         self.path, self.answers, self.warned, self.told = path, 0, 0, time.monotonic()
 
     def __call__(self, asked: Asked, output: Output) -> None:
@@ -71,27 +78,27 @@ class Report:
         if output.warnings:
             self.warned += 1
             if self.warned == 1 and not asked_nothing(output):
-                print(f"warning: {asked.where}: {output.warnings[0]}", file=sys.stderr)
+                print(f"warning: {asked.where}: {output.warnings[0]}", file=self.log)
         if self.path and time.monotonic() - self.told > NEWS:
             self.told = time.monotonic()
-            print(f"{self.path}: {self.answers} answers so far", file=sys.stderr)
+            print(f"{self.path}: {self.answers} answers so far", file=self.log)
 
     def close(self) -> None:
         """The counts."""
         if not self.answers:
             print(
                 "nothing was asked: give --input, --input_file or standard input",
-                file=sys.stderr,
+                file=self.log,
             )
         if self.warned > 1:
             where = self.path or "--output=FILE.jsonl"
             print(
                 f"warning: {self.warned} of {self.answers} answers have warnings; the "
                 f"rows of {where} hold them",
-                file=sys.stderr,
+                file=self.log,
             )
         if self.path:
-            print(f"{self.path}: {self.answers} answers", file=sys.stderr)
+            print(f"{self.path}: {self.answers} answers", file=self.log)
 
 
 def asked_nothing(output: Output) -> bool:
@@ -138,10 +145,13 @@ def main(argv: list[str]) -> None:
     given = {n: flag[n].value for n in FLAGS if flag[n].value is not None}
     if flag.num_samples > 1:
         given = {"method": "sample", **given}
+    group = joining.join(joining.asked("workdir", "checkpoint", *FLAGS, *SAME))
+    if flag.chat and group.count > 1:
+        raise UserError("--chat: it runs on one process; leave out the others")
     asked, size = requests(flag)
     path = paths.absolute(flag.output) if flag.output else ""
     kind = PictureFile if path.endswith(".png") else JsonLines
-    file = kind(path, flag.overwrite) if path else None
+    file = kind(path, flag.overwrite) if path and group.is_first else None
     rerank = paths.absolute(flag.rerank) if flag.rerank else ""
     sampler = Sampler(workdir, flag.checkpoint, rerank, **given)
     if ("image" in sampler.gives) != (kind is PictureFile):
@@ -151,7 +161,8 @@ def main(argv: list[str]) -> None:
             "such, ends in .png; name another"
         )
     method = sampler.config.decode.method if sampler.writes else sampler.gives[0]
-    print(f"{workdir}: {sampler.run.which}, {method}", file=sys.stderr)
+    log = sys.stderr if group.is_first else sys.stdout  # which says nothing
+    print(f"{workdir}: {sampler.run.which}, {method}", file=log)
     options = {
         "seed": flag.seed,
         "max_tokens": flag.max_tokens,
@@ -161,7 +172,7 @@ def main(argv: list[str]) -> None:
         "strict": flag.strict,
     }
     if flag.chat:
-        if file or flag.scores or flag.num_samples > 1:
+        if path or flag.scores or flag.num_samples > 1:
             raise UserError(
                 "--chat: it prints one answer for every line; leave out --output, "
                 "--scores and --num_samples"
@@ -170,8 +181,9 @@ def main(argv: list[str]) -> None:
         return
     if file is not None:
         file.open()
-    report = Report(flag.output)
-    live = sampler.continues and not (file or flag.scores or flag.num_samples > 1)
+    report = Report(flag.output, log)
+    live = sampler.continues and not (path or flag.scores or flag.num_samples > 1)
+    live = live and group.count == 1
     if live and size == 1:
         for number, one in enumerate(asked):
             report(one, write_live(sampler, one, number, options))
@@ -233,6 +245,7 @@ def define() -> None:
     flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
     flags.DEFINE_float("guidance", None, "Instead of decode.guidance.")
+    joining.define()
 
 
 def cli(argv: Sequence[str], program: str = "generate") -> None:

@@ -97,13 +97,17 @@ class Batches:
 
         Of every corpus at most `limit` items, spread evenly; 0: all.
         """
+        for index, items in self.parts(limit):
+            yield items, self.collate(index, items, EVALUATION)
+
+    def parts(self, limit: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of its shape, items) of every batch of an evaluation."""
         shapes, chosen = self.config.shapes(), self._spread(limit)
         for index, items in self.buckets(truncate=True).items():
             items = items[chosen[items]]
             rows = self.config.rows(shapes[index])
             for start in range(0, len(items), rows):
-                part = items[start : start + rows]
-                yield part, self.collate(index, part, EVALUATION)
+                yield index, items[start : start + rows]
 
     def _spread(self, limit: int) -> np.ndarray:
         """bool [N]: at most `limit` items of every corpus, spread evenly; 0: all.
@@ -181,9 +185,13 @@ class TrainBatches:
         return Epoch(self.seed, epoch, train=True)
 
     def __getitem__(self, step: int) -> Batch:
+        return self.batch(step)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The given rows of the batch of a step."""
         index, items = self.ids(step)
         epoch = self._epoch_of(step // self.per_epoch)
-        return self.batches.collate(index, items, epoch)
+        return self.batches.collate(index, items, epoch, rows)
 
     def shapes(self) -> list[int]:
         """The indices of the shapes that occur, ascending."""
@@ -240,10 +248,21 @@ class Prefetch:
     def __next__(self):
         if self._over is not None:
             raise self._over
-        item, self._over = self._queue.get()
+        item, self._over = self._next()
         if self._over is not None:
             raise self._over
         return item
+
+    def _next(self) -> tuple:
+        while True:
+            alive = self._thread.is_alive()  # asked before: its last item may follow
+            try:
+                return self._queue.get(timeout=1.0)
+            except queue.Empty:
+                if not alive:
+                    raise DataError(
+                        "the thread that prepares batches has died; start again"
+                    ) from None
 
     def close(self) -> None:
         """Stops the thread."""

@@ -164,6 +164,13 @@ class Splits:
             evaluated[other.name] = (opened, other.scores)
         return cls(config, train, evaluated, split(main.test_split))
 
+    def digests(self) -> dict[str, Any]:
+        """What decides which examples a step has, by split."""
+        found = {p: split.dataset.digest for p, (split, _) in self.evaluated.items()}
+        found["test"] = self.test.dataset.digest
+        train = self.train.batches.dataset
+        return {"data": {"train": train.digest, **found}, "rows": len(train)}
+
     def print(self) -> None:
         """Sizes, the first batch, and what an evaluation costs."""
         print(report(self.train))

@@ -2,192 +2,302 @@
 
     python sweep.py --config=configs/bert_finetune.py:clinc150 --workdir=DIR \
         --sweep="init_from=RUN," --sweep=seed=0,1,2,3,4 [--config.steps=500 ...]
+    python sweep.py ... --sweep=optim.learning_rate=log:1e-4:1e-2 --search=tpe:64
+    python sweep.py ... --jobs=2 | --on=slurm:PARTITION,GPUS,HOURS | --on=print
+    python sweep.py --workdir=DIR            goes on with the sweep that is in DIR
+    python sweep.py report --workdir=DIR     table and curves, also while it runs
 
-Each combination is a run of train.py in DIR/NAME, one after the other; started again,
-finished ones are skipped and the interrupted one goes on. `seed`, if it is swept, is
-what means and standard deviations are taken over. The table is in DIR/sweep.json too.
+Each combination is a run of train.py in DIR/NAME. Started again, what is unfinished
+goes on, and nothing else is started; --retry repeats failed runs. `seed`, if it is
+swept, is what means and standard deviations are taken over. DIR/sweep.json says what
+each run is and what came of it.
 
-Exit codes: 0 all finished, 1 a run failed (the others are done), 75 interrupted as
-train.py is, the running run saved: start the same command again.
+Exit codes: 0 all finished (or submitted), 1 a run failed (the others are done), 75
+interrupted as train.py is, the running runs saved: start the same command again.
 """
 
-import hashlib
-import itertools
-import math
 import os
-import re
-import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
-from triform.runtime import files, launch, metrics, signals
+from triform import config_flag
+from triform.configs import plugins
+from triform.configs import sweeps as files_of_sweeps
+from triform.configs.schema import ExperimentConfig
+from triform.runtime import commands, files, launch, paths, signals
 from triform.runtime.errors import UserError
+from triform.sweeps import local, report, runs, search, slurm, values
+from triform.sweeps.local import Stop
+from triform.sweeps.runs import Member, Sweep
 
-TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-# Values that name a folder as they are, whatever the file system makes of capitals.
-PLAIN = re.compile(r"[a-z0-9_.+-]{1,40}|True|False")
-NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # as metrics.jsonl says
-
-
-def parse(text: str) -> tuple[str, list[str]]:
-    """(key, values) of 'key=a,b,c'; commas within brackets do not separate."""
-    key, equals, values = text.partition("=")
-    found = re.split(r",(?![^(\[]*[)\]])", values)
-    if not (key and equals) or len(found) < 2:
-        raise UserError(f"--sweep={text!r}: expected KEY=VALUE,VALUE,...")
-    if len(set(found)) < len(found):
-        raise UserError(f"--sweep={text!r}: a value stands there twice; remove one")
-    return key, found
+# Kind of --on -> fn(the sweep, the runs to do, what follows ':' in --on, stop) -> what
+# to print. What came of a run its folder says. A function that returns before the runs
+# are done (a submission) is one of LATER.
+Executor = Callable[[Sweep, list[Member], str, Stop], str]
 
 
-def combinations(texts: list[str]) -> list[dict[str, str]]:
-    """Every combination of all --sweep's values; UserError for a key named twice."""
-    swept: dict[str, list[str]] = {}
-    for key, values in map(parse, texts):
-        if key in swept:
-            raise UserError(f"--sweep={key}=...: named twice; put its values into one")
-        swept[key] = values
-    return [
-        dict(zip(swept, x, strict=True)) for x in itertools.product(*swept.values())
-    ]
+def _local(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
+    local.run(sweep, todo, stop)
+    return ""
 
 
-def name_of(settings: dict[str, str]) -> str:
-    """A folder's name, another one for other settings: 'seed=0,init_from=run~1f3a9c2e'.
-
-    A value that cannot stand in a name as it is, is shortened and gets its digest.
-    """
-    text = ",".join(f"{_word(k)}={_word(v)}" for k, v in settings.items())
-    return text if len(text) <= 200 else f"{text[:180]}~{_digest(repr(settings))}"
-
-
-def _word(value: str) -> str:
-    if PLAIN.fullmatch(value):
-        return value
-    last = os.path.basename(value.rstrip("/")) or "none"
-    return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', last)[:24]}~{_digest(value)}"
+def _slurm(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
+    jobs = slurm.submit(sweep, todo, slurm.place(where, flags.FLAGS.sbatch))
+    if not jobs:
+        return "nothing is left to do"
+    shown = commands.line("sweep", "report", workdir=sweep.workdir)
+    return f"submitted: {' '.join(jobs)}\n  squeue --me\n  {shown}"
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:10]
+def _print(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
+    if not where:
+        return local.show(sweep, todo)
+    place = slurm.place(where, flags.FLAGS.sbatch)
+    found = [path for path, _ in slurm.scripts(sweep, todo, place)]
+    shown = [f"# {commands.path(path)}\n{files.read_text(path)}" for path in found]
+    return "\n".join(shown)
 
 
-class Runs:
-    """Runs train.py, one run at a time; a signal stops the one that runs."""
-
-    def __init__(self) -> None:
-        self.requested = ""  # name of the signal
-        self._child: subprocess.Popen | None = None
-        signals.install(self._request)
-
-    def __call__(
-        self, settings: dict[str, str], workdir: str, passed: list[str]
-    ) -> int:
-        """The exit code of one run, which is shown as it goes."""
-        args = [f"--config.{k}={v}" for k, v in settings.items()]
-        command = [sys.executable, TRAIN, f"--workdir={workdir}", *passed, *args]
-        print(f"== {workdir}", flush=True)
-        environment = os.environ | {signals.PARENT: str(os.getpid())}
-        self._child = subprocess.Popen(command, env=environment)
-        if self.requested:  # it came before there was a child to tell
-            self._child.terminate()
-        return self._child.wait()
-
-    def _request(self, number: int, frame: Any) -> None:
-        # A terminal tells the child too; train.py takes several signals as one.
-        self.requested = self.requested or signals.name(number)
-        if self._child is not None:
-            self._child.terminate()
+EXECUTORS: Mapping[str, Executor] = {
+    "local": _local,
+    "slurm": _slurm,
+    "print": _print,
+}
+LATER = ("slurm", "print")
 
 
-def last_test(workdir: str) -> dict[str, float]:
-    """The numbers of the last test of a run; empty if there is none."""
-    lines = [x for x in metrics.read_lines(workdir) if "test/loss" in x]
-    found = {k: v for k, v in (lines or [{}])[-1].items() if k.startswith("test/")}
-    found = {
-        k: NUMBERS.get(v, v) if isinstance(v, str) else v for k, v in found.items()
-    }
-    return {k: v for k, v in found.items() if isinstance(v, int | float)}
+# What is asked for
 
 
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for every combination but for the seed: {metric: (mean, deviation, n)}.
-
-    A mean over runs of which one is infinite or NaN is so too, its deviation is NaN.
-    """
-    groups: dict[str, list] = {}
-    for result in results:
-        kept = {k: v for k, v in result["settings"].items() if k != "seed"}
-        groups.setdefault(name_of(kept) or "all", []).append(result["test"])
-    rows = []
-    for name, tests in groups.items():
-        scores = {}
-        for key in dict.fromkeys(k for t in tests for k in t):
-            values = [float(t[key]) for t in tests if key in t]
-            spread = math.nan
-            if all(map(math.isfinite, values)):
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            scores[key] = (sum(values) / len(values), spread, len(values))
-        rows.append({"name": name, "scores": scores})
-    return rows
+def _numbers(config: ExperimentConfig, keys: Sequence[str]) -> dict[str, type]:
+    """The type of each key whose value is a number. UserError for no such key."""
+    found = {}
+    for key in keys:
+        config_flag.check_key(config, key, "...")
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = type(value)
+    return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Lines of 'name  metric mean +- deviation (runs)'."""
-    lines = []
-    for row in rows:
-        lines.append(row["name"])
-        lines += [
-            f"  {key:24} {mean:.5g} +- {spread:.2g} ({n} runs)"
-            for key, (mean, spread, n) in row["scores"].items()
+def _file_plan(name: str) -> values.Plan:
+    """What get_sweep() of a file returns: a path, or a name in configs/sweeps/."""
+    path = name if name.endswith(".py") else ""
+    path = path or os.path.join(files_of_sweeps.FOLDER, f"{name}.py")
+    if not os.path.isfile(paths.absolute(path)):
+        known = ", ".join(files_of_sweeps.names())
+        raise UserError(
+            f"--sweep_file={name}: no such file; name a Python file or one of {known}"
+        )
+    module = plugins.load(paths.absolute(path))
+    if not callable(getattr(module, "get_sweep", None)):
+        raise UserError(f"--sweep_file={name}: defines no get_sweep()")
+    with plugins.one_line(module.__file__):
+        return module.get_sweep()
+
+
+def asked(workdir: str, passed: list[str]) -> Sweep:
+    """The sweep that the flags describe; UserError before anything starts."""
+    flag = flags.FLAGS
+    if not flag.config:
+        raise UserError("--config is missing: name a config, a file or a workdir")
+    config = config_flag.configured(flag.config, passed)
+    first = _file_plan(flag.sweep_file) if flag.sweep_file else None
+    swept = [text.partition("=")[0] for text in flag.sweep or ()]
+    if isinstance(first, values.Search):
+        swept += first.space
+    for text in flag.sweep or ():
+        values.parse(text)  # what is no sweep is said before a key that is none
+    plan = values.combined(
+        flag.sweep or (), flag.search, first, _numbers(config, swept)
+    )
+    if plan == [{}]:
+        raise UserError("nothing is swept: give --sweep=KEY=VALUE,VALUE,...")
+    sweep = Sweep(
+        workdir,
+        flag.config,
+        passed,
+        os.getcwd(),
+        config.steps,
+        config.checkpoint.metric,
+        config.checkpoint.mode,
+        flag.jobs,
+        flag.prune,
+    )
+    if isinstance(plan, values.Search):
+        sweep.search = plan
+    else:
+        sweep.members = [sweep.member(settings) for settings in plan]
+    _check_values(sweep, plan)
+    return sweep
+
+
+def _check_values(sweep: Sweep, plan: values.Plan) -> None:
+    """Sets every value once: one of the wrong type is said before the first run."""
+    if isinstance(plan, values.Search):
+        pairs = [
+            (key, text)
+            for key, axis in plan.space.items()
+            for text in (
+                [axis.text(axis.low)] if isinstance(axis, values.Range) else axis
+            )
         ]
-    return "\n".join(lines)
+    else:
+        pairs = [pair for settings in plan for pair in settings.items()]
+    for key, text in dict.fromkeys(pairs):
+        word = f"--config.{key}={text}"
+        config_flag.configured(sweep.config, [*sweep.arguments, word])
+
+
+def _continued(sweep: Sweep, before: Sweep | None) -> None:
+    """Takes over what an earlier sweep of the workdir knows, and says what differs."""
+    if before is None:
+        return
+    if before.config != sweep.config or before.arguments != sweep.arguments:
+        old = " ".join([before.config, *before.arguments])
+        new = " ".join([sweep.config, *sweep.arguments])
+        print(f"the runs here were started with {old}, are now with {new}")
+    wanted = {member.folder for member in sweep.members}
+    known = [m.settings for m in before.members] + before.others
+    if sweep.search is None:
+        sweep.others = [x for x in known if sweep.member(x).folder not in wanted]
+    if sweep.others:
+        names = ", ".join(values.name_of(x) for x in sweep.others)
+        print(f"no longer asked for, and kept: {names}")
+
+
+# The program
+
+
+def _executor(text: str) -> tuple[str, str]:
+    kind, _, where = text.partition(":")
+    if kind not in EXECUTORS:
+        raise UserError(
+            f"--on={text}: expected local, slurm:PARTITION,GPUS,HOURS or print"
+        )
+    if where or kind == "slurm":
+        slurm.place(where, flags.FLAGS.sbatch)
+    return kind, where
+
+
+def _check_search(sweep: Sweep, kind: str, where: str) -> None:
+    """UserError if what does the runs cannot ask for more of them."""
+    searches = kind in ("local", "slurm") or (kind == "print" and where)
+    if sweep.search is not None and not searches:
+        raise UserError(
+            f"--on={kind}: a search chooses its values as it goes; take "
+            "--search=random:N, or local, slurm:... or print:PARTITION,GPUS,HOURS"
+        )
+
+
+def _do(sweep: Sweep, kind: str, where: str, stop: Stop) -> str:
+    """Has the runs done that are to do; what to print."""
+    retry = flags.FLAGS.retry
+    if sweep.search is not None and kind not in LATER:
+        local.work(sweep, search.Queue(sweep, retry), stop)
+        return ""
+    if sweep.search is not None:
+        sweep.members = search.Study(sweep).members()
+        runs.write(sweep)
+    todo = [m for m in sweep.members if search.is_todo(m, retry)]
+    return EXECUTORS[kind](sweep, todo, where, stop) if todo or sweep.search else ""
 
 
 def main(argv: list[str]) -> int:
-    """Runs all combinations, prints the table; the exit code."""
-    flag, workdir = flags.FLAGS, launch.folder_flag("workdir")
-    swept = combinations(flag.sweep)
+    """Runs, submits or reports on a sweep; the exit code."""
+    workdir, words = launch.folder_flag("workdir"), argv[1:]
+    before = runs.read(workdir)
+    if words[:1] == ["report"]:
+        print(report.run(workdir, before))
+        return 0
+    if words and not words[0].startswith("-"):
+        raise UserError(f"unexpected argument {words[0]!r}: only report is one")
+    kind, where = _executor(flags.FLAGS.on)
+    stop = Stop()
+    flag = flags.FLAGS
+    if before is not None and not (flag.sweep or flag.sweep_file):
+        sweep = before
+        sweep.arguments = [*sweep.arguments, *words]
+        sweep.jobs, sweep.prune = flag.jobs or sweep.jobs, flag.prune or sweep.prune
+    else:
+        sweep = asked(workdir, words)
+        _continued(sweep, before)
+    _check_search(sweep, kind, where)
     os.makedirs(workdir, exist_ok=True)
-    passed, results, failed = [f"--config={flag.config}", *argv[1:]], [], []
-    unwritten = ""  # why sweep.json could not be
-    run, report = Runs(), os.path.join(workdir, "sweep.json")
-    for settings in swept:
-        folder = os.path.join(workdir, name_of(settings))
-        code = run(settings, folder, passed)
-        if run.requested or code == signals.INTERRUPTED:
-            why = run.requested or "a signal"
-            print(f"interrupted by {why}: start again to go on", file=sys.stderr)
-            return signals.INTERRUPTED
-        if code:
-            failed.append({"settings": settings, "code": code})
-            print(f"error: {folder} ended with code {code}", file=sys.stderr)
-        else:
-            results.append({"settings": settings, "test": last_test(folder)})
-        rows = summarise(results)
-        unwritten = ""
-        try:
-            files.write_json(report, {"runs": results, "failed": failed, "rows": rows})
-        except OSError as error:
-            unwritten = f"error: {report}: {error.strerror}"
-    print(table(summarise(results)))
-    if failed:
-        print(f"error: {len(failed)} of {len(swept)} runs failed", file=sys.stderr)
+    with runs.locked(workdir) as ours:
+        if not ours:
+            raise UserError(
+                f"workdir={workdir!r}: another sweep runs in it; wait for it, stop it, "
+                "or name another workdir"
+            )
+        runs.write(sweep)
+        text = _do(sweep, kind, where, stop)
+        unwritten = _write(sweep)
+    if text:
+        print(text)
+    return _end(sweep, kind, stop(), unwritten)
+
+
+def _write(sweep: Sweep) -> str:
+    """Writes sweep.json; why it could not be."""
+    try:
+        runs.write(sweep)
+    except OSError as error:
+        return f"error: {sweep.workdir}/{runs.FILE}: {error.strerror}"
+    return ""
+
+
+def _end(sweep: Sweep, kind: str, stopped: str, unwritten: str) -> int:
+    """Prints the table and what is not as it should be; the exit code."""
+    rows = runs.rows_of(sweep)
+    count = {row["state"]: 0 for row in rows}
+    for row in rows:
+        count[row["state"]] += 1
     if unwritten:
         print(unwritten, file=sys.stderr)
-    return 1 if failed or unwritten else 0
+    if kind != "print":
+        print(report.table(sweep, rows))
+    if stopped or (count.get("unfinished") and kind not in LATER):
+        why = stopped or "a signal"
+        print(f"interrupted by {why}: start again to go on", file=sys.stderr)
+        return signals.INTERRUPTED
+    if failed := count.get("failed", 0):
+        print(
+            f"error: {failed} of {len(rows)} runs failed; --retry repeats them",
+            file=sys.stderr,
+        )
+    return 1 if (failed and kind not in LATER) or unwritten else 0
 
 
 def define() -> None:
     """Defines the flags; those of train.py are passed on to it."""
     about = "As for train.py; a workdir: its config."
-    flags.DEFINE_string("config", None, about, required=True)
-    flags.DEFINE_string("workdir", None, "Holds a folder a run.", required=True)
-    flags.DEFINE_multi_string("sweep", None, "KEY=VALUE,VALUE,...", required=True)
+    flags.DEFINE_string("config", None, about)
+    flags.DEFINE_string("workdir", None, "Holds a folder a run.")
+    about = (
+        "KEY=VALUE,VALUE,... or KEY=log:LOW:HIGH[:COUNT], KEY=linear:...; repeatable."
+    )
+    flags.DEFINE_multi_string("sweep", None, about)
+    about = "A Python file with get_sweep(), or a name in configs/sweeps."
+    flags.DEFINE_string("sweep_file", "", about)
+    about = "random:TRIALS or tpe:TRIALS, in place of all combinations."
+    flags.DEFINE_string("search", "", about)
+    about = "Runs at a time (default: one; on Slurm all); they share cores and GPUs."
+    flags.DEFINE_integer("jobs", 0, about, lower_bound=0)
+    about = (
+        "local, slurm:PARTITION,GPUS,HOURS, print (the commands) or print:PARTITION,..."
+    )
+    flags.DEFINE_string("on", "local", about)
+    flags.DEFINE_multi_string("sbatch", [], "An option of sbatch; repeatable.")
+    flags.DEFINE_bool("retry", False, "Repeat failed runs, too.")
+    flags.DEFINE_bool(
+        "prune", False, "Stop runs that are worse than half of the others."
+    )
 
 
 def cli(argv: Sequence[str], program: str = "sweep") -> None:

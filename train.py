@@ -1,7 +1,7 @@
 """Trains one experiment; started again with the same workdir, resumes it.
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
-        [--config.any.key=value] [--dry_run] [--from_step=STEP]
+        [--config.any.key=value] [--dry_run] [--resume=STEP] [--fork=RUN:STEP]
     python train.py --workdir=DIR     goes on with the config that is in DIR
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
@@ -15,6 +15,7 @@ again. From Python: `run(config, workdir)`.
 import contextlib
 import copy
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import config_flag, plan, trained_codecs
+from triform import capsule, config_flag, forks, plan, recovery, trained_codecs
 from triform import workdir as workdirs
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
@@ -32,46 +33,40 @@ from triform.data.codecs import files as codec_files
 from triform.evaluate import Evaluator, summary, write_samples
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Prefetch, TrainBatches
-from triform.recovery import Health, go_back
-from triform.runtime import commands, history, launch, metrics, paths, signals
+from triform.recovery import Health, Recovery, go_back
+from triform.runtime import (
+    commands,
+    guard,
+    history,
+    hosts,
+    joining,
+    launch,
+    locks,
+    paths,
+    signals,
+)
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
-from triform.runtime.metrics import MetricWriter
+from triform.runtime.metrics import MetricWriter, NoWriter
 from triform.runtime.progress import SOON, Progress, stage
+from triform.runtime.stopping import Stop
+from triform.stepping import Steps, compile_steps
 
-Stop = Callable[[], str]  # why to save and leave, '' to go on
+SAME = ("workdir", "resume", "fork")  # flags that processes must agree in
 
 
 def batches_from(
-    train: TrainBatches, experiment: Experiment, first: int
+    train: TrainBatches, experiment: Experiment, watch: guard.Watch, first: int
 ) -> Iterator[tuple[Any, int, int]]:
-    """(batch on the devices, index of its shape, real units) from step `first` on."""
+    """(batch on the devices, index of its shape, real units of the rows made here)
+    from step `first` on.
+    """
     for step in range(first, experiment.config.steps):
-        index, _ = train.ids(step)
-        batch = train[step]
-        yield experiment.put(batch), index, train.batches.real(batch)
-
-
-def examples_of(train: TrainBatches, step: int) -> str:
-    """'12, 7, 3 of train': the first examples of a step."""
-    _, ids = train.ids(step - 1)
-    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-    return f"{shown} of {train.batches.dataset.split}"
-
-
-def compile_steps(
-    experiment: Experiment, train: TrainBatches, state: TrainState
-) -> dict[int, Any]:
-    """The train step compiled for every shape of a batch, before the first step."""
-    compiled, shapes = {}, experiment.config.data.shapes()
-    for index in train.shapes():
-        axes = ", ".join(f"{k}={n}" for k, n in shapes[index].items())
-        batch = experiment.put(experiment.empty_batch(shapes[index]))
-        with stage(f"compiling the step for {axes or 'rows'}"):
-            compiled[index] = experiment.placement.compile_train(
-                experiment.train_step, state, batch
-            )
-    return compiled
+        number = watch.position(step)
+        index, _ = train.ids(number)
+        batch = train.batch(number, experiment.held(index))
+        put = experiment.put(batch, experiment.rows(index))
+        yield put, index, train.batches.real(batch)
 
 
 def train_loop(
@@ -81,13 +76,16 @@ def train_loop(
     meta: dict[str, Any],
     evaluate: Callable[[TrainState, int], None],
     checkpointer: Checkpointer,
-    health: Health,
-    writer: MetricWriter,
+    recover: Recovery,
+    writer: MetricWriter | NoWriter,
+    compiled: Mapping[int, Any],
     stop: Stop,
 ) -> TrainState:
-    """Steps until config.steps or `stop()`; the last state is saved."""
+    """Steps until config.steps or `stop()`; the last state is saved.
+
+    `compiled`: what `compile_steps` gives.
+    """
     config, start = experiment.config, meta["data"]["step"]
-    steps = compile_steps(experiment, train, state)
     progress = Progress(
         start,
         config.steps,
@@ -97,43 +95,28 @@ def train_loop(
         train.batches.dataset.unit,
         meta["seen"],
     )
-    source = Prefetch(batches_from(train, experiment, start), config.data.prefetch)
-    pending = None
-
-    def settle() -> None:
-        """Reads the metrics of the step before: never waits for the one in flight."""
-        if pending is not None:
-            number, measured, real = pending
-            measured = metrics.to_host(measured)
-            shown = functools.partial(examples_of, train, number)
-            health.check_step(metrics.values(measured, "train"), number, shown)
-            if line := progress.update(number, measured, real):
-                writer.write(number, line, progress.seen)
-
+    source = Prefetch(
+        batches_from(train, experiment, recover.watch, start), config.data.prefetch
+    )
+    advance = Steps(experiment, train, compiled, recover, progress, writer)
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch, index, real = next(source)
-            if step == start + 1:
-                with stage("first step"):
-                    state, measured = jax.block_until_ready(steps[index](state, batch))
-            else:
-                state, measured = steps[index](state, batch)
-            settle()
-            pending = (step, measured, real)
+            state = advance(state, batch, index, real, step)
             due = evaluation_due(config, step)
             if not (stop() or due or step % config.checkpoint.every == 0):
                 continue
-            settle()
-            pending = None
+            state = advance.settle(state)
             with progress.paused():
                 # Batch t is a function of (seed, t): the step is the whole position.
                 meta["data"]["step"] = step
                 meta["window"] = progress.saved_window()
                 meta["seen"] = progress.seen
+                meta["recovery"] = recover.watch.saved()
                 with stage(f"saving step {step}", least=SOON):
                     saved = experiment.placement.unload(state).replace(frozen={})
-                    health.check_state(saved, step)
+                    recover.check_state(saved, step)
                     checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
@@ -217,15 +200,21 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
 
 
 def restore_or_init(
-    experiment: Experiment, train: TrainBatches, checkpointer: Checkpointer
+    experiment: Experiment,
+    train: TrainBatches,
+    checkpointer: Checkpointer,
+    anew: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest intact state, or a new one, placed; and what is saved beside it."""
+    """The newest intact state, or a new one, placed; and what is saved beside it.
+
+    `anew`: that no step is left is right.
+    """
     config = experiment.config
     data = {"seed": config.seed, "tokens": train.batches.dataset.digest}
     rules, restored = workdirs.init_rules(config), None
     if workdirs.is_imported(checkpointer):
         rules = (schema.InitRule(f"{checkpointer.directory.parent}:0"),)
-    else:
+    elif not anew or checkpointer.latest() is not None:
         with stage("looking for a checkpoint", least=SOON):
             restored = workdirs.restore(experiment, checkpointer)
     if restored is None:
@@ -275,41 +264,54 @@ def run(
     workdir: str,
     *,
     stop: Stop = lambda: "",
-    from_step: int | None = None,
+    resume: int | None = None,
+    fork: str = "",
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
     `stop` is asked after every step; once it returns a reason, the state is saved and
-    {} is returned. `from_step`: goes on after this step, later ones are set aside.
+    {} is returned. `resume`: goes on after this step, later ones are set aside. `fork`:
+    RUN:STEP, the run and the step from which a new workdir goes on.
     Raises TriformError for what a user can mend.
     """
     config, workdir = copy.deepcopy(config), paths.absolute(workdir)
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: train.py runs on one host")
-    config, codecs = resolve(config, workdir)
+    group, interrupt = hosts.here(), stop
+    stop = group.stop(stop)
+    what = "reading the names of classes"
+    config, codecs = group.in_turn(what, lambda: resolve(config, workdir))
     experiment = Experiment(config)
     os.makedirs(workdir, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(workdirs.lock(workdir))
+        stack.enter_context(locks.lock(workdir))
+        if fork:
+            forks.begin(workdir, config, fork)
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
-        if isinstance(stop, signals.Interrupt):
-            stop.leaving = lambda came: start.end(f"interrupted by {came}")
+        group.leaving = lambda line: start.end(f"error: {line}")
+        if isinstance(interrupt, signals.Interrupt):
+            interrupt.leaving = start.interrupted
         directory = workdirs.checkpoint_dir(workdir)
         checkpointer = stack.enter_context(Checkpointer(directory, config.checkpoint))
-        if from_step is not None:
-            go_back(workdir, checkpointer, config, from_step)
+        if resume is not None:
+            go_back(workdir, checkpointer, config, resume)
+        else:
+            recovery.check_history(workdir, checkpointer, before or config)
         if scores := finished(experiment, checkpointer):
             return scores
         print(plan.describe(experiment))
         print(plan.sources(config), flush=True)
-        codecs = codecs or find_codecs(config, workdir)
+        if codecs is None:
+            what = "building tokenizer and classes"
+            codecs = group.in_turn(what, lambda: find_codecs(config, workdir))
         print(plan.export(config, workdir, codecs), flush=True)
-        splits = plan.Splits.open(experiment, codecs)
+        what = "preparing the data"
+        splits = group.in_turn(what, lambda: plan.Splits.open(experiment, codecs))
+        group.same(what, splits.digests())
         splits.print()
-        state, meta = restore_or_init(experiment, splits.train, checkpointer)
-        if from_step is not None:
-            meta["from_step"] = from_step
+        about = experiment, splits.train, checkpointer
+        state, meta = restore_or_init(*about, anew=resume == 0)
+        if resume is not None:
+            meta["resume"] = resume
         if before is not None:
             step = meta["data"]["step"]
             if text := plan.changes(before, config, codecs, splits.train, step):
@@ -317,14 +319,19 @@ def run(
         workdirs.claim(workdir, config, codecs)
         workdirs.save_frozen(workdir, experiment.placement.unload(state))
         unit = splits.train.batches.dataset.unit
-        writer = MetricWriter(workdir, meta["data"]["step"], unit)
+        kind = MetricWriter if group.is_first else NoWriter
+        writer = kind(workdir, meta["data"]["step"], unit)
         stack.enter_context(contextlib.closing(writer))
         evaluator = Evaluator(experiment, codecs)
+        if isinstance(interrupt, signals.Interrupt):
+            interrupt.listening = True
         scores = train_and_test(
             experiment, splits, state, meta, evaluator, checkpointer, writer, stop
         )
         if not scores:
             start.outcome = f"interrupted by {stop()}"
+            if isinstance(interrupt, signals.Interrupt):
+                interrupt.requested = stop()  # it may have come to another process
         return scores
 
 
@@ -335,12 +342,16 @@ def train_and_test(
     meta: dict[str, Any],
     evaluator: Evaluator,
     checkpointer: Checkpointer,
-    writer: MetricWriter,
+    writer: MetricWriter | NoWriter,
     stop: Stop,
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
     config, workdir = experiment.config, str(checkpointer.directory.parent)
-    health = Health(checkpointer, meta["data"]["step"])
+    start = meta["data"]["step"]
+    health = Health(checkpointer, start)
+    watch = guard.Watch(config.recovery, meta.get("recovery", {}))
+    keep = functools.partial(capsule.keep, experiment, splits.train, workdir, watch)
+    recover = Recovery(config.recovery, health, watch, keep)
     scored: dict[int, dict[str, Any]] = {}  # step -> prefix -> scalars
 
     def evaluate(state: TrainState, step: int) -> None:
@@ -363,23 +374,22 @@ def train_and_test(
         checkpointer.record(step, numbers)
         scored[step] = found
 
-    if isinstance(stop, signals.Interrupt):
-        stop.listening = True
-    step = meta["data"]["step"]
-    if evaluation_due(config, step) and not checkpointer.metrics_of(step):
-        evaluate(state, step)  # the one that was interrupted
-    if step < config.steps and not stop():
-        state = train_loop(
-            experiment,
-            splits.train,
-            state,
-            meta,
-            evaluate,
-            checkpointer,
-            health,
-            writer,
-            stop,
-        )
+    if evaluation_due(config, start) and not checkpointer.metrics_of(start):
+        evaluate(state, start)  # the one that was interrupted
+    compiled = {}
+    if start < config.steps and not stop():
+        compiled = compile_steps(experiment, splits.train, state)
+    while meta["data"]["step"] < config.steps and not stop():
+        about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
+        try:
+            state = train_loop(experiment, splits.train, *about)
+        except recovery.Rewind as bad:
+            state = about = None  # its memory is wanted
+            step = recovery.rewind(workdir, checkpointer, watch, config.recovery, bad)
+            about = experiment, splits.train, checkpointer
+            state, meta = restore_or_init(*about, anew=step == 0)
+            watch.losses = meta.get("recovery", {}).get("losses", [])
+            writer.go_back(step)
     if stop():
         return {}
     scores = test(experiment, evaluator, splits, checkpointer, scored, stop)
@@ -405,24 +415,35 @@ def main(argv: list[str]) -> int:
         print(plan.sources(config, read=True))
         return 0
     workdir = launch.folder_flag("workdir")
+    about = {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
+    group = joining.join(about)
     interrupt = signals.Interrupt()
-    run(config, workdir, stop=interrupt, from_step=flags.FLAGS.from_step)
+    interrupt.leaving = lambda came: group.leave_at_once(came, signals.INTERRUPTED)
+    resume, fork = flags.FLAGS.resume, flags.FLAGS.fork
+    run(config, workdir, stop=interrupt, resume=resume, fork=fork)
     if interrupt.requested:
         with Checkpointer(
             workdirs.checkpoint_dir(workdir), config.checkpoint
         ) as checkpointer:
             saved = checkpointer.latest()
-        print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
-        print(f"to go on: {commands.line('train', workdir=workdir)}", file=sys.stderr)
+        again = commands.line("train", workdir=workdir)
+        if group.count > 1:
+            again = f"start all processes again, or one alone: {again}"
+        if group.is_first:
+            print(f"{interrupt.requested}: step {saved} is saved", file=sys.stderr)
+            print(f"to go on: {again}", file=sys.stderr)
         return signals.INTERRUPTED
     return 0
 
 
 def define() -> None:
     """Defines the flags but for --config."""
+    joining.define()
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
-    flags.DEFINE_integer("from_step", None, about)
+    flags.DEFINE_integer("resume", None, about)
+    about = "RUN:STEP: begin this workdir as that run was after this step."
+    flags.DEFINE_string("fork", "", about)
     flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
     flags.DEFINE_string(
         "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."

@@ -6,7 +6,6 @@ metrics.jsonl, runs.jsonl (a line per start), samples/ and what evaluate.py repo
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models import ModelConfig
 from triform.models.stacking import looped_layers, stacked_layers
-from triform.runtime import commands, files, metrics, paths
+from triform.runtime import commands, files, hosts, metrics, paths
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 
@@ -117,7 +116,14 @@ def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | N
     changed = schema.differences(old, config) if old is not None else {}
     for name, (before, after) in changed.items():
         print(f"config: {name} was {before!r}, is now {after!r}")
-    for name, (before, after) in changed.items():
+    if old is not None:
+        require_same(workdir, old, config)
+    return old
+
+
+def require_same(workdir: str, old: ExperimentConfig, config: ExperimentConfig) -> None:
+    """UserError if a run of `old`, in that workdir, cannot go on as `config`."""
+    for name, (before, after) in schema.differences(old, config).items():
         if name == "data.source" and is_path(before) and is_path(after):
             continue  # files may move: a run knows them by their content
         if name == "seed" or (name.startswith(FIXED) and name not in FREE):
@@ -126,29 +132,16 @@ def check_config(workdir: str, config: ExperimentConfig) -> ExperimentConfig | N
                 f"{before!r} there, {after!r} here); name another workdir or change it "
                 "back"
             )
-    return old
 
 
 def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -> None:
     """Writes codecs and config.json. Called last, after everything that may fail."""
+    if not hosts.here().is_first:
+        return
     codec_files.save(codecs, workdir)
     plugins.save(config.plugins, workdir)
     with files.replacing(os.path.join(workdir, "config.json")) as f:
         f.write(schema.to_json(config))
-
-
-def lock(workdir: str) -> Any:
-    """A file that is locked until it is closed: one run at a time per workdir."""
-    file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115  (kept open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(
-            f"workdir={workdir!r}: another train.py runs in it; wait for it, stop it, "
-            "or name another workdir"
-        ) from error
-    return file
 
 
 def tested(workdir: str, step: int) -> dict[str, Any]:
@@ -249,6 +242,7 @@ def load_variables(
     # Older steps are kept for being best, not for being next in line.
     newest = experiment.config.checkpoint.keep_newest
     steps = steps_of(checkpointer, which, checkpointer.on_schedule()[-newest:])
+    steps = hosts.here().broadcast("which checkpoint", steps)  # a run may be adding
     total = None
     for step in steps:
         try:

@@ -10,7 +10,7 @@ from typing import IO, Any
 from triform.data.sources.files import read_rows
 from triform.data.sources.locate import PICTURES, TABLES, suffix
 from triform.data.sources.streams import BOM, opened
-from triform.runtime import paths
+from triform.runtime import hosts, paths
 from triform.runtime.errors import UserError
 
 ROWS = (".jsonl", ".ndjson")  # of which a bad line does not spoil the next
@@ -107,6 +107,24 @@ def _row(asked: Asked) -> Asked:
     if not isinstance(value, str | dict | list):
         return dataclasses.replace(asked, fault=f"{value!r:.40} is no object or text")
     return dataclasses.replace(asked, value=value)
+
+
+def shared(requests: Iterator[Asked], size: int) -> Iterator[Asked]:
+    """The requests that only the first of several processes can read, on all of them;
+    up to `size` are sent together.
+    """
+    group = hosts.here()
+    if group.count == 1:
+        yield from requests
+        return
+    parts = chunks(requests, size) if group.is_first else iter(())
+    while True:
+        part = [dataclasses.astuple(asked) for asked in next(parts, ())]
+        found = group.broadcast("the next requests", part, hosts.LONG)
+        if not found:
+            return
+        for value, where, notes, fault in found:
+            yield Asked(value, where, tuple(notes), fault)
 
 
 def chunks(requests: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -273,7 +273,7 @@ class Sampler:
     ) -> list[Output]:
         step, put = np.int32(self.run.step), self.experiment.put(batch)
         _, rows = self._answer(self.run.variables, step, put)
-        rows = {k: np.asarray(x) for k, x in rows.items()}
+        rows = self.experiment.placement.fetch(rows)
         outputs = []
         for i, item in enumerate(items):
             row = {k: x[i] for k, x in rows.items()}

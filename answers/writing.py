@@ -72,19 +72,26 @@ class Targets:
         self._generate = generate
 
     def __call__(
-        self, variables: Any, batch: Any, numbers: np.ndarray, seed: int = 0
+        self,
+        variables: Any,
+        batch: Any,
+        numbers: np.ndarray,
+        seed: int = 0,
+        total: int = 0,
     ) -> list[Draft]:
-        """One draft a row; `numbers` int32 [B, 2] are those of `row_keys`."""
-        experiment = self.experiment
-        inputs = experiment.placement.for_generation(
-            variables, batch, experiment.axes()
-        )
+        """One draft a row; `numbers` int32 [B, 2] are those of `row_keys`.
+
+        The batch has all rows, or of `total` those that this process makes.
+        """
+        placement = self.experiment.placement
+        axes = self.experiment.axes()
+        inputs = placement.for_generation(variables, batch, axes, total)
         rows = len(next(iter(inputs[1].values())))
         padding = np.zeros((rows - len(numbers), 2), np.int32)
         numbers = np.concatenate([numbers, padding])
         found = self._generate(*inputs, np.uint32(seed % 2**32), numbers)
         drafts = []
-        for ids, score, logp in zip(*map(np.asarray, found), strict=True):
+        for ids, score, logp in zip(*placement.fetch(found), strict=True):
             count = written(ids, self.tok.ends)
             draft = Draft([], ids[:count].tolist(), logp[:count].tolist(), "length")
             if count and draft.ids[-1] in self.tok.ends:
@@ -143,6 +150,7 @@ class Continuation:
     def __init__(self, experiment: Experiment, tok: Tokenizer):
         self.tokenizer, self.context = tok, experiment.config.model.longest()["L"]
         config, model = experiment.config.decode, experiment.model
+        self.placement = experiment.placement
 
         def start(
             variables: Any, batch: Any, seed: Any, numbers: Any, before: Any, room: int
@@ -176,7 +184,11 @@ class Continuation:
         `numbers` int32 [rows, 2] are those of `row_keys`; rows without a draft are
         padding. A stretch is as long as a pass unless `live` or `stop`.
         """
-        rows, seed = len(numbers), np.uint32(seed % 2**32)
+        placement, seed = self.placement, np.uint32(seed % 2**32)
+        spread = jax.process_count() > 1
+        if spread:  # every device writes some of the rows
+            numbers = np.pad(numbers, ((0, -len(numbers) % placement.rows), (0, 0)))
+        rows = len(numbers)
         ends = (*self.tokenizer.ends, *self._special(stop))
         room = min(limit, self.context)
         while going := [d for d in drafts if not d.finish]:
@@ -187,6 +199,8 @@ class Continuation:
                 if not draft.finish:
                     given[row], until[row] = self.reads(draft, limit)
             batch = prompts(given, self.context)
+            if spread:
+                batch = placement.put(batch, {"inputs": "BL", "segments": "BL"})
             text = self._start(variables, batch, seed, numbers, before, room)
             stretch = STRETCH if live or stop else room
             for end in range(stretch, int(until.max()) + stretch, stretch):
@@ -194,7 +208,7 @@ class Continuation:
                 active += [False] * (rows - len(drafts))
                 aim = np.where(active, np.minimum(until, end), 0)
                 text = self._advance(variables, text, aim, ends)
-                tokens, logp = np.asarray(text.tokens), np.asarray(text.logp)
+                tokens, logp = placement.fetch((text.tokens, text.logp))
                 for row, draft in enumerate(drafts):
                     if not draft.finish:
                         part = slice(len(draft.ids) - before[row], aim[row])

@@ -6,8 +6,9 @@
 The corpus is JSON lines of runs of paragraphs of the classic books, repeated until it
 is as large as asked for; the tokenizer a byte-level BPE of 8,000 ids trained on them.
 Both sides read the same file, encode with the same tokenizer in as many processes, and
-write what they make. Memory is the sum over all processes, sampled ten times a second:
-a page that two share counts twice.
+write what they make. CPU seconds are of all processes of a side, reading and writing
+included: they hold on a machine that has other work, too. Memory is the sum over all
+processes, sampled ten times a second: a page that two share counts twice.
 """
 
 import argparse
@@ -109,6 +110,11 @@ def peak(process: int) -> Iterator[list[int]]:
         thread.join()
 
 
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
 def ours(corpus: str, tok: text.Tokenizer, folder: str) -> dict[str, float]:
     """Seconds of the first look at the rows and of encoding them; tokens."""
     config = CausalLMConfig(source=corpus, held_out=0.0, cache_dir=folder)
@@ -138,12 +144,14 @@ def main() -> None:
         sample = books()[::10]
         tok = text.train(text.TokenizerConfig(kind=flags.kind), sample, 8000)
         saved = tok.save(folder)
+        before = cpu_seconds()
         with peak(os.getpid()) as memory:
             found = {"triform": ours(corpus, tok, folder)}
-        found["triform"]["memory"] = memory[0]
+        found["triform"] |= {"memory": memory[0], "cpu": cpu_seconds() - before}
         if flags.baseline:
             command = [flags.baseline, "-c", BASELINE, corpus, saved, folder]
             command.append(str(flags.processes))
+            before = cpu_seconds()
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": ""}
             )
@@ -152,13 +160,15 @@ def main() -> None:
             if process.returncode:
                 sys.exit(f"{flags.baseline} ended with {process.returncode}")
             found["datasets"] = json.loads(output.splitlines()[-1])
-            found["datasets"]["memory"] = memory[0]
+            used = {"memory": memory[0], "cpu": cpu_seconds() - before}
+            found["datasets"] |= used
     for name, x in found.items():
         print(
             f"{name:9} {size / 1e6:,.0f} MB, {flags.processes} processes: reading "
             f"{x['read']:.0f} s, encoding {x['encode']:.0f} s = "
-            f"{size / 1e6 / x['encode']:.2f} MB/s, {x['tokens']:,} tokens, memory "
-            f"{x['memory'] / 1e9:.2f} GB {x.get('versions', '')}",
+            f"{size / 1e6 / x['encode']:.2f} MB/s, {x['cpu']:.0f} CPU s, "
+            f"{x['tokens']:,} tokens, memory {x['memory'] / 1e9:.2f} GB "
+            f"{x.get('versions', '')}",
             flush=True,
         )
 

@@ -49,6 +49,7 @@ from triform.models.layers import INITS
 from triform.models.positions import POSITIONS
 from triform.runtime import paths
 from triform.runtime.checkpoint import CheckpointConfig
+from triform.runtime.guard import RecoveryConfig
 from triform.runtime.optim import OptimConfig
 from triform.runtime.partition import BATCH_AXES, PLACEMENTS, MeshConfig
 from triform.scores.text import SCORES, EvaluationConfig
@@ -83,6 +84,7 @@ __all__ = [
     "MixtureConfig",
     "OptimConfig",
     "PretrainingConfig",
+    "RecoveryConfig",
     "RegressionConfig",
     "RopeConfig",
     "Seq2SeqConfig",
@@ -173,6 +175,7 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     evaluations: tuple[EvaluationSplit, ...] = ()  # further ones
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     # Parameters to start from: a workdir, or WORKDIR:best|latest|average:K|STEP.
     init_from: str = ""
     init: tuple[InitRule, ...] = ()  # in place of init_from: of several runs, by name
@@ -221,7 +224,8 @@ class ExperimentConfig:
                     f"{_key(self.model, name)}={size}: the number of classes is left "
                     "to the data, which were not read; give the number"
                 )
-        for name in ("model", "optim", "decode", "evaluation", "checkpoint", "mesh"):
+        parts = ("model", "optim", "decode", "evaluation", "checkpoint", "recovery")
+        for name in (*parts, "mesh"):
             getattr(self, name).validate()
         for name in ("steps", "log_every"):
             if getattr(self, name) < 1:

@@ -26,7 +26,7 @@ from triform.runtime.errors import DataError
 
 PART = 16 << 20  # characters of a part
 EXAMPLES = 1 << 18  # of a part, at most
-BATCH = 1 << 20  # characters that are encoded at once: some 100 bytes of memory each
+BATCH = 1 << 16  # characters encoded at once: what they take fits into a core's cache
 # Characters that are encoded as one text: of longer ones tokenizers take memory and
 # time beyond measure.
 LONGEST = 4 << 20

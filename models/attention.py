@@ -84,5 +84,5 @@ class Attention(nn.Module):
                 out, cache = cache.attend(
                     attend, query, key, value, mask, index, **options
                 )
-        output = dense(cfg, cfg.d_model, "out", bias=cfg.bias == "all", axis=(-2, -1))
+        output = dense(cfg, cfg.d_model, "out", bias=cfg.bias == "all", axes=2)
         return output(out), cache

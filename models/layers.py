@@ -1,11 +1,13 @@
 """Small layers of the trunk: dense products, norms, dropout, and initialisers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from triform.models.config import TransformerConfig
-from triform.models.matmul import dot_general
+from triform.models.matmul import add_bias, dot_general
 
 Array = jax.Array
 
@@ -38,25 +40,56 @@ def _t5(config: TransformerConfig, name: str) -> nn.initializers.Initializer:
 INITS = {"xavier": _xavier, "normal": _normal, "depth": _depth, "t5": _t5}
 
 
+class Dense(nn.Module):
+    """x [..., *inputs] times kernel [*inputs, *features], plus bias [*features].
+
+    `inputs` are the last `axes` axes of x. The kernel is initialised as the matrix that
+    it stands for.
+    """
+
+    features: tuple[int, ...]
+    axes: int
+    use_bias: bool
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., *inputs] -> [..., *features]."""
+        shape = (*x.shape[-self.axes :], *self.features)
+
+        def init(rng: Array, shape: tuple[int, ...]) -> Array:
+            matrix = math.prod(shape[: self.axes]), math.prod(self.features)
+            return self.kernel_init(rng, matrix, jnp.float32).reshape(shape)
+
+        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        last = tuple(range(x.ndim - self.axes, x.ndim))
+        first = tuple(range(self.axes))
+        x = dot_general(x.astype(self.dtype), kernel, ((last, first), ((), ())))
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        return add_bias(x, bias.astype(self.dtype))
+
+
 def dense(
     config: TransformerConfig,
     features: int | tuple[int, ...],
     name: str,
     *,
     bias: bool,
-    axis: int | tuple[int, ...] = -1,
-) -> nn.DenseGeneral:
-    """A product over the axes `axis` with a kernel that the config initialises.
+    axes: int = 1,
+) -> Dense:
+    """A product over the last axes, with a kernel that the config initialises.
 
     The kernels of global tokens (`query_global`) are initialised as the others.
     """
-    return nn.DenseGeneral(
-        features,
-        axis=axis,
-        use_bias=bias,
-        dtype=jnp.dtype(config.dtype),
-        kernel_init=INITS[config.init](config, name.removesuffix("_global")),
-        dot_general=dot_general,
+    return Dense(
+        features if isinstance(features, tuple) else (features,),
+        axes,
+        bias,
+        jnp.dtype(config.dtype),
+        INITS[config.init](config, name.removesuffix("_global")),
         name=name,
     )
 

@@ -14,6 +14,7 @@ from flax.linen.dtypes import promote_dtype
 
 from triform.models.config import ModelConfig, TransformerConfig
 from triform.models.language_model import LanguageModelConfig
+from triform.models.layers import Dense
 from triform.models.matmul import dot_general
 
 Array = jax.Array
@@ -167,8 +168,10 @@ class LoRA(nn.Module):
         context: nn.module.InterceptorContext,
     ) -> Any:
         module = context.module
-        dense = isinstance(module, (nn.Dense, nn.DenseGeneral))
-        if not dense or context.method_name != "__call__":
+        if (
+            not isinstance(module, (nn.Dense, Dense))
+            or context.method_name != "__call__"
+        ):
             return call(*args, **kwargs)
         rank = self.config.rank_of("/".join((*module.path, "kernel")))
         out = call(*args, **kwargs)
@@ -178,8 +181,8 @@ class LoRA(nn.Module):
 
     @nn.nowrap
     def _product(self, module: nn.Module, x: Array, rank: int) -> Array:
-        axis = module.axis if isinstance(module, nn.DenseGeneral) else -1
-        axes = tuple(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+        count = module.axes if isinstance(module, Dense) else 1
+        axes = tuple(range(x.ndim - count, x.ndim))
         features = module.features
         shape = features if isinstance(features, tuple) else (features,)
         inputs = tuple(x.shape[a] for a in axes)

@@ -23,11 +23,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from absl import flags
 
-from triform.runtime import files, read_errors
+from triform.runtime import files, hosts, read_errors
 from triform.runtime.checksum import checksums
 from triform.runtime.errors import CheckpointError
 from triform.runtime.leaves import (
@@ -95,6 +94,7 @@ class Checkpointer:
         self._config = config
         self._pending: int | None = None  # the step that is being saved
         self._wrote = False
+        _wait_without_devices()
         self._manager = ocp.CheckpointManager(
             directory,
             item_handlers={
@@ -105,6 +105,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 create=False,  # a reader must not create a misspelt directory
                 preservation_policy=self,
+                async_options=ocp.AsyncOptions(timeout_secs=int(hosts.SLOW)),
             ),
         )
         self.directory = self._manager.directory
@@ -144,6 +145,15 @@ class Checkpointer:
                 f"step {step} in {self.directory} is corrupt ({problem})"
             ) from problem
 
+    def described(self, step: int) -> dict[str, Any]:
+        """Shape, dtype and checksum by path of a step; CheckpointError if corrupt."""
+        try:
+            return self._read_meta(step)["arrays"]
+        except Corrupt as problem:
+            raise CheckpointError(
+                f"step {step} in {self.directory} is corrupt ({problem})"
+            ) from problem
+
     def metrics_of(self, step: int) -> Mapping[str, float]:
         """What was recorded for a step; empty if nothing was."""
         return self._metrics.get(step, {})
@@ -153,6 +163,17 @@ class Checkpointer:
         self.wait()  # a step that could not be saved has none
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
         self._write_scores()
+
+    def scored(self, last: int) -> list[int]:
+        """The steps up to `last` for which something was recorded."""
+        return [s for s in self._metrics if s <= last]
+
+    def forget(self, after: int) -> dict[int, Mapping[str, float]]:
+        """Takes out, and returns, what was recorded for later steps."""
+        gone = {s: self._metrics.pop(s) for s in [*self._metrics] if s > after}
+        if gone:
+            self._write_scores()
+        return gone
 
     def on_schedule(self) -> list[int]:
         """The finished steps that an uninterrupted run would have, oldest first."""
@@ -173,7 +194,7 @@ class Checkpointer:
             ) from error
 
     def _write_scores(self) -> None:
-        if jax.process_index() == 0:
+        if hosts.here().is_first:
             part = self._scores.with_suffix(".tmp")
             part.write_text(files.dumps(self._metrics, indent=1), encoding="utf-8")
             part.replace(self._scores)
@@ -244,7 +265,7 @@ class Checkpointer:
         if step is not None:
             return self._read_or_fail(step, abstract_state)
         problems = []
-        for found in reversed(self.steps()):
+        for found in reversed(hosts.here().broadcast("saved steps", self.steps())):
             try:
                 return self._read(found, abstract_state)
             except Corrupt as problem:
@@ -271,7 +292,8 @@ class Checkpointer:
     def _check_nothing_was_lost(self) -> None:
         """CheckpointError if steps were saved here once and none is left."""
         folders = [self._beside(name) for name in ("corrupt", "set_aside")]
-        kept = [str(x) for folder in folders for x in _listed(folder)]
+        found = [x for folder in folders for x in _listed(folder)]
+        kept = [str(x) for x in found if x.name.partition(".")[0].isdigit()]
         if kept or self._metrics:
             scored = f"{self._scores} knows {', '.join(map(str, self._metrics))}"
             where = ", ".join(kept) or scored
@@ -325,7 +347,7 @@ class Checkpointer:
         if not self._wrote:
             self.directory.mkdir(parents=True, exist_ok=True)
             # Only a writer may do this: a reader would ruin a save in progress.
-            if jax.process_index() == 0:
+            if hosts.here().is_first:
                 for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                     if _ours(path.name):
                         path.rmtree()
@@ -361,10 +383,11 @@ class Checkpointer:
         names = (f"{step}.{copy}" if copy else str(step) for copy in itertools.count())
         there = {path.name for path in _listed(self._beside(folder))}
         target = self._beside(folder) / next(x for x in names if x not in there)
-        if jax.process_index() == 0:
+        target = type(target)(hosts.here().broadcast("a free name", str(target)))
+        if hosts.here().is_first:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._path(step).rename(target)
-        multihost_utils.sync_global_devices(f"moved checkpoint {step}")
+        hosts.here().barrier(f"moving checkpoint {step}")
         self._manager.reload()
         if self._metrics.pop(step, None):
             self._write_scores()
@@ -398,38 +421,17 @@ class Checkpointer:
     def _read(self, step: int, abstract: Any, prefix: str = "") -> tuple[Any, Any]:
         """(tree, user meta) of a step, verified; the leaves are under `prefix`."""
         wanted = flatten(abstract, prefix)
-        leaves, body, problem = {}, {"user": None}, None
-        try:
-            body = self._read_meta(step)
-            saved = {p: d for p, d in body["arrays"].items() if p.startswith(prefix)}
-            require_same(step, saved, wanted)
-            leaves = self._read_arrays(step, saved, wanted)
-        except Corrupt as error:
-            problem = error
-        if jax.process_count() > 1:  # all processes go on with the same step
-            intact = multihost_utils.process_allgather(np.array(problem is None))
-            if not intact.all() and problem is None:
-                problem = Corrupt("another process found it corrupt")
-        if problem is not None:
-            raise problem
+        body = read_errors.by_all(f"reading step {step}", lambda: self._read_meta(step))
+        saved = {p: d for p, d in body["arrays"].items() if p.startswith(prefix)}
+        require_same(step, saved, wanted)
+        leaves = self._read_arrays(step, saved, wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), body["user"]
 
     def _read_arrays(self, step: int, saved: dict, wanted: dict) -> list[jax.Array]:
         stored = {path: storage(leaf) for path, leaf in wanted.items()}
         items = {p: x for p, x in stored.items() if x.size}  # orbax refuses empty ones
-        arrays = {}
-        try:
-            for part in groups(items):
-                how = [ocp.ArrayRestoreArgs(sharding=x.sharding) for x in part.values()]
-                how = dict(zip(part, how, strict=True))
-                what = {"item": part, "restore_args": how, "partial_restore": True}
-                request = ocp.args.Composite(state=ocp.args.PyTreeRestore(**what))
-                arrays |= self._manager.restore(step, args=request)["state"]
-                jax.block_until_ready(arrays)
-        except jax.errors.JaxRuntimeError:
-            raise  # the device's fault
-        except Exception as error:
-            raise read_errors.classify(error, step, self.directory) from error
+        what = f"reading the arrays of step {step}"
+        arrays = read_errors.by_all(what, lambda: self._load_arrays(step, items))
         sums = checksums(arrays)
         bad = [path for path in arrays if sums[path] != saved[path]["checksum"]]
         if bad:
@@ -440,6 +442,33 @@ class Checkpointer:
             if impl := saved[path].get("key"):
                 arrays[path] = jax.random.wrap_key_data(arrays[path], impl=impl)
         return [arrays[path] for path in wanted]
+
+    def _load_arrays(self, step: int, items: dict[str, Any]) -> dict[str, jax.Array]:
+        """What is stored, as this process needs it; waits for no other process."""
+        arrays, handler = {}, ocp.PyTreeCheckpointHandler()
+        try:
+            for part in groups(items):
+                how = [ocp.ArrayRestoreArgs(sharding=x.sharding) for x in part.values()]
+                how = dict(zip(part, how, strict=True))
+                what = {"item": part, "restore_args": how, "partial_restore": True}
+                request = ocp.args.PyTreeRestore(**what)
+                arrays |= handler.restore(self._path(step) / "state", args=request)
+                jax.block_until_ready(arrays)
+        except jax.errors.JaxRuntimeError:
+            raise  # the device's fault
+        except Exception as error:
+            raise read_errors.classify(error, step, self.directory) from error
+        finally:
+            handler.close()
+        return arrays
+
+
+def _wait_without_devices() -> None:
+    """Makes orbax's processes wait through the coordination service, with a timeout."""
+    name = "experimental_orbax_use_distributed_barrier"
+    if hosts.here().count > 1 and name in flags.FLAGS:
+        flags.FLAGS[name].value = True
+        flags.FLAGS[name].present += 1  # read before the command line, in a notebook
 
 
 def _ours(name: str) -> bool:

@@ -15,3 +15,7 @@ class DataError(TriformError, ValueError):
 
 class CheckpointError(TriformError, RuntimeError):
     """A checkpoint that cannot be saved or restored."""
+
+
+class HostsError(TriformError, RuntimeError):
+    """Another process of the same run is missing, late or different."""

@@ -59,6 +59,13 @@ def write_json(path: str, value: Any) -> None:
         f.write(dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str) -> Any:
+    """The value; None if there is no such file or it holds no JSON."""
+    with contextlib.suppress(ValueError):
+        return json.loads(read_text(path) or "null")
+    return None
+
+
 def read_text(path: str, errors: str = "strict") -> str | None:
     """The content; None only if there is no such file: a read error is raised.
 

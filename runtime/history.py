@@ -18,8 +18,9 @@ from typing import Any
 
 import jax
 
-from triform.runtime import files
+from triform.runtime import files, hosts
 from triform.runtime.launch import one_line
+from triform.runtime.signals import INTERRUPTED
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIBRARIES = ("triform", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -85,6 +86,7 @@ class Start:
 
     def __init__(self, workdir: str):
         self.workdir, self.outcome = workdir, ""
+        self._writes = hosts.here().is_first
         devices, (code, clean) = jax.devices(), commit()
         self.line: dict[str, Any] = {
             "started": now(),
@@ -97,9 +99,12 @@ class Start:
             "versions": versions(),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
             "host": platform.node(),
+            "processes": hosts.here().count,
         }
 
     def __enter__(self) -> "Start":
+        if not self._writes:
+            return self
         lines = read(self.workdir)
         for line in lines:
             if line.get("outcome") is None:
@@ -120,8 +125,15 @@ class Start:
 
     def end(self, outcome: str) -> None:
         """Completes the line."""
+        if not self._writes:
+            return
         self.line |= {"ended": now(), "outcome": outcome}
         self._write([*read(self.workdir)[:-1], self.line])
+
+    def interrupted(self, came: str) -> None:
+        """Completes the line, and ends the other processes: a signal ends this one."""
+        self.end(f"interrupted by {came}")
+        hosts.here().leave_at_once(f"{came} before the first step", INTERRUPTED)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with files.replacing(path_of(self.workdir)) as f:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from triform.runtime import host, paths, streams
+from triform.runtime import host, hosts, paths, streams
 from triform.runtime.errors import TriformError, UserError
 
 Main = Callable[[list[str]], int | None]
@@ -64,10 +64,16 @@ def launch(
                 f"unexpected argument {rest[1]!r}: write --config.KEY=VALUE, "
                 "--input='TEXT'"
             )
-        return main(rest)
+        with hosts.together(one_line):
+            return main(rest)
+
+    def answered(rest: list[str]) -> int | None:
+        code = _answered(lambda: run(rest))
+        hosts.here().exit(code or 0)
+        return code
 
     app.run(
-        lambda rest: _answered(lambda: run(rest)),
+        answered,
         argv=list(argv),
         flags_parser=lambda given: _answered(lambda: parse(given), fail=True),
     )

@@ -102,6 +102,9 @@ class MeshPlacement:
         )
         self.sizes = dict(zip(AXES, sizes, strict=True))
         self.rows = self.sizes["data"] * self.sizes["fsdp"]  # batch rows: a multiple
+        self._several = len({device.process_index for device in devices}) > 1
+        everywhere = NamedSharding(self.mesh, P())
+        self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
 
     def describe(self) -> str:
         """'mesh data=8 fsdp=1 tensor=1 sequence=1'."""
@@ -145,20 +148,35 @@ class MeshPlacement:
         return state
 
     def for_generation(
-        self, variables: Tree, batch: Batch, axes: AxisLetters
+        self, variables: Tree, batch: Batch, axes: AxisLetters, total: int = 0
     ) -> tuple[Tree, Tree]:
-        """Variables and a host's batch as text is generated from them."""
-        return variables, self.put(batch, axes)
+        """Variables and a batch (see `put`) as text is generated from them."""
+        return variables, self.put(batch, axes, total=total)
+
+    def held(self, total: int, parts: int = 1) -> slice:
+        """The rows of a batch of `total` that this process's devices need."""
+        padded = total + -total % (self.rows * parts)
+        if not self._several:
+            return slice(0, padded)
+        sharding = NamedSharding(self.mesh, P(BATCH_AXES["B"]))
+        places = sharding.addressable_devices_indices_map((padded,)).values()
+        ranges = [place[0].indices(padded) for place in places]
+        return slice(min(r[0] for r in ranges), max(r[1] for r in ranges))
 
     def put(
-        self, batch: Batch, axes: AxisLetters, parts: int = 1
+        self, batch: Batch, axes: AxisLetters, parts: int = 1, total: int = 0
     ) -> Mapping[str, jax.Array]:
-        """A host's view of the global batch, onto the devices.
+        """The batch on the devices: all of it, or of `total` rows the `held` ones.
 
         Rows are padded so that each of `parts` micro-batches divides evenly. Sequence
         axes are split where their size allows it.
         """
-        batch = pad_rows(batch, self.rows * parts)
+        total = total or len(next(iter(batch.values())))
+        held = self.held(total, parts)
+        padded = total + -total % (self.rows * parts)
+        if len(next(iter(batch.values()))) == total:
+            held = slice(0, padded)
+        batch = pad_rows(batch, held.stop - held.start)
 
         def axis(letter: str, size: int) -> tuple[str, ...] | None:
             over = BATCH_AXES.get(letter, ())
@@ -166,11 +184,21 @@ class MeshPlacement:
             return over if over and fits else None
 
         def place(name: str, x: np.ndarray) -> jax.Array:
-            split = P(*map(axis, axes[name], x.shape))
+            shape = (padded, *x.shape[1:])
+            split = P(*map(axis, axes[name], shape))
             sharding = NamedSharding(self.mesh, split)
-            return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+            def part(index: tuple) -> np.ndarray:
+                start, stop, _ = index[0].indices(padded)
+                return x[start - held.start : stop - held.start, *index[1:]]
+
+            return jax.make_array_from_callback(shape, sharding, part)
 
         return {name: place(name, x) for name, x in batch.items()}
+
+    def same(self, x: np.generic) -> np.ndarray:
+        """A number of the host as steps take it beside a batch."""
+        return np.asarray(x)
 
     def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
         """(state, batch) -> (state, metrics), compiled for these shapes.
@@ -181,15 +209,33 @@ class MeshPlacement:
         def pinned(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
             out, metrics = step(state, batch, Across())
             # Without this the compiler may return a state placed otherwise.
-            return jax.lax.with_sharding_constraint(out, self.shardings(out)), metrics
+            out = jax.lax.with_sharding_constraint(out, self.shardings(out))
+            return out, self._readable(metrics)
 
         compiled = jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
         return lambda state, batch: block_on_cpu(compiled(state, batch))
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""
-        compiled = jax.jit(functools.partial(step, across=Across()))
+
+        @jax.jit
+        def compiled(*inputs: Tree) -> tuple[Tree, Tree]:
+            metrics, rows = step(*inputs, across=Across())
+            return self._readable(metrics), rows
+
         return lambda *inputs: block_on_cpu(compiled(*inputs))
+
+    def _readable(self, metrics: Tree) -> Tree:
+        """Metrics that every process can read."""
+        if not self._several:
+            return metrics
+        return jax.lax.with_sharding_constraint(metrics, NamedSharding(self.mesh, P()))
+
+    def fetch(self, tree: Tree) -> Tree:
+        """Arrays on the host, whole on every process."""
+        if self._several:
+            tree = block_on_cpu(self._gather(tree))
+        return jax.tree.map(np.asarray, tree)
 
 
 class PmapPlacement:
@@ -245,18 +291,32 @@ class PmapPlacement:
         return jax.tree.map(lambda x: x.addressable_data(0)[0], state)
 
     def for_generation(
-        self, variables: Tree, batch: Batch, axes: AxisLetters
+        self, variables: Tree, batch: Batch, axes: AxisLetters, total: int = 0
     ) -> tuple[Tree, Tree]:
-        """Variables and a host's batch for generation, on one device."""
+        """Variables and a batch for generation, on one device."""
         return self.unload(variables), batch
 
-    def put(self, batch: Batch, axes: AxisLetters, parts: int = 1) -> Batch:
+    def held(self, total: int, parts: int = 1) -> slice:
+        """All rows of a batch: pmap runs on one process."""
+        return slice(0, total)
+
+    def fetch(self, tree: Tree) -> Tree:
+        """Arrays on the host."""
+        return jax.tree.map(np.asarray, tree)
+
+    def put(
+        self, batch: Batch, axes: AxisLetters, parts: int = 1, total: int = 0
+    ) -> Batch:
         """The batch with a leading device axis; pmap moves it. See MeshPlacement."""
         batch = pad_rows(batch, self.rows * parts)
         n = self.rows
         return {
             k: x.reshape(n, x.shape[0] // n, *x.shape[1:]) for k, x in batch.items()
         }
+
+    def same(self, x: np.generic) -> np.ndarray:
+        """A number of the host as steps take it beside a batch: one a device."""
+        return np.full(self.rows, x)
 
     def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
         """(state, batch) -> (state, metrics), compiled for these shapes.

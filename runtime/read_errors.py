@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
+from triform.runtime import hosts
 from triform.runtime.errors import CheckpointError
 
 # Errors that say what the bytes are: they are no JSON, no array, or not there.
@@ -21,6 +23,26 @@ _OF_READING = re.compile(
 
 class Corrupt(Exception):
     """What is stored for a step is not what was saved."""
+
+
+def by_all(what: str, read: Callable[[], Any]) -> Any:
+    """What `read` gives; Corrupt on all processes if it is on one.
+
+    Each reads by itself, and only then do they wait for one another, with a timeout:
+    computing on what not all could read would hang.
+    """
+    found, problem = None, None
+    try:
+        found = read()
+    except Corrupt as error:
+        problem = error
+    told = hosts.here().agree(what, problem and str(problem), hosts.SLOW)
+    if problem is None and any(told):
+        who = next(i for i, text in enumerate(told) if text)
+        problem = Corrupt(f"{told[who]}, as {hosts.here().title(who)} found")
+    if problem is not None:
+        raise problem
+    return found
 
 
 def classify(error: Exception, step: int, directory: Any) -> Exception:

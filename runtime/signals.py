@@ -35,9 +35,10 @@ def name(number: int) -> str:
 class Interrupt:
     """Turns a signal of SAVING into a request to save and leave.
 
-    Until `listening` there is nothing to save: signals end the process at once. After
-    the first, only the keyboard's (Ctrl-C, Ctrl-\\) end it without saving, a second
-    later or more: launchers, timeout(1) and batch systems send several at once.
+    Until `listening` there is nothing to save: signals end the process at once. So does
+    one more, of any kind, that comes a second after the first or later: what was saved
+    before stays. Those within a second are one: launchers, timeout(1) and batch systems
+    send several at once.
     """
 
     def __init__(self) -> None:
@@ -64,9 +65,11 @@ class Interrupt:
         if not self.requested:
             self.requested, self._since = came, now
             _tell(f"\n{came}: saving before leaving\n")
-        elif came in ("SIGINT", "SIGQUIT") and now - self._since > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        elif now - self._since > 1:
+            with contextlib.suppress(Exception):
+                self.leaving(came)
+            _tell(f"\n{came} again: leaving at once; the last checkpoint stays\n")
+            os._exit(INTERRUPTED)
 
 
 def _tell(text: str) -> None:

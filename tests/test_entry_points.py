@@ -157,6 +157,8 @@ def test_a_sweep_runs_compares_and_goes_on(run, tmp_path):
         assert mean == pytest.approx(sum(losses) / 2)
         assert spread == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
     again = run("sweep.py", *args, *swept)
-    assert again.stdout.count("finished, 2 steps") == 4
+    assert "==" not in again.stdout  # none was started
+    assert "eval/loss" in again.stdout
+    assert json.loads((tmp_path / "sweep.json").read_text()) == report
     wrong = run("sweep.py", *args, "--sweep=seed", code=1)
     assert "expected KEY=VALUE,VALUE" in wrong.stderr

@@ -16,23 +16,29 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag", "recovery"),
+    "train": ("evaluate", "plan", "config_flag", "stepping", "capsule"),
     "recovery": ("configs",),
+    "tools": ("capsule",),
+    "forks": ("workdir",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
+    "capsule": ("workdir", "input_pipeline"),
+    "stepping": ("experiment", "input_pipeline", "recovery"),
     "evaluate": ("answers", "input_pipeline"),
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
-    "sweep": ("runtime",),
-    "config_flag": ("workdir",),
+    "config_flag": ("forks",),
+    "sweep": ("config_flag", "sweeps"),
+    "sweeps": ("runtime",),
     "inspection": ("workdir",),
     "interop": ("workdir",),
     "workdir": ("experiment", "trained_codecs"),
     "trained_codecs": ("configs",),
     "experiment": ("configs",),
     "input_pipeline": ("data",),
-    "configs": ("models", "tasks", "data", "scores", "runtime"),
+    # Files of configs/sweeps say which runs.
+    "configs": ("models", "tasks", "data", "scores", "runtime", "sweeps.values"),
     "models": ("runtime.errors",),
     "tasks": ("runtime.metrics",),
     "data": ("runtime.errors", "runtime.paths"),
@@ -42,7 +48,16 @@ IMPORTS = {
 # One box in the picture: what a user starts, and what only that needs.
 PROGRAMS = (
     *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
-    *("sweep", "plot", "inspection", "config_flag"),
+    *(
+        "sweep",
+        "plot",
+        "inspection",
+        "config_flag",
+        "forks",
+        "capsule",
+        "tools",
+        "stepping",
+    ),
 )
 # What starts the others, and imports them by name when they are asked for.
 DOORS = ("", "__main__", "console")
@@ -78,6 +93,8 @@ LATE = {
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
     ("runtime.metrics", "triform.runtime.events"): "it imports torch",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
+    ("sweeps.page", "matplotlib.figure"): "an extra",
+    ("sweeps.search", "optuna"): "an extra",
 }
 LINES = 500  # of a file
 FUNCTION_LINES = 80

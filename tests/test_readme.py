@@ -60,7 +60,7 @@ def test_paths_are_there(page):
         "frozen/",
         "code/",
     )
-    others += ("set_aside/", "runs/", "workdir/", "encoder/")
+    others += ("set_aside/", "capsules/", "runs/", "workdir/", "encoder/")
     for name in named:
         if not name.startswith(others):
             assert any((root / name).exists() for root in roots), name

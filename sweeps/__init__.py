@@ -1,0 +1,1 @@
+"""Many runs of train.py: which ones, where they run, and what came of them."""

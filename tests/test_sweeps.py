@@ -1,0 +1,291 @@
+"""Runs of a sweep: which are started, what became of them, and who stops them.
+
+With a program in place of train.py (see sweep_runs.py).
+"""
+
+import fcntl
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import sweep_runs
+from absl import flags
+from sweep_runs import BREAKS, DIES, FAILS, gone, pid_of, starts_of, sweep_of
+
+from triform import sweep as program
+from triform.runtime import history, launch
+from triform.runtime.errors import UserError
+from triform.sweeps import local, pruning, runs, search
+from triform.sweeps.values import grid
+
+RATE, ENDS, WAIT = "optim.learning_rate", "optim.warmup_steps", "log_every"
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch):
+    """(sweep, retry) -> does what is to do, in this process: {name: status}."""
+    monkeypatch.setattr(local, "TRAIN", sweep_runs.program(tmp_path))
+
+    def do(sweep, retry=False, stop=lambda: ""):
+        todo = [m for m in sweep.members if search.is_todo(m, retry)]
+        local.run(sweep, todo, stop)
+        return {m.name: runs.status_of(m) for m in sweep.members}
+
+    return do
+
+
+def test_a_run_that_fails_is_a_row_and_stops_no_other(done, tmp_path, capfd):
+    plan = [{ENDS: str(how)} for how in (FAILS, BREAKS, DIES, 0)]
+    sweep = sweep_of(tmp_path / "out", plan)
+    found = [*done(sweep).values()]
+    assert [x.state for x in found] == ["failed"] * 3 + ["finished"]
+    assert found[0].note == "optim.warmup_steps=1: not today; take another"
+    assert found[1].note == "ValueError: of the program"
+    assert "signal 9" in found[2].note
+    rows = runs.rows_of(sweep)
+    assert [row["note"] for row in rows] == [x.note for x in found]
+    assert found[0].note in capfd.readouterr().err
+    # Failed ones are left as they are, and only they are repeated.
+    assert done(sweep) == dict(zip([m.name for m in sweep.members], found, strict=True))
+    assert [starts_of(tmp_path / "out" / m.name) for m in sweep.members] == [1] * 4
+    done(sweep, retry=True)
+    assert [starts_of(tmp_path / "out" / m.name) for m in sweep.members] == [2, 2, 2, 1]
+
+
+def test_jobs_share_cores_and_gpus(done, tmp_path, monkeypatch):
+    sweep = sweep_of(tmp_path / "out", grid({WAIT: (1500, 1501)}), jobs=2)
+    done(sweep)
+    cores = [
+        (tmp_path / "out" / m.name / "cores").read_text().split() for m in sweep.members
+    ]
+    here = os.sched_getaffinity(0)
+    assert all(cores)
+    if len(here) > 1:
+        assert sorted(cores[0] + cores[1]) == sorted(map(str, here))
+    monkeypatch.setattr(local, "gpus", lambda: ["0", "1", "2", "3"])
+
+    def devices(jobs):
+        return [x.environment["CUDA_VISIBLE_DEVICES"] for x in local.shares(jobs)]
+
+    assert devices(2) == ["0,1", "2,3"]
+    assert devices(3) == ["0", "1", "2,3"]
+    assert devices(6) == ["0", "1", "2", "3", "0", "1"]
+    memory = local.shares(6)[0].environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]
+    assert float(memory) == pytest.approx(0.45)
+    assert local.shares(1) == [local.Share()]
+
+
+def test_gpus_are_those_that_cuda_would_use(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert local.gpus() == ["3", "5"]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert local.gpus() == []
+
+
+def test_whether_a_run_lives_is_read_from_its_folder(tmp_path):
+    sweep = sweep_of(tmp_path / "out", [{"seed": "0"}])
+    member = sweep.members[0]
+
+    def state():
+        return runs.status_of(member).state
+
+    def outcome(text):
+        line = {"started": history.now(), "outcome": text}
+        (tmp_path / "out" / "seed=0" / "runs.jsonl").write_text(json.dumps(line) + "\n")
+
+    assert state() == "unfinished"
+    os.mkdir(member.folder)
+    assert state() == "unfinished"
+    outcome(None)
+    assert state() == "unfinished"  # it was killed
+    with runs.locked(member.folder) as ours:
+        assert ours and state() == "running"
+        with runs.locked(member.folder) as ours:
+            assert not ours
+        runs.record(member.folder, "error: x", 0)  # of another start: not its line
+    assert state() == "unfinished"
+    for text, expected in (
+        ("interrupted by SIGTERM", "unfinished"),
+        ("killed", "unfinished"),
+        ("error: too hot", "failed"),
+        ("pruned: too slow", "pruned"),
+    ):
+        outcome(text)
+        assert state() == expected
+    path = tmp_path / "out" / "seed=0" / "metrics.jsonl"
+    path.write_text('{"step": 5, "test/loss": 1.0}\n')
+    assert state() == "pruned"  # 5 of 6 steps: tested by a shorter run
+    path.write_text('{"step": 6, "test/loss": "nan"}\n')
+    assert state() == "finished"
+    assert runs.status_of(sweep.member({"seed": "0", "steps": "9"})).state != "finished"
+
+
+def test_a_run_of_another_process_is_not_written_to(done, tmp_path):
+    sweep = sweep_of(tmp_path / "out", [{"seed": "0"}])
+    folder = tmp_path / "out" / "seed=0"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert done(sweep)["seed=0"].state == "running"
+    assert not (folder / "runs.jsonl").exists()
+
+
+def test_a_run_that_is_worse_than_half_of_the_others_is_pruned(
+    done, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(local, "PRUNE", 0.1)
+    plan = [{RATE: str(x)} for x in (1.0, 2.0, 3.0, 4.0)]
+    sweep = sweep_of(tmp_path / "out", plan, jobs=4, prune=True)
+    assert {x.state for x in done(sweep).values()} == {"finished"}
+    # 2.4 is better than the median of the others, 2.5; 2.6 is not.
+    late = [{RATE: x, WAIT: "3000"} for x in ("2.4", "2.6")]
+    sweep.members += [sweep.member(x) for x in late]
+    begin = time.monotonic()
+    *_, good, bad = done(sweep).values()
+    assert (good.state, bad.state) == ("finished", "pruned")
+    assert "2.6 is worse than the median 2.4" in bad.note
+    assert pruning.reason(sweep.members[0], sweep) == ""  # it is at its last step
+    assert time.monotonic() - begin > 3  # the other one was let go on
+
+
+# The whole program
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """(folder, flags of sweep.py) -> the exit code, in this process."""
+    monkeypatch.setattr(program, "Stop", lambda: lambda: "")  # leaves signals alone
+
+    def call(folder, *args):
+        before = {*flags.FLAGS}
+        try:
+            program.define()
+            words = [f"--config={sweep_runs.CONFIG}", f"--workdir={folder / 'out'}"]
+            rest = flags.FLAGS(["sweep", *words, *args], known_only=True)
+            return program.main(rest)
+        finally:
+            for name in {*flags.FLAGS} - before:
+                delattr(flags.FLAGS, name)
+            flags.FLAGS.unparse_flags()
+
+    return call
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """(flags of sweep.py) -> the process."""
+    begun = []
+
+    def start(*args):
+        begun.append(sweep_runs.started(tmp_path, *args))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        ("SIGTERM to the sweep", 75),
+        ("SIGINT to all", 75),
+        ("SIGTERM to all", 75),
+        ("SIGKILL to the sweep", -9),
+    ],
+)
+def test_a_sweep_that_is_stopped_saves_its_runs_and_leaves_none(
+    how, code, sweep, tmp_path
+):
+    process = sweep("--sweep=seed=0,1,2", f"--config.{WAIT}=60000", "--jobs=2")
+    for name in ("seed=0", "seed=1"):
+        pid_of(tmp_path / "out" / name)
+    name, _, whom = how.partition(" to ")
+    target = process.pid if whom == "the sweep" else -process.pid
+    os.kill(target, getattr(signal, name))
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert gone(tmp_path)
+    for name in ("seed=0", "seed=1"):
+        assert (tmp_path / "out" / name / "saved").exists()
+    assert not (tmp_path / "out" / "seed=2").exists()
+
+
+def test_a_sweep_started_again_does_what_is_unfinished(sweep, tmp_path):
+    words = ("--sweep=seed=0,1", f"--sweep={RATE}=inf,2,4", f"--sweep={ENDS}=0,1")
+    process = sweep(*words, "--jobs=2")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "6 of 12 runs failed" in errors and "not today" in errors
+    text = (tmp_path / "out" / "sweep.json").read_text()
+    report = json.loads(text, parse_constant=pytest.fail)
+    states = [(x["settings"][ENDS], x["state"]) for x in report["runs"]]
+    assert sorted(set(states)) == [("0", "finished"), ("1", "failed")]
+    rows = {row["name"]: row["scores"]["test/loss"] for row in report["rows"]}
+    lead, tail = f"{RATE}=", f",{ENDS}=0"
+    assert rows == {
+        f"{lead}inf{tail}": ["inf", "nan", 2],
+        f"{lead}2{tail}": [2.0, 0.0, 2],
+        f"{lead}4{tail}": [4.0, 0.0, 2],
+    }
+    order = [out.rindex(f"{lead}{x}{tail}") for x in ("2", "4", "inf")]
+    assert order == sorted(order)
+    # Other values: those that stay are not started, the others are named.
+    process = sweep("--sweep=seed=0,1,2", f"--sweep={RATE}=2,3", f"--sweep={ENDS}=0,1")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "no longer asked for, and kept: seed=0," in out
+    count = {p.name: starts_of(p) for p in (tmp_path / "out").iterdir() if p.is_dir()}
+    assert len(count) == 20 and set(count.values()) == {1}
+    # Without flags it is the same sweep.
+    process = sweep("--retry")
+    assert process.wait(timeout=60) == 1
+    count = {p.name: starts_of(p) for p in (tmp_path / "out").iterdir() if p.is_dir()}
+    repeated = {name for name, number in count.items() if number == 2}
+    assert repeated == {
+        f"seed={seed},{RATE}={rate},{ENDS}=1" for seed in "012" for rate in "23"
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sweep=optim.learning_rat=1,2"], "did you mean optim.learning_rate"),
+        (["--sweep=optim.learning_rate=1,two"], "two"),
+        (["--sweep=seed=0,1", "--config.stepz=3"], "did you mean steps"),
+        (["--sweep=seed"], "expected KEY=VALUE,VALUE"),
+        (["--sweep=seed=0,1", "--on=cloud"], "expected local, slurm"),
+        (["--sweep=seed=0,1", "--on=slurm:gpu"], "PARTITION,GPUS,HOURS"),
+        (["--sweep_file=nowhere"], "one of sizes"),
+        ([], "nothing is swept"),
+        (["--sweep=seed=0,1", "reprot"], "'reprot'"),
+        (["--sweep=log_every=1,2", "--search=tpe:2", "--on=print"], "random:N"),
+    ],
+)
+def test_a_mistake_is_one_line_before_the_first_run(words, message, tmp_path, main):
+    with pytest.raises((UserError, flags.Error)) as caught:
+        main(tmp_path, *words)
+    line = launch.one_line(caught.value)
+    assert message in line and len(line.splitlines()) == 1, line
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_printed_commands_are_those_of_the_unfinished_runs(main, tmp_path, capsys):
+    assert main(tmp_path, "--sweep=seed=0,1", "--on=print", "--config.steps=3") == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2
+    assert all("train" in x and "--config.steps=3" in x for x in lines)
+    assert "--config.seed=1" in lines[1] and f"{tmp_path}/out/seed=1" in lines[1]
+
+
+def test_means_of_what_is_not_finite():
+    sweep = runs.Sweep("", "", [], "", 1, "m", "min")
+    assert sweep.better(1.0, math.nan) and not sweep.better(math.nan, 1.0)
+    assert not sweep.better(math.nan, math.nan)
+    assert runs.best_of([(1, math.nan), (2, 3.0), (3, 2.0)], sweep) == 2.0
+    assert runs.best_of([], sweep) is None
