@@ -1,7 +1,7 @@
 """What a trained DALL-E draws and how well its texts fit: numbers of docs/dalle.md.
 
     python benchmarks/dalle.py digits --workdir=runs/dalle_digits \
-        --classifier=runs/vit_digits [--samples=20] [--guidance=1] [--temperature=1]
+        --classifier=runs/vit_digits [--samples=20] [--guidance=2] [--temperature=1]
     python benchmarks/dalle.py likelihood --workdir=runs/dalle_emoji [--blind=DIR]
     python benchmarks/dalle.py retrieval --workdir=runs/dalle_emoji
     python benchmarks/dalle.py grid --workdir=runs/dalle_emoji --output=grid.png
@@ -15,7 +15,6 @@ first 32 of these names, the first sample of each.
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +32,7 @@ def digits(args: argparse.Namespace) -> None:
     """Share of drawn digits that the classifier takes for the named ones."""
     tested = evaluate.run(args.classifier, "test").numbers()["test/accuracy"]
     print(f"classifier: {tested:.2%} of held-out pictures right")
-    sampler = Sampler(args.workdir, temperature=args.temperature, **guidance(args))
+    sampler = drawing(args)
     classifier, right = Sampler(args.classifier), {}
     for label, name in enumerate(DIGITS):
         texts = [phrase.format(name) for phrase in HANDWRITTEN]
@@ -46,9 +45,10 @@ def digits(args: argparse.Namespace) -> None:
     print(f"drawn as named: {every.mean():.2%} of {len(every):,}")
 
 
-def guidance(args: argparse.Namespace) -> dict[str, Any]:
-    """The setting, if it is given."""
-    return {} if args.guidance == 1 else {"guidance": args.guidance}
+def drawing(args: argparse.Namespace) -> Sampler:
+    """The sampler of a workdir, with the settings that are given."""
+    settings = {"temperature": args.temperature, "guidance": args.guidance}
+    return Sampler(args.workdir, **settings)
 
 
 class Likelihood:
@@ -170,7 +170,7 @@ TEXTS = ("text", "text_segments")
 
 def grid(args: argparse.Namespace) -> None:
     """A PNG of the first 32 held-out names, and a list of these."""
-    sampler = Sampler(args.workdir, temperature=args.temperature, **guidance(args))
+    sampler = drawing(args)
     run = sampler.run
     sizes = run.experiment.sizes
     split = Split.open(run.config.data, run.codecs, args.split, sizes)
@@ -196,8 +196,8 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     for name in ("samples", "seed"):
         parser.add_argument(f"--{name}", type=int, default=20 * (name == "samples"))
-    for name in ("guidance", "temperature"):
-        parser.add_argument(f"--{name}", type=float, default=1.0)
+    for name, value in (("guidance", 2.0), ("temperature", 1.0)):
+        parser.add_argument(f"--{name}", type=float, default=value)
     args = parser.parse_args()
     WHAT[args.what](args)
 

@@ -31,7 +31,7 @@ def lasting(steps: int) -> dict:
 # sees a square around each code (Ramesh et al. 2021, B.1).
 SPARSE = ("row", "column", "row", "row")
 VARIANTS = {
-    "digits": lasting(600),
+    "digits": lasting(1200),
     "mnist": {
         **lasting(4000),
         "data": {
@@ -121,7 +121,7 @@ def get_config(variant: str = "digits") -> ExperimentConfig:
         norm_position="pre",
         ffn="gelu",
         init="depth",
-        dropout=0.2,
+        dropout=0.1,
         patterns=("row", "column", "conv:3"),
     )
     config = ExperimentConfig(
@@ -144,7 +144,7 @@ def get_config(variant: str = "digits") -> ExperimentConfig:
             weight_decay=0.05,
             clip_norm=1.0,
         ),
-        decode=DecodeConfig(method="sample"),
+        decode=DecodeConfig(method="sample", guidance=2.0),
         evaluation=EvaluationConfig(metrics=()),
         checkpoint=CheckpointConfig(every=500, metric="eval/code_loss"),
     )

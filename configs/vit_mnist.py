@@ -28,19 +28,20 @@ VARIANTS = {
     # scikit-learn's digits of 8 x 8 pixels.
     "digits": {
         "model.patch_size": 2,
-        "model.trunk": {"num_layers": 3, "d_ff": 128},
+        "model.trunk": {"num_layers": 3, "d_ff": 128, "init": "xavier"},
         "data": {
             "source": "digits",
             "train_split": "train",
             "eval_split": "validation",
             "size": 8,
-            "batch_size": 32,
-            "pad": 1,
+            "batch_size": 64,
+            "crop": "none",
+            "mixup": 0.2,
         },
         "optim.warmup_steps": 100,
-        "evaluation.every": 600,
+        "evaluation.every": 300,
         "checkpoint.every": 300,
-        "steps": 3000,
+        "steps": 1500,
     },
     "smoke": functools.partial(smoke, split="test[:100]"),
 }

@@ -106,7 +106,7 @@ SYSTEMS = {
     ),
     "discrete vae": (
         # Noise that is drawn for other rows differs.
-        DiscreteVAEConfig(8, 1, num_codes=8, width=16, stages=1, blocks=1, noise=0.0),
+        DiscreteVAEConfig(8, 1, num_codes=16, width=32, stages=1, blocks=1, noise=0.0),
         ImageCodingConfig("squared", kl_steps=4),
         ImagesConfig(
             size=8, channels=1, batch_size=ROWS, label="", mean=(0.0,), std=(1.0,)
