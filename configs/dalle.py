@@ -4,12 +4,13 @@
     python train.py --config=configs/dalle.py --workdir=runs/dalle_digits \
         --config.data.codes=runs/dvae_digits
 
-Measured on 2 cores of an AMD EPYC beside some 20 other processes, niced: `digits`, 1,200
-steps in 117 s of CPU time (15 min 11 s from start to end), the best checkpoint at step
-480: 3.12 nats per code of the test pictures. Of 300 pictures drawn from captions 85.3 %
-are what was asked for without guidance, 98.0 % with a guidance of 2, in the eyes of a ViT
-that is right on 91.0 % of the test pictures (benchmarks/dalle.py). `12b` was counted and
-dry-run only: 12,292,808,448 parameters. `mnist`, `emoji` and `own` were not run.
+Measured on 2 cores of an AMD EPYC beside some 20 other processes, niced: `digits`,
+1,200 steps in 117 s of CPU time (15 min 11 s from start to end), the best checkpoint at
+step 480: 3.12 nats per code of the test pictures. Of 300 pictures drawn from captions
+85.3 % are what was asked for without guidance, 98.0 % with a guidance of 2, in the eyes
+of a ViT that is right on 91.0 % of the test pictures (benchmarks/dalle.py). `12b` was
+counted and dry-run only: 12,292,808,448 parameters. `mnist`, `emoji` and `own` were not
+run.
 """
 
 import functools

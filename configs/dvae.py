@@ -2,13 +2,14 @@
 
     python train.py --config=configs/dvae.py --workdir=runs/dvae_digits
 
-Evaluations write samples/*.png: pictures of the split above what comes back of them. What
-the divergence's factor of 6.6 is relative to: tasks/image_coding.py, docs/dalle.md.
+Evaluations write samples/*.png: pictures of the split above what comes back of them.
+What the divergence's factor of 6.6 is relative to: tasks/image_coding.py,
+docs/dalle.md.
 
-Measured on 2 cores of an AMD EPYC beside some 20 other processes, niced: `digits`, 2,500
-steps in 96 s of CPU time (6 min 2 s from start to end): a squared error of 0.0062 per
-test pixel in [0, 1], all 64 codes in use, perplexity 53. `mnist` and `own` were not run;
-`emoji` was not run to its end.
+Measured on 2 cores of an AMD EPYC beside some 20 other processes, niced: `digits`,
+2,500 steps in 96 s of CPU time (6 min 2 s from start to end): a squared error of 0.0062
+per test pixel in [0, 1], all 64 codes in use, perplexity 53. `mnist` and `own` were not
+run; `emoji` was not run to its end.
 """
 
 import functools
