@@ -8,7 +8,6 @@ without the optimiser's moments.
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from triform import workdir as workdirs
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import TrainBatches
-from triform.runtime import commands, files, guard, hosts, metrics, paths
+from triform.runtime import commands, files, guard, hosts, metrics, paths, stores
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import CheckpointError, UserError
 from triform.runtime.first_nonfinite import first_nonfinite
@@ -53,8 +52,8 @@ def write(
     problem = ""
     try:
         if hosts.here().is_first:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.makedirs(folder)
+            files.remove_folder(folder)
+            files.make_folder(folder)
             with files.replacing(os.path.join(folder, "batch.npz"), binary=True) as f:
                 np.savez(f, **batch)
             workdirs.claim(folder, config, {})
@@ -109,6 +108,7 @@ def first_bad(experiment: Experiment, state: TrainState, batch: Any) -> str:
     `batch` as steps take it on a mesh; slow, operation by operation.
     """
     task, k = experiment.task, experiment.config.optim.accumulate
+    batch = dict(batch)
     micros = experiment.micros(batch) if k > 1 else None
 
     def forward() -> None:
@@ -135,7 +135,7 @@ def replay(folder: str) -> str:
 
     UserError if it is no capsule.
     """
-    folder = paths.absolute(folder)
+    folder = paths.workdir(folder)
     text = files.read_text(os.path.join(folder, FILE))
     if text is None:
         raise UserError(
@@ -150,7 +150,7 @@ def replay(folder: str) -> str:
     with Checkpointer(workdirs.checkpoint_dir(folder), CheckpointConfig()) as kept:
         wanted = experiment.abstract_state().replace(opt_state={})
         state, _ = kept.restore(wanted, facts["step"])
-    with np.load(os.path.join(folder, "batch.npz")) as arrays:
+    with np.load(os.path.join(stores.local(folder), "batch.npz")) as arrays:
         batch = experiment.put(dict(arrays))
     full = state.replace(opt_state=experiment.optimizer.init(state.params))
     step = jax.jit(lambda state, batch: experiment.train_step(state, batch, Across()))

@@ -21,7 +21,7 @@ from triform import forks
 from triform import workdir as workdirs
 from triform.configs import plugins
 from triform.configs.schema import CHOICES, ExperimentConfig
-from triform.runtime import paths
+from triform.runtime import files, paths, stores
 from triform.runtime.errors import UserError
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
@@ -43,10 +43,10 @@ def load(text: str) -> ExperimentConfig:
     given = f"--config={text}"
     if not text:
         raise UserError(f"--config is empty: {_choices()}")
-    folder = paths.absolute(text)
+    folder = paths.workdir(text)
     if os.path.basename(folder) == "config.json":
         folder = os.path.dirname(folder)
-    if os.path.isdir(folder):
+    if stores.is_store(folder) or os.path.isdir(folder):
         return workdirs.open_config(folder)
     file, name, variant = re.fullmatch(
         r"(?:(.+\.py)|([^:]*))(?::(.*))?", text, re.S
@@ -116,7 +116,7 @@ def define(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[s
     text, rest = _take(argv, "config")
     if text is None:
         workdir = _take(argv, "workdir")[0]
-        if not workdir or not os.path.exists(os.path.join(workdir, "config.json")):
+        if not workdir or not files.exists(os.path.join(workdir, "config.json")):
             fork = _take(argv, "fork")[0]
             workdir = forks.parse(fork)[0] if fork else ""
         if not workdir:

@@ -230,7 +230,7 @@ def run(
     At most `examples` of it, spread evenly; 0: all. `predictions` keeps one object per
     example. Raises TriformError for a workdir, split or checkpoint that is not there.
     """
-    config = workdirs.open_config(paths.absolute(workdir))
+    config = workdirs.open_config(paths.workdir(workdir))
     if beam_size:
         config.decode.method, config.decode.beam_size = "beam", beam_size
     opened = workdirs.open_run(workdir, checkpoint, config)
@@ -262,7 +262,7 @@ def write_samples(workdir: str, name: str, samples: Samples) -> None:
     """
     if not hosts.here().is_first:
         return
-    os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
+    files.make_folder(os.path.join(workdir, "samples"))
     text = {".txt": samples.text.encode(errors="replace")} if samples.text else {}
     for end, content in (text | dict(samples.files)).items():
         path = os.path.join(workdir, "samples", f"{name}{end}")
@@ -312,7 +312,7 @@ def write_all(writers: Iterable[Callable[[], Any]]) -> None:
 def main(argv: list[str]) -> None:
     """Prints the scores of a checkpoint as one JSON object."""
     flag = flags.FLAGS
-    workdir = launch.folder_flag("workdir")
+    workdir = launch.workdir_flag()
     target = launch.file_flag("predictions")
     joining.join(joining.asked("workdir", *FLAGS))
     result = run(

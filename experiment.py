@@ -1,6 +1,8 @@
 """What one config means: placement, model, task, optimiser, state and pure steps."""
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ from triform import models, tasks
 from triform.configs import plugins
 from triform.configs.schema import ExperimentConfig
 from triform.data import batch as batches
-from triform.runtime import optim
+from triform.runtime import norms, optim
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import Mean, Metrics
 from triform.runtime.parameters import ROWS
@@ -58,10 +60,26 @@ class Experiment:
         except ValueError as error:
             raise UserError(str(error)) from error
         self.spec, self.sizes = config.data.spec(), config.model.sizes()
+        self._build()
+
+    def _build(self) -> None:
+        config, rows = self.config, (*self.config.model.PARAMETERS, *ROWS)
         self.model = models.build(config.model)
         self.task = tasks.build(config.task, self.model)
         self.optimizer = optim.build(config.optim, config.steps, rows)
         self.schedule = optim.learning_rate(config.optim, config.steps)
+
+    def with_values(self, values: Mapping[str, Any]) -> "Experiment":
+        """The same with other values, {'optim.learning_rate': x}, which are not checked
+        and may be traced: its steps compute what an experiment with these numbers does.
+        """
+        other = copy.copy(self)
+        other.config = copy.deepcopy(self.config)
+        for key, value in values.items():
+            *path, name = key.split(".")
+            setattr(functools.reduce(getattr, path, other.config), name, value)
+        other._build()
+        return other
 
     # State
 
@@ -144,8 +162,9 @@ class Experiment:
             ctx = self.context(state, across, i)
             variables = {"params": optim.join(params, state.frozen), **extra}
             outputs, extra = task.outputs(variables, micro, ctx)
-            totals = task.terms(outputs, micro, ctx)
-            measured = task.metrics(outputs, micro, ctx)
+            with jax.named_scope("loss"):
+                totals = task.terms(outputs, micro, ctx)
+                measured = task.metrics(outputs, micro, ctx)
             loss = sum(scale[name] * totals[name] for name in scale)
             return loss, ((totals, measured), extra)
 
@@ -157,8 +176,11 @@ class Experiment:
         else:
             grads, sums, extra = self._accumulated(gradient, state, batch)
         grads, (totals, measured) = across.sum((grads, sums))
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimiser"):
+            updates, opt_state = self.optimizer.update(
+                grads, state.opt_state, state.params
+            )
+            params = optax.apply_updates(state.params, updates)
         one = jnp.float32(1)
         measured = dict(measured)
         if len(weights) > 1:
@@ -166,6 +188,9 @@ class Experiment:
         loss = sum(scale[name] * totals[name] for name in scale)
         measured["loss"] = Mean(loss, one)
         measured["grad_norm"] = Mean(optax.tree.norm(grads), one)
+        if self.config.log_norms:
+            found = norms.of_step(grads, state.params, updates)
+            measured |= {name: Mean(norm, one) for name, norm in found.items()}
         state = state.replace(
             step=state.step + 1,
             params=params,

@@ -9,7 +9,7 @@ from typing import Any
 from triform import workdir as workdirs
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import files as codec_files
-from triform.runtime import files, hosts, metrics, paths
+from triform.runtime import files, hosts, metrics, paths, stores
 from triform.runtime.checkpoint import Checkpointer, ocp
 from triform.runtime.errors import UserError
 
@@ -23,7 +23,7 @@ def parse(text: str) -> tuple[str, int]:
         raise UserError(
             f"--fork={text}: write RUN:STEP, a workdir and one of its steps"
         )
-    return paths.absolute(found[1]), int(found[2])
+    return paths.workdir(found[1]), int(found[2])
 
 
 def begin(workdir: str, config: ExperimentConfig, text: str) -> None:
@@ -69,7 +69,7 @@ def _copy(
     """Everything up to the last of the steps."""
     folder, step = workdirs.checkpoint_dir(source), steps[-1]
     _copy_steps(folder, workdirs.checkpoint_dir(workdir), steps)
-    if os.path.isdir(os.path.join(source, "frozen")):
+    if files.is_folder(os.path.join(source, "frozen")):
         _copy_steps(
             os.path.join(source, "frozen"), os.path.join(workdir, "frozen"), [0]
         )
@@ -79,7 +79,7 @@ def _copy(
         f.writelines(files.dumps(x) + "\n" for x in lines if not _tested(x))
     files.write_json(os.path.join(workdir, FILE), fork)
     # Last: a workdir with a config has all of it.
-    workdirs.claim(workdir, old, codec_files.load(source, old.data))
+    workdirs.claim(workdir, old, codec_files.load(stores.local(source), old.data))
 
 
 def _tested(line: dict) -> bool:
@@ -88,16 +88,22 @@ def _tested(line: dict) -> bool:
 
 def _copy_steps(source: str, target: str, steps: Sequence[int]) -> None:
     """The checkpoints of these steps, those that are there made anew."""
-    os.makedirs(target, exist_ok=True)
+    files.make_folder(target)
     for step in steps:
         # A name that the next save removes, if this is killed.
         part = os.path.join(target, f"{step}{ocp.utils.TMP_DIR_SUFFIX}fork")
         whole = os.path.join(target, str(step))
         for path in (part, whole):
-            shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(
-            os.path.join(source, str(step)), part, copy_function=_link_or_copy
-        )
+            files.remove_folder(path)
+        saved = os.path.join(source, str(step))
+        if stores.is_store(target):
+            # The config, which is written last, says that all of them are there.
+            stores.copy(saved, whole)
+            continue
+        if stores.is_store(source):
+            stores.copy(saved, part)
+        else:
+            shutil.copytree(saved, part, copy_function=_link_or_copy)
         os.rename(part, whole)
 
 

@@ -141,7 +141,7 @@ def answered(
 def main(argv: list[str]) -> None:
     """One answer for every input: a line, a row of --output, or live text."""
     flag = flags.FLAGS
-    workdir = launch.folder_flag("workdir")
+    workdir = launch.workdir_flag()
     given = {n: flag[n].value for n in FLAGS if flag[n].value is not None}
     if flag.num_samples > 1:
         given = {"method": "sample", **given}

@@ -24,7 +24,7 @@ DEPTH = 2  # names of a parameter's path that make a module
 
 def run(workdir: str) -> str:
     """The report on a workdir; UserError if it is none. Computes nothing."""
-    workdir = paths.absolute(workdir)
+    workdir = paths.workdir(workdir)
     config = workdirs.open_config(workdir)
     blocks = [
         _summary(config, workdir),
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
     if len(named) != 1:
         raise UserError(f"inspect: {len(named)} workdirs are named; name one")
     if flags.FLAGS.config:
-        print(schema.to_json(workdirs.open_config(paths.absolute(named[0]))))
+        print(schema.to_json(workdirs.open_config(paths.workdir(named[0]))))
         return
     print(run(named[0]))
 

@@ -273,7 +273,7 @@ def main(argv: list[str]) -> None:
     """Prints the harness's table of scores."""
     flag = flags.FLAGS
     found = run(
-        launch.folder_flag("workdir"),
+        launch.workdir_flag(),
         flag.tasks,
         checkpoint=flag.checkpoint,
         batch_size=flag.batch_size,

@@ -6,6 +6,7 @@ Every function returns lines of text. None changes anything.
 import copy
 import dataclasses
 import functools
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from triform.data.codecs import files as codec_files
 from triform.experiment import Experiment
 from triform.input_pipeline import Batches, Split, TrainBatches, moved, report
 from triform.interop.workdir import exportable
-from triform.runtime import commands, optim
+from triform.runtime import commands, optim, stores
 from triform.runtime.errors import DataError, UserError
 from triform.runtime.partition import parameter_table
 from triform.runtime.progress import stage
@@ -30,13 +31,16 @@ BACKWARD = 2  # a gradient costs so many forward passes
 DEAR = 0.5  # share of the training time from which an evaluation is called dear
 
 
-def describe(experiment: Experiment) -> str:
-    """Devices, placement, parameters, batches and schedule, from abstract shapes."""
+def describe(experiment: Experiment, planned: str = "") -> str:
+    """Devices, placement, parameters, batches and schedule, from abstract shapes.
+
+    `planned` names devices that are not here.
+    """
     config = experiment.config
     devices = jax.devices()
     state = jax.eval_shape(experiment.make_state)
     lines = [
-        f"devices: {len(devices)} x {devices[0].device_kind}",
+        f"devices: {planned or f'{len(devices)} x {devices[0].device_kind}'}",
         f"placement: {experiment.placement.describe()}",
         "parameters:",
         parameter_table(state.params, experiment.placement),
@@ -79,7 +83,7 @@ def export(
             codec_files.save(codecs, folder)
             workdir = folder
         try:
-            found = exportable(config, workdir if codecs else "")
+            found = exportable(config, stores.local(workdir) if codecs else "")
         except UserError as error:
             return f"export: not possible: {error}"
     return f"export: as {found} of transformers"
@@ -285,6 +289,8 @@ def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
     """Commands that go on from a finished run."""
     about = {"workdir": workdir, "checkpoint": best_of(config)}
     shown, seeds = commands.path(workdir), {"sweep": "seed=0,1"}
+    # A sweep needs a local folder.
+    beside = os.path.basename(shown) if stores.is_store(shown) else shown
     more = copy.deepcopy(config)
     more.steps = 2 * step
     lines = []
@@ -295,7 +301,7 @@ def what_next(config: ExperimentConfig, workdir: str, step: int) -> str:
         commands.line("inspect", shown),
         commands.line("plot", shown),
         commands.module("tensorboard.main", logdir=shown),
-        commands.line("sweep", config=shown, **seeds, workdir=f"{shown}_seeds"),
+        commands.line("sweep", config=shown, **seeds, workdir=f"{beside}_seeds"),
         commands.line("train", workdir=workdir, **{"config.steps": more.steps}),
     ]
     found = [f"finished: {step} steps in {shown}. Next:", *(f"  {x}" for x in lines)]

@@ -62,7 +62,7 @@ def curves(
     found = []
     labels = _labels(workdirs)
     for number, workdir in enumerate(workdirs):
-        lines = metrics.read_lines(paths.absolute(workdir))
+        lines = metrics.read_lines(paths.workdir(workdir))
         if not lines:
             raise UserError(
                 f"{workdir}: holds no metrics.jsonl with lines; name the workdir of a "
@@ -97,7 +97,7 @@ def _points(lines: Sequence[dict[str, Any]], name: str, axis: str) -> Points:
 
 def _labels(workdirs: Sequence[str]) -> list[str]:
     """Last parts of the paths, as many as tell them apart."""
-    parts = [paths.absolute(w).split(os.sep) for w in workdirs]
+    parts = [paths.workdir(w).split(os.sep) for w in workdirs]
     for count in range(1, max(map(len, parts)) + 1):
         short = [os.sep.join(p[-count:]) for p in parts]
         if len(set(short)) == len(set(map(tuple, parts))):

@@ -216,6 +216,6 @@ def keep_lines(workdir: str, name: str, lines: list[Mapping[str, Any]]) -> None:
     if not lines or not hosts.here().is_first:
         return
     folder = os.path.join(workdir, "set_aside")
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, name), "a", encoding="utf-8") as f:
-        f.writelines(files.dumps(line) + "\n" for line in lines)
+    files.make_folder(folder)
+    text = "".join(files.dumps(line) + "\n" for line in lines)
+    files.append(os.path.join(folder, name), text)

@@ -1,12 +1,13 @@
 """One training step after another, each looked at while the next one runs."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from triform.compilation import Compiled
 from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import TrainBatches
+from triform.observe import Observer
 from triform.recovery import Recovery
 from triform.runtime import guard, hosts, metrics
 from triform.runtime.metrics import MetricWriter, NoWriter
@@ -20,21 +21,6 @@ def examples_of(train: TrainBatches, number: int) -> str:
     return f"{shown} of {train.batches.dataset.split}"
 
 
-def compile_steps(
-    experiment: Experiment, train: TrainBatches, state: TrainState
-) -> dict[int, Any]:
-    """The train step compiled for every shape of a batch, before the first step."""
-    compiled, shapes = {}, experiment.config.data.shapes()
-    step = guard.guarded(experiment.train_step, experiment.config.recovery)
-    for index in train.shapes():
-        axes = ", ".join(f"{k}={n}" for k, n in shapes[index].items())
-        batch = experiment.put(experiment.empty_batch(shapes[index]))
-        with stage(f"compiling the step for {axes or 'rows'}"):
-            fed = guard.feed(experiment.placement, batch, 1, 0.0)
-            compiled[index] = experiment.placement.compile_train(step, state, fed)
-    return compiled
-
-
 class Steps:
     """Calls the compiled steps; what they measured goes to progress and writer."""
 
@@ -42,14 +28,16 @@ class Steps:
         self,
         experiment: Experiment,
         train: TrainBatches,
-        compiled: Mapping[int, Any],
+        compiled: Compiled,
         recover: Recovery,
         progress: Progress,
         writer: MetricWriter | NoWriter,
+        observer: Observer,
     ):
         self._experiment, self._train, self._compiled = experiment, train, compiled
         self._recover, self._progress, self._writer = recover, progress, writer
-        self._pending: tuple | None = None  # (step, measured, real units)
+        self._observer = observer
+        self._pending: tuple | None = None  # (step, measured, real units, FLOPs)
         self._begun = False
 
     def __call__(
@@ -60,10 +48,12 @@ class Steps:
         `index` is that of the batch's shape. UserError or Rewind if the step before was
         bad and is not skipped.
         """
+        self._observer.before(step, index, self._compiled[index])
         state, measured = self._run(state, batch, index, step)
         if not self._good(state):
             state, measured = self._run(guard.passed(state), batch, index, step)
-        self._pending = step, measured, real
+        self._observer.after(step, measured)
+        self._pending = step, measured, real, self._observer.flops[index]
         return state
 
     def settle(self, state: TrainState) -> TrainState:
@@ -75,11 +65,12 @@ class Steps:
     def _run(self, state: TrainState, batch: Any, index: int, step: int) -> tuple:
         limit, placement = self._recover.watch.limit(step), self._experiment.placement
         fed = guard.feed(placement, batch, step, limit)
+        compiled = self._compiled[index]
         if self._begun:
-            return self._compiled[index](state, fed)
+            return compiled(state, fed)
         self._begun = True
         with stage("first step"):
-            return jax.block_until_ready(self._compiled[index](state, fed))
+            return jax.block_until_ready(compiled(state, fed))
 
     def _good(self, state: TrainState, saving: bool = False) -> bool:
         """Reads the metrics of the step before: never waits for the one in flight.
@@ -88,7 +79,7 @@ class Steps:
         """
         if self._pending is None:
             return True
-        step, measured, real = self._pending
+        step, measured, real, flops = self._pending
         watch = self._recover.watch
         measured = dict(metrics.to_host(measured))
         done, scalars = measured.pop(guard.DONE), metrics.values(measured, "train")
@@ -102,6 +93,6 @@ class Steps:
             self._recover.bad_step(step, scalars, limit, shown, state)
             return False
         watch.take(step, scalars["train/loss"])
-        if line := self._progress.update(step, measured, real):
+        if line := self._progress.update(step, measured, real, flops):
             self._writer.write(step, line, self._progress.seen)
         return True

@@ -3,7 +3,7 @@
     python sweep.py --config=configs/bert_finetune.py:clinc150 --workdir=DIR \
         --sweep="init_from=RUN," --sweep=seed=0,1,2,3,4 [--config.steps=500 ...]
     python sweep.py ... --sweep=optim.learning_rate=log:1e-4:1e-2 --search=tpe:64
-    python sweep.py ... --jobs=2 | --on=slurm:PARTITION,GPUS,HOURS | --on=print
+    python sweep.py ... --jobs=2 | --on=packed | --on=slurm:PARTITION,GPUS,HOURS
     python sweep.py --workdir=DIR            goes on with the sweep that is in DIR
     python sweep.py report --workdir=DIR     table and curves, also while it runs
 
@@ -29,7 +29,7 @@ from triform.configs import sweeps as files_of_sweeps
 from triform.configs.schema import ExperimentConfig
 from triform.runtime import commands, files, launch, paths, signals
 from triform.runtime.errors import UserError
-from triform.sweeps import local, report, runs, search, slurm, values
+from triform.sweeps import local, packs, report, runs, search, slurm, values
 from triform.sweeps.local import Stop
 from triform.sweeps.runs import Member, Sweep
 
@@ -63,6 +63,7 @@ def _print(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
 
 EXECUTORS: Mapping[str, Executor] = {
     "local": _local,
+    "packed": packs.run,
     "slurm": _slurm,
     "print": _print,
 }
@@ -178,9 +179,11 @@ def _executor(text: str) -> tuple[str, str]:
     kind, _, where = text.partition(":")
     if kind not in EXECUTORS:
         raise UserError(
-            f"--on={text}: expected local, slurm:PARTITION,GPUS,HOURS or print"
+            f"--on={text}: expected local, packed, slurm:PARTITION,GPUS,HOURS or print"
         )
-    if where or kind == "slurm":
+    if kind == "packed":
+        packs.at_most(where)
+    elif where or kind == "slurm":
         slurm.place(where, flags.FLAGS.sbatch)
     return kind, where
 
@@ -290,7 +293,8 @@ def define() -> None:
     about = "Runs at a time (default: one; on Slurm all); they share cores and GPUs."
     flags.DEFINE_integer("jobs", 0, about, lower_bound=0)
     about = (
-        "local, slurm:PARTITION,GPUS,HOURS, print (the commands) or print:PARTITION,..."
+        "local, packed or packed:N (in one program, N at once), "
+        "slurm:PARTITION,GPUS,HOURS, print (the commands) or print:PARTITION,..."
     )
     flags.DEFINE_string("on", "local", about)
     flags.DEFINE_multi_string("sbatch", [], "An option of sbatch; repeatable.")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 
 from triform import capsule
-from triform.runtime import launch, paths, saved
+from triform.runtime import files, launch, paths, saved
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import CheckpointError, UserError
 
@@ -26,7 +26,9 @@ from triform.runtime.errors import CheckpointError, UserError
 def _opened(folder: str) -> Checkpointer:
     """The checkpoints of a workdir, or those in the folder itself."""
     inner = os.path.join(folder, "checkpoints")
-    found = Checkpointer(inner if os.path.isdir(inner) else folder, CheckpointConfig())
+    found = Checkpointer(
+        inner if files.is_folder(inner) else folder, CheckpointConfig()
+    )
     if not found.steps():
         found.close()
         raise UserError(f"{folder}: no checkpoint is there; name a workdir")
@@ -36,8 +38,8 @@ def _opened(folder: str) -> Checkpointer:
 def _step(text: str) -> tuple[str, int | None]:
     """(folder, step) of DIR or DIR:STEP."""
     found = re.fullmatch(r"(.+?)(?::(\d+))?", text)
-    folder = paths.absolute(found[1] if found else text)
-    if not os.path.isdir(folder):
+    folder = paths.workdir(found[1] if found else text)
+    if not files.is_folder(folder):
         raise UserError(f"{text}: no such folder; name a workdir")
     return folder, int(found[2]) if found[2] else None
 
@@ -54,7 +56,7 @@ def verify(text: str) -> int:
     """Prints of every step whether its checksums hold; 1 if those of one do not."""
     folder, only = _step(text)
     frozen, bad = os.path.join(folder, "frozen"), 0
-    for part in (folder, *([frozen] if os.path.isdir(frozen) else [])):
+    for part in (folder, *([frozen] if files.is_folder(frozen) else [])):
         with _opened(part) as checkpointer:
             for step in checkpointer.steps() if only is None else [only]:
                 name = f"{'frozen, ' if part == frozen else ''}step {step}"

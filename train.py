@@ -1,7 +1,8 @@
 """Trains one experiment; started again with the same workdir, resumes it.
 
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
-        [--config.any.key=value] [--dry_run] [--resume=STEP] [--fork=RUN:STEP]
+        [--config.any.key=value] [--resume=STEP] [--fork=RUN:STEP]
+        [--dry_run [--devices=8xH100]] [--profile=20:25]
     python train.py --workdir=DIR     goes on with the config that is in DIR
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
@@ -14,9 +15,9 @@ again. From Python: `run(config, workdir)`.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,8 +25,18 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import capsule, config_flag, forks, plan, recovery, trained_codecs
+from triform import (
+    ahead,
+    capsule,
+    config_flag,
+    forks,
+    observe,
+    plan,
+    recovery,
+    trained_codecs,
+)
 from triform import workdir as workdirs
+from triform.compilation import Compiled
 from triform.configs import keys, plugins, schema
 from triform.configs.schema import ExperimentConfig
 from triform.data.codecs import Codec
@@ -36,6 +47,7 @@ from triform.input_pipeline import Prefetch, TrainBatches
 from triform.recovery import Health, Recovery, go_back
 from triform.runtime import (
     commands,
+    files,
     guard,
     history,
     hosts,
@@ -44,13 +56,14 @@ from triform.runtime import (
     locks,
     paths,
     signals,
+    stores,
 )
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.metrics import MetricWriter, NoWriter
 from triform.runtime.progress import SOON, Progress, stage
 from triform.runtime.stopping import Stop
-from triform.stepping import Steps, compile_steps
+from triform.stepping import Steps
 
 SAME = ("workdir", "resume", "fork")  # flags that processes must agree in
 
@@ -78,13 +91,11 @@ def train_loop(
     checkpointer: Checkpointer,
     recover: Recovery,
     writer: MetricWriter | NoWriter,
-    compiled: Mapping[int, Any],
+    compiled: Compiled,
     stop: Stop,
+    profiled: observe.Steps,
 ) -> TrainState:
-    """Steps until config.steps or `stop()`; the last state is saved.
-
-    `compiled`: what `compile_steps` gives.
-    """
+    """Steps until config.steps or `stop()`; the last state is saved."""
     config, start = experiment.config, meta["data"]["step"]
     progress = Progress(
         start,
@@ -98,7 +109,9 @@ def train_loop(
     source = Prefetch(
         batches_from(train, experiment, recover.watch, start), config.data.prefetch
     )
-    advance = Steps(experiment, train, compiled, recover, progress, writer)
+    workdir = str(checkpointer.directory.parent)
+    observer = observe.Observer(experiment, progress, workdir, profiled)
+    advance = Steps(experiment, train, compiled, recover, progress, writer, observer)
     try:
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
@@ -117,6 +130,7 @@ def train_loop(
                 with stage(f"saving step {step}", least=SOON):
                     saved = experiment.placement.unload(state).replace(frozen={})
                     recover.check_state(saved, step)
+                    writer.flush()
                     checkpointer.save(step, saved, meta=meta)
                 if due:
                     evaluate(state, step)
@@ -124,9 +138,11 @@ def train_loop(
                 break
     finally:
         source.close()
+        observer.close()
         progress.close()
     with stage("saving the last step", least=SOON):
         checkpointer.wait()
+    observer.report(checkpointer)
     return state
 
 
@@ -195,8 +211,9 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     elif rules:
         source = workdirs.parse(rules[0].source)[0]
     with stage(f"tokenizer and classes of {data.source!r}"):
-        trained = trained_codecs.from_runs(data, workdirs.open_run)
-        return codec_files.build(data, config.model.sizes(), earlier=source) | trained
+        return codec_files.build(
+            data, config.model.sizes(), earlier=stores.local(source)
+        ) | trained_codecs.from_runs(data, workdirs.open_run)
 
 
 def restore_or_init(
@@ -245,8 +262,17 @@ def restore_or_init(
     return state, meta | {"config": schema.to_json(config)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How the parts of a run are made; packed.run lets runs share them."""
+
+    experiment: Callable[[ExperimentConfig], Experiment] = Experiment
+    codecs: Callable[[ExperimentConfig, str], Mapping[str, Codec]] = find_codecs
+    splits: Callable[..., plan.Splits] = plan.Splits.open
+
+
 def resolve(
-    config: ExperimentConfig, workdir: str = ""
+    config: ExperimentConfig, workdir: str = "", parts: Parts = Parts()
 ) -> tuple[ExperimentConfig, Mapping[str, Codec] | None]:
     """(the config with what follows from the data filled in, codecs if it needed them).
 
@@ -255,7 +281,7 @@ def resolve(
     plugins.load_all(config)
     if not config.needs_classes():
         return config.resolved(), None
-    codecs = find_codecs(config, workdir)
+    codecs = parts.codecs(config, workdir)
     return config.resolved(codec_files.class_counts(config.data, codecs)), codecs
 
 
@@ -266,25 +292,29 @@ def run(
     stop: Stop = lambda: "",
     resume: int | None = None,
     fork: str = "",
+    parts: Parts = Parts(),
+    profile: observe.Steps = None,
 ) -> dict[str, Any]:
     """Trains, or resumes, in `workdir`; returns the test scores by name.
 
     `stop` is asked after every step; once it returns a reason, the state is saved and
     {} is returned. `resume`: goes on after this step, later ones are set aside. `fork`:
-    RUN:STEP, the run and the step from which a new workdir goes on.
+    RUN:STEP, the run and the step from which a new workdir goes on. `profile`: the
+    first and the last step that are traced.
     Raises TriformError for what a user can mend.
     """
-    config, workdir = copy.deepcopy(config), paths.absolute(workdir)
+    config, workdir = copy.deepcopy(config), paths.workdir(workdir)
     group, interrupt = hosts.here(), stop
     stop = group.stop(stop)
     what = "reading the names of classes"
-    config, codecs = group.in_turn(what, lambda: resolve(config, workdir))
-    experiment = Experiment(config)
-    os.makedirs(workdir, exist_ok=True)
+    config, codecs = group.in_turn(what, lambda: resolve(config, workdir, parts))
+    experiment = parts.experiment(config)
+    files.make_folder(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.lock(workdir))
         if fork:
-            forks.begin(workdir, config, fork)
+            copy_run = functools.partial(forks.begin, workdir, config, fork)
+            group.in_turn("copying the run that is forked", copy_run)
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
         group.leaving = lambda line: start.end(f"error: {line}")
@@ -302,10 +332,10 @@ def run(
         print(plan.sources(config), flush=True)
         if codecs is None:
             what = "building tokenizer and classes"
-            codecs = group.in_turn(what, lambda: find_codecs(config, workdir))
+            codecs = group.in_turn(what, lambda: parts.codecs(config, workdir))
         print(plan.export(config, workdir, codecs), flush=True)
         what = "preparing the data"
-        splits = group.in_turn(what, lambda: plan.Splits.open(experiment, codecs))
+        splits = group.in_turn(what, lambda: parts.splits(experiment, codecs))
         group.same(what, splits.digests())
         splits.print()
         about = experiment, splits.train, checkpointer
@@ -325,9 +355,8 @@ def run(
         evaluator = Evaluator(experiment, codecs)
         if isinstance(interrupt, signals.Interrupt):
             interrupt.listening = True
-        scores = train_and_test(
-            experiment, splits, state, meta, evaluator, checkpointer, writer, stop
-        )
+        about = evaluator, checkpointer, writer, stop, profile
+        scores = train_and_test(experiment, splits, state, meta, *about)
         if not scores:
             start.outcome = f"interrupted by {stop()}"
             if isinstance(interrupt, signals.Interrupt):
@@ -344,6 +373,7 @@ def train_and_test(
     checkpointer: Checkpointer,
     writer: MetricWriter | NoWriter,
     stop: Stop,
+    profiled: observe.Steps,
 ) -> dict[str, Any]:
     """The test scores, after the steps that are left; {} if it was stopped."""
     config, workdir = experiment.config, str(checkpointer.directory.parent)
@@ -371,25 +401,28 @@ def train_and_test(
             seconds = f"({result.seconds:.1f} s)"
             print(f"step {step}: {summary(result.scalars)} {seconds}", flush=True)
             health.check_evaluation(result.scalars, step)
+        writer.flush()
         checkpointer.record(step, numbers)
         scored[step] = found
 
     if evaluation_due(config, start) and not checkpointer.metrics_of(start):
-        evaluate(state, start)  # the one that was interrupted
-    compiled = {}
-    if start < config.steps and not stop():
-        compiled = compile_steps(experiment, splits.train, state)
-    while meta["data"]["step"] < config.steps and not stop():
-        about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
-        try:
-            state = train_loop(experiment, splits.train, *about)
-        except recovery.Rewind as bad:
-            state = about = None  # its memory is wanted
-            step = recovery.rewind(workdir, checkpointer, watch, config.recovery, bad)
-            about = experiment, splits.train, checkpointer
-            state, meta = restore_or_init(*about, anew=step == 0)
-            watch.losses = meta.get("recovery", {}).get("losses", [])
-            writer.go_back(step)
+        # The one that was interrupted; perhaps between two splits.
+        writer.go_back(start, scores=False)
+        evaluate(state, start)
+    with Compiled(experiment, splits.train, state, start) as compiled:
+        while meta["data"]["step"] < config.steps and not stop():
+            about = state, meta, evaluate, checkpointer, recover, writer, compiled, stop
+            try:
+                state = train_loop(experiment, splits.train, *about, profiled)
+            except recovery.Rewind as bad:
+                state = about = None  # its memory is wanted
+                step = recovery.rewind(
+                    workdir, checkpointer, watch, config.recovery, bad
+                )
+                about = experiment, splits.train, checkpointer
+                state, meta = restore_or_init(*about, anew=step == 0)
+                watch.losses = meta.get("recovery", {}).get("losses", [])
+                writer.go_back(step)
     if stop():
         return {}
     scores = test(experiment, evaluator, splits, checkpointer, scored, stop)
@@ -409,18 +442,15 @@ def main(argv: list[str]) -> int:
         print("\n".join(map(str, keys.listing(config, flags.FLAGS.keys))))
         return 0
     if flags.FLAGS.dry_run:
-        config = resolve(config)[0]
-        print(plan.describe(Experiment(config)))
-        print(plan.export(config))
-        print(plan.sources(config, read=True))
+        ahead.dry_run(config, resolve)
         return 0
-    workdir = launch.folder_flag("workdir")
+    workdir, profile = launch.workdir_flag(), observe.asked()
     about = {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
     group = joining.join(about)
     interrupt = signals.Interrupt()
     interrupt.leaving = lambda came: group.leave_at_once(came, signals.INTERRUPTED)
     resume, fork = flags.FLAGS.resume, flags.FLAGS.fork
-    run(config, workdir, stop=interrupt, resume=resume, fork=fork)
+    run(config, workdir, stop=interrupt, resume=resume, fork=fork, profile=profile)
     if interrupt.requested:
         with Checkpointer(
             workdirs.checkpoint_dir(workdir), config.checkpoint
@@ -439,6 +469,8 @@ def main(argv: list[str]) -> int:
 def define() -> None:
     """Defines the flags but for --config."""
     joining.define()
+    ahead.define()
+    observe.define()
     flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
     about = "Go on after this step; checkpoints of later ones are set aside."
     flags.DEFINE_integer("resume", None, about)

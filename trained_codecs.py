@@ -23,8 +23,8 @@ from triform.models import DiscreteVAEConfig
 from triform.runtime import files
 from triform.runtime.errors import DataError, UserError
 
-FOLDER = "codec_{}"  # of a workdir, by field: the files below
-CONFIG, PARAMS = "config.json", "params.npz"
+# Of a workdir, by field: the configs of model and data, and the parameters.
+CONFIG, PARAMS = "codec_{}.json", "codec_{}.npz"
 BATCH = 64  # pictures at once
 
 
@@ -71,13 +71,12 @@ class PictureCodes:
         return found.hexdigest()
 
     def save(self, workdir: str) -> None:
-        """Into a folder of a workdir."""
-        folder = os.path.join(workdir, FOLDER.format(self.field))
-        os.makedirs(folder, exist_ok=True)
-        with files.replacing(os.path.join(folder, CONFIG)) as f:
-            f.write(self._config())
-        with files.replacing(os.path.join(folder, PARAMS), binary=True) as f:
+        """Into two files of a workdir."""
+        config, params = _paths(workdir, self.field)
+        with files.replacing(params, binary=True) as f:
             np.savez(f, **self._arrays())
+        with files.replacing(config) as f:
+            f.write(self._config())
 
     def _config(self) -> str:
         parts = {"model": self.model, "data": self.data}
@@ -121,8 +120,8 @@ def load(workdir: str, data: Any) -> dict[str, Codec]:
     """
     found: dict[str, Codec] = {}
     for field in data.coded():
-        folder = os.path.join(workdir, FOLDER.format(field))
-        text = files.read_text(os.path.join(folder, CONFIG))
+        config, params = _paths(workdir, field)
+        text = files.read_text(config)
         if text is None:
             continue
         try:
@@ -131,12 +130,19 @@ def load(workdir: str, data: Any) -> dict[str, Codec]:
                 saving.from_tree(tree[name], Any, schema.CHOICES, name)
                 for name in ("model", "data")
             )
-            with np.load(os.path.join(folder, PARAMS)) as arrays:
-                params = unflatten_dict({k: arrays[k] for k in arrays}, sep="/")
+            with np.load(params) as arrays:
+                tree = unflatten_dict({k: arrays[k] for k in arrays}, sep="/")
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise DataError(
-                f"{folder}: is torn or of another version ({error}); restore it, or "
-                f"copy {FOLDER.format(field)} of another run with the same codes"
+                f"{config}: it or {os.path.basename(params)} is torn or of another "
+                f"version ({error}); restore both, or copy them from another run with "
+                "the same codes"
             ) from error
-        found[field] = PictureCodes(field, model, images, params)
+        found[field] = PictureCodes(field, model, images, tree)
     return found
+
+
+def _paths(workdir: str, field: str) -> tuple[str, str]:
+    """Config and parameters of the codec of a field."""
+    config, params = (os.path.join(workdir, x.format(field)) for x in (CONFIG, PARAMS))
+    return config, params

@@ -28,7 +28,7 @@ from triform.data.sources import is_path
 from triform.experiment import Experiment, TrainState
 from triform.models import ModelConfig
 from triform.models.stacking import looped_layers, stacked_layers
-from triform.runtime import commands, files, hosts, metrics, paths
+from triform.runtime import commands, files, hosts, metrics, paths, stores
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 
@@ -138,8 +138,9 @@ def claim(workdir: str, config: ExperimentConfig, codecs: Mapping[str, Codec]) -
     """Writes codecs and config.json. Called last, after everything that may fail."""
     if not hosts.here().is_first:
         return
-    codec_files.save(codecs, workdir)
-    plugins.save(config.plugins, workdir)
+    with stores.Mirror(workdir) as mirror:
+        codec_files.save(codecs, mirror.folder)
+        plugins.save(config.plugins, mirror.folder)
     with files.replacing(os.path.join(workdir, "config.json")) as f:
         f.write(schema.to_json(config))
 
@@ -305,7 +306,7 @@ def open_run(
     path: str, checkpoint: str = "best", config: ExperimentConfig | None = None
 ) -> Run:
     """Config, codecs and variables of a workdir; UserError if it cannot be read."""
-    path = paths.absolute(path)
+    path = paths.workdir(path)
     config = for_these_devices(config or open_config(path))
     experiment = Experiment(config)
     with Checkpointer(checkpoint_dir(path), config.checkpoint) as checkpointer:
@@ -316,6 +317,7 @@ def open_run(
 
 def load_codecs(path: str, data: Any) -> dict[str, Codec]:
     """The codecs that a run saved, models of other runs among them."""
+    path = stores.local(path)
     return codec_files.load(path, data) | trained_codecs.load(path, data)
 
 
@@ -374,8 +376,8 @@ def parse(source: str) -> tuple[str, str]:
     UserError if there is no such folder.
     """
     found = re.fullmatch(r"(.+?)(?::(best|latest|average:\d+|\d+))?", source)
-    workdir = paths.absolute(found[1])
-    if not os.path.isdir(workdir):
+    workdir = paths.workdir(found[1])
+    if not files.is_folder(workdir):
         raise UserError(f"init_from={source!r}: no such folder; name a workdir")
     return workdir, found[2] or "best"
 

@@ -65,7 +65,7 @@ class Sampler:
     def __init__(
         self, workdir: str, checkpoint: str = "best", rerank: str = "", **decode: Any
     ):
-        config = workdirs.open_config(paths.absolute(workdir))
+        config = workdirs.open_config(paths.workdir(workdir))
         for name, value in with_method(decode).items():
             if name not in SETTINGS:
                 raise UserError(

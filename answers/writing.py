@@ -89,7 +89,8 @@ class Targets:
         rows = len(next(iter(inputs[1].values())))
         padding = np.zeros((rows - len(numbers), 2), np.int32)
         numbers = np.concatenate([numbers, padding])
-        found = self._generate(*inputs, np.uint32(seed % 2**32), numbers)
+        inputs = *inputs, np.uint32(seed % 2**32), numbers
+        found = placement.call(self._generate, *inputs)
         drafts = []
         for ids, score, logp in zip(*placement.fetch(found), strict=True):
             count = written(ids, self.tok.ends)

@@ -26,7 +26,7 @@ from triform.models.feed_forward import FFNS
 from triform.models.layers import INITS
 from triform.models.patterns import PATTERNS
 from triform.models.positions import POSITIONS
-from triform.runtime import paths
+from triform.runtime import paths, stores
 from triform.runtime.errors import TriformError, UserError
 from triform.runtime.optim import OPTIMIZERS, SCHEDULES
 from triform.scores import SCORES
@@ -316,7 +316,7 @@ def saved(workdir: str, names: Iterable[str]) -> tuple[str, ...]:
 
     Raises UserError if one is gone, was edited, or differs from what is loaded.
     """
-    folder = os.path.join(os.path.abspath(workdir), CODE)
+    folder = os.path.join(os.path.abspath(stores.local(workdir)), CODE)
     sums = _sums(folder) if (names := tuple(names)) else {}
     for name in names:
         path = os.path.join(folder, name)

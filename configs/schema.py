@@ -185,6 +185,7 @@ class ExperimentConfig:
     seed: int = 0  # of parameters, dropout and data order
     plugins: tuple[str, ...] = ()  # Python files with tables of your own
     log_every: int = 100  # steps between two progress lines
+    log_norms: bool = False  # norms of gradients, parameters and updates by layer
 
     def needs_classes(self) -> bool:
         """Whether `resolved` needs the data: a number of classes is left to them."""
@@ -202,9 +203,9 @@ class ExperimentConfig:
         config.evaluations = tuple(
             replace(x, source=absolute(x.source)) for x in config.evaluations
         )
-        config.init_from = self.init_from and paths.absolute(self.init_from)
+        config.init_from = self.init_from and paths.workdir(self.init_from)
         config.init = tuple(
-            replace(x, source=x.source and paths.absolute(x.source)) for x in self.init
+            replace(x, source=x.source and paths.workdir(x.source)) for x in self.init
         )
         try:
             config.data.validate()
@@ -455,10 +456,9 @@ def _key(model: ModelConfig, name: str) -> str:
 def _longest_rows(data: Any) -> dict[str, int]:
     """Axis letter -> its largest size in any batch, where that is a number."""
     rows: dict[str, int] = {}
-    for shape in data.shapes():
-        for axis, size in shape.items():
-            if isinstance(size, int):
-                rows[axis] = max(size, rows.get(axis, 0))
+    for axis, size in (item for shape in data.shapes() for item in shape.items()):
+        if isinstance(size, int):
+            rows[axis] = max(size, rows.get(axis, 0))
     return rows
 
 
@@ -482,19 +482,23 @@ def from_json(text: str) -> ExperimentConfig:
     return saving.from_tree(json.loads(text), ExperimentConfig, CHOICES)
 
 
-def differences(old: ExperimentConfig, new: ExperimentConfig) -> dict[str, tuple]:
-    """{'optim.learning_rate': (old, new)} for every value that differs."""
+def flat(config: ExperimentConfig) -> dict[str, Any]:
+    """{'optim.learning_rate': 0.001} of every value, as JSON has it."""
 
-    def flat(tree: Any, prefix: str) -> dict[str, Any]:
+    def pairs(tree: Any, prefix: str) -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix[:-1]: tree}
-        pairs = (flat(v, f"{prefix}{k}.") for k, v in tree.items())
-        return {k: v for d in pairs for k, v in d.items()}
+        found = (pairs(v, f"{prefix}{k}.") for k, v in tree.items())
+        return {k: v for d in found for k, v in d.items()}
 
-    a, b = (flat(json.loads(to_json(c)), "") for c in (old, new))
-    names = [*a, *(k for k in b if k not in a)]
+    return pairs(json.loads(to_json(config)), "")
+
+
+def differences(old: ExperimentConfig, new: ExperimentConfig) -> dict[str, tuple]:
+    """{'optim.learning_rate': (old, new)} for every value that differs."""
+    a, b = map(flat, (old, new))
     return {
         k: (a.get(k, "absent"), b.get(k, "absent"))
-        for k in names
+        for k in {**a, **b}
         if a.get(k, "absent") != b.get(k, "absent")
     }

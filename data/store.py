@@ -259,8 +259,7 @@ def cached(
 
 def cache_root(config: Any) -> str:
     """Where arrays are kept."""
-    given = config.cache_dir or os.environ.get("TRIFORM_CACHE")
-    return paths.absolute(given or "~/.cache/triform", setting="TRIFORM_CACHE")
+    return paths.cache_root(config.cache_dir)
 
 
 def _sweep(directory: str) -> None:
@@ -315,7 +314,7 @@ def _join_texts(parts: Sequence[str], field: str, target: str) -> None:
     with open(f"{target}.tokens", "wb") as f:
         for ids in _joined(parts, f"{field}/ids"):
             dtype = ids.dtype
-            ids.tofile(f)
+            f.write(ids.data)  # `tofile` would not say why it fails
     sizes, first, counts = (
         list(_joined(parts, f"{field}/{name}")) for name in ("sizes", "first", "counts")
     )

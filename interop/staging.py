@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from triform.runtime import paths
 from triform.runtime.errors import UserError
 
 
@@ -18,7 +19,7 @@ def all_or_nothing(target: str, last: str = "config.json") -> Iterator[str]:
     Work is done in a folder of a name that nobody else has. UserError if `target` is
     there and not empty, or if it was filled meanwhile.
     """
-    place = os.path.realpath(target)
+    place = os.path.realpath(paths.absolute(target))
     there = os.path.exists(place)
     _require_empty(place, target)
     parent = place if there else os.path.dirname(place)

@@ -32,7 +32,7 @@ from triform.interop.transfer import Import, tensors
 from triform.interop.weights import SHARD, Weights, write
 from triform.models import EncoderDecoderConfig, LoRAConfig, ModelConfig
 from triform.models.lora import merge
-from triform.runtime import optim
+from triform.runtime import optim, stores
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
 from triform.workdir import (
@@ -229,7 +229,8 @@ def export_model(
     config = open_config(workdir)
     lora = config.model if isinstance(config.model, LoRAConfig) else None
     model = lora.model if lora else config.model
-    original = tokenizers.read_json(workdir, HF_CONFIG)
+    beside = stores.local(workdir)
+    original = tokenizers.read_json(beside, HF_CONFIG)
     family, hf = _described(config, original)
     if adapter:
         _require_adapter(config, lora)
@@ -246,13 +247,13 @@ def export_model(
             merged = merge(unflatten_dict(params, sep="/"), lora)
             params = _flat(jax.device_get(merged))
         dtype, odd = about.get("dtype", "F32"), about.get("odd_dtypes", {})
-        known = tokenizers.give(workdir, partial, config, family)
+        known = tokenizers.give(beside, partial, config, family)
         known = _special_ids(family, known)
         if not original:
             hf = known | hf
         hf.pop("torch_dtype", None)
         hf["dtype"] = NAMES[dtype]
-        hf |= _labels(workdir, config)
+        hf |= _labels(beside, config)
         tokenizers.write_json(partial, "config.json", hf)
         _write_beside(partial, config, known, original)
         found = tensors(family, model, params, dtype, odd)

@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,12 +22,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from absl import flags
 
-from triform.runtime import files, hosts, read_errors
+from triform.runtime import files, hosts, lazy, read_errors, stores
 from triform.runtime.checksum import checksums
-from triform.runtime.errors import CheckpointError
+from triform.runtime.errors import CheckpointError, reason
 from triform.runtime.leaves import (
     describe,
     flatten,
@@ -37,7 +35,9 @@ from triform.runtime.leaves import (
     some,
     storage,
 )
-from triform.runtime.read_errors import Corrupt, reason
+from triform.runtime.read_errors import Corrupt
+
+ocp = lazy.Module("orbax.checkpoint")  # 0.2 s, which --help and a dry run need not
 
 _log = logging.getLogger(__name__)
 _FULL = ("No space left", "Disk quota exceeded")
@@ -89,11 +89,12 @@ class Checkpointer:
 
     def __init__(self, directory: str, config: CheckpointConfig) -> None:
         config.validate()
-        if "://" not in directory:  # orbax refuses relative paths on save
-            directory = os.path.abspath(directory)
+        directory, self._remote = stores.for_orbax(directory)
         self._config = config
         self._pending: int | None = None  # the step that is being saved
         self._wrote = False
+        # What no store can do is to rename a folder once all is written.
+        atomicity = ocp.path.atomicity.CommitFileTemporaryPath if self._remote else None
         _wait_without_devices()
         self._manager = ocp.CheckpointManager(
             directory,
@@ -105,6 +106,7 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 create=False,  # a reader must not create a misspelt directory
                 preservation_policy=self,
+                temporary_path_class=atomicity,
                 async_options=ocp.AsyncOptions(timeout_secs=int(hosts.SLOW)),
             ),
         )
@@ -126,7 +128,7 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The finished steps, oldest first."""
         steps = sorted(self._manager.all_steps())
-        return [s for s in steps if s != self._pending or self._path(s).exists()]
+        return [s for s in steps if s != self._pending or self._is_committed(s)]
 
     def latest(self) -> int | None:
         """The newest finished step, or None."""
@@ -181,9 +183,8 @@ class Checkpointer:
         return [s for s in steps if s % self._config.every == 0 or s == steps[-1]]
 
     def _read_scores(self) -> dict[int, Mapping[str, float]]:
-        try:
-            text = self._scores.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        text = files.read_text(str(self._scores))
+        if text is None:
             return {}
         try:
             saved = json.loads(text).items()
@@ -195,9 +196,8 @@ class Checkpointer:
 
     def _write_scores(self) -> None:
         if hosts.here().is_first:
-            part = self._scores.with_suffix(".tmp")
-            part.write_text(files.dumps(self._metrics, indent=1), encoding="utf-8")
-            part.replace(self._scores)
+            with files.replacing(str(self._scores)) as f:
+                f.write(files.dumps(self._metrics, indent=1))
 
     def save(
         self,
@@ -344,23 +344,35 @@ class Checkpointer:
                 f"step {step} cannot be saved: {self.directory} already holds step "
                 f"{newest}, and steps must increase; save a later step or restore first"
             )
+        stores.check(str(self.directory))
         if not self._wrote:
             self.directory.mkdir(parents=True, exist_ok=True)
             # Only a writer may do this: a reader would ruin a save in progress.
             if hosts.here().is_first:
-                for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                    if _ours(path.name):
-                        path.rmtree()
+                for path in self._uncommitted():
+                    path.rmtree()
             self._wrote = True
         if (free := self._free()) < size:
             self._pending = step
             sizes = f"{size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
             raise self._save_failed(f"No space left: {sizes}")
 
+    def _is_committed(self, step: int) -> bool:
+        """Is everything of a step written?"""
+        return (self._path(step) / (stores.COMMITTED if self._remote else "")).exists()
+
+    def _uncommitted(self) -> list[Any]:
+        """The folders of saves that were not completed."""
+        if not self._remote:
+            sign = ocp.utils.TMP_DIR_SUFFIX
+            found = self.directory.glob(f"*{sign}*")
+            return [x for x in found if x.name.partition(sign)[0].isdigit()]
+        steps = [int(x.name) for x in _listed(self.directory) if x.name.isdigit()]
+        return [self._path(s) for s in steps if not self._is_committed(s)]
+
     def _free(self) -> float:
         """Free bytes where checkpoints are written; infinite for object stores."""
-        local = "://" not in str(self.directory)
-        return shutil.disk_usage(self.directory).free if local else math.inf
+        return math.inf if self._remote else shutil.disk_usage(self.directory).free
 
     def _save_failed(self, reason: str) -> CheckpointError:
         """The error for the pending step, which counts as never begun afterwards."""
@@ -385,8 +397,7 @@ class Checkpointer:
         target = self._beside(folder) / next(x for x in names if x not in there)
         target = type(target)(hosts.here().broadcast("a free name", str(target)))
         if hosts.here().is_first:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._path(step).rename(target)
+            files.move_folder(str(self._path(step)), str(target))
         hosts.here().barrier(f"moving checkpoint {step}")
         self._manager.reload()
         if self._metrics.pop(step, None):
@@ -466,14 +477,12 @@ class Checkpointer:
 def _wait_without_devices() -> None:
     """Makes orbax's processes wait through the coordination service, with a timeout."""
     name = "experimental_orbax_use_distributed_barrier"
-    if hosts.here().count > 1 and name in flags.FLAGS:
+    if hosts.here().count == 1:
+        return
+    _ = ocp.CheckpointManager  # orbax defines its flags when it is imported
+    if name in flags.FLAGS:
         flags.FLAGS[name].value = True
         flags.FLAGS[name].present += 1  # read before the command line, in a notebook
-
-
-def _ours(name: str) -> bool:
-    """Is it the temporary folder of a step?"""
-    return name.partition(ocp.utils.TMP_DIR_SUFFIX)[0].isdigit()
 
 
 def _listed(folder: Any) -> list[Any]:

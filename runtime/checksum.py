@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+Words = jax.Array | np.ndarray
 BLOCK = 1 << 24  # bytes
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Words) -> Words:
     """A bijection of uint32 in which every input bit reaches every output bit.
 
     Constants: Wellons 2018, "Prospecting for hash functions", lowbias32.
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
@@ -66,8 +67,9 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     jax.block_until_ready(arrays)
     sums = {}
     for path, array in arrays.items():
-        if array.nbytes > BLOCK and _in_host_memory(array):
-            sums[path] = _by_blocks(array)
+        if _in_host_memory(array):
+            large = array.nbytes > BLOCK
+            sums[path] = _by_blocks(array) if large else _on_host(np.asarray(array))
             continue
         whole = None  # replicated, so that every process can read it
         if isinstance(array.sharding, NamedSharding):
@@ -83,6 +85,20 @@ def _digits(pair: np.ndarray) -> str:
 def _in_host_memory(array: jax.Array) -> bool:
     one = len(array.sharding.device_set) == 1 and array.is_fully_addressable
     return one and next(iter(array.sharding.device_set)).platform == "cpu"
+
+
+def _on_host(array: np.ndarray) -> str:
+    """The same digits by NumPy: nothing is compiled for the shape."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    if flat.dtype.itemsize >= 4:
+        words = flat.view(np.uint32)
+    else:
+        if jnp.issubdtype(flat.dtype, jnp.floating):
+            flat = flat.view(f"uint{8 * flat.dtype.itemsize}")
+        words = flat.astype(np.uint32)
+    first = _mix(words ^ _mix(np.arange(words.size, dtype=np.uint32)))
+    second = _mix(first + np.uint32(0x9E3779B9))
+    return _digits(np.stack([x.sum(dtype=np.uint32) for x in (first, second)]))
 
 
 def _by_blocks(array: jax.Array) -> str:

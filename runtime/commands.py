@@ -9,6 +9,8 @@ import shlex
 import shutil
 import sys
 
+from triform.runtime import stores
+
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 # Programs that the console command starts, and scripts that lie beside one another.
 SCRIPTS = ("train", "evaluate", "generate", "sweep", "plot")
@@ -17,6 +19,8 @@ INTEROP = ("import", "export")
 
 def path(name: str) -> str:
     """A path for a command typed in the present folder: relative if it lies below."""
+    if stores.is_store(name):
+        return name
     name = os.path.abspath(os.path.expanduser(name))
     short = os.path.relpath(name)
     return name if short.startswith(os.pardir) else short

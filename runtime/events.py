@@ -1,12 +1,22 @@
-"""Scalars as TensorBoard event files. Imports torch where that is installed: slow."""
+"""Scalars as TensorBoard event files."""
 
 import os
+import sys
 import time
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+# tensorboardX imports torch where that is installed, seconds that writing numbers does
+# not need: with None in its place it finds none.
+_blocked = "torch" not in sys.modules
+if _blocked:
+    sys.modules["torch"] = None
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+finally:
+    if _blocked:
+        del sys.modules["torch"]
 
 
 class Events:

@@ -1,12 +1,19 @@
-"""Files that are written whole or not at all, and JSON that every reader accepts."""
+"""Files that are written whole or not at all, and JSON that every reader accepts.
+
+A path may be on an object store (s3://bucket/run): see stores.py.
+"""
 
 import contextlib
+import io
 import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
+
+from triform.runtime import stores
 
 
 @contextlib.contextmanager
@@ -16,6 +23,13 @@ def replacing(path: str, binary: bool = False) -> Iterator[IO]:
     If that fails, what was there is still there. Devices and pipes are written to
     directly: /dev/stdout must stay what it is.
     """
+    if stores.is_store(path):
+        content = io.BytesIO()
+        f = content if binary else io.TextIOWrapper(content, "utf-8", newline="")
+        yield f
+        f.flush()
+        stores.write(path, content.getvalue())
+        return
     kind, encoding = ("b", None) if binary else ("", "utf-8")
     special = os.path.exists(path) and not os.path.isfile(path)
     if special or path.startswith(("/dev/", "/proc/")):
@@ -71,8 +85,55 @@ def read_text(path: str, errors: str = "strict") -> str | None:
 
     `errors` is what bytes become that are no UTF-8, as for `open`.
     """
+    if stores.is_store(path):
+        content = stores.read(path)
+        if content is None:
+            return None
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8", errors).read()
     try:
         with open(path, encoding="utf-8", errors=errors) as f:
             return f.read()
     except FileNotFoundError:
         return None
+
+
+def append(path: str, text: str) -> None:
+    """Adds text at the end of a file, which need not be there yet."""
+    if stores.is_store(path):
+        stores.write(path, (stores.read(path) or b"") + text.encode())
+        return
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(text)
+
+
+def exists(path: str) -> bool:
+    """Is there such a file or folder?"""
+    return stores.exists(path) if stores.is_store(path) else os.path.exists(path)
+
+
+def is_folder(path: str) -> bool:
+    """Is there such a folder? One of a store is there if something is in it."""
+    return bool(stores.names(path)) if stores.is_store(path) else os.path.isdir(path)
+
+
+def remove_folder(path: str) -> None:
+    """Removes a folder with all that is in it, as far as that goes."""
+    if stores.is_store(path):
+        stores.remove(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def move_folder(source: str, target: str) -> None:
+    """Gives a folder another name, which is free."""
+    if stores.is_store(source):
+        stores.move(source, target)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.rename(source, target)
+
+
+def make_folder(path: str) -> None:
+    """The folder is there, with those above it; a store needs none."""
+    if not stores.is_store(path):
+        os.makedirs(path, exist_ok=True)

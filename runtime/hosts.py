@@ -63,6 +63,7 @@ class Hosts:
         self.over = threading.Event()
         self._fault: dict[str, Any] = {}
         self._finished = False
+        self._threads: list[threading.Thread] = []
         self._stop = AgreedStop(self)
 
     def title(self, index: int) -> str:
@@ -234,8 +235,14 @@ class Hosts:
         if self.count == 1:
             return
         for job in (self._watch_ends, self._watch_lives):
-            threading.Thread(target=self._quietly, args=(job,), daemon=True).start()
+            self.in_background(self._quietly, job)
         aborts.call_instead(self._service_lost)
+
+    def in_background(self, call: Callable[..., None], *args: Any) -> None:
+        """Runs a call that ends soon after `over` is set."""
+        thread = threading.Thread(target=call, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _quietly(self, job: Callable[[], None]) -> None:
         # Without the service nothing can be watched; _service_lost tells.
@@ -348,7 +355,11 @@ class Hosts:
             return
         line = one_line(error)
         if not line and _may_be_an_echo(error):
+            reason = " ".join(str(error).split())[:200]
+            told = f"{reason}: waiting to see which process has ended"
+            heartbeat = Heartbeat(lambda: told, SOON, self.log())
             self.over.wait(1.5 * self._heartbeat)  # _end comes before
+            heartbeat.close()
         self.over.set()
         line = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
         self.publish(line, 1)
@@ -359,6 +370,8 @@ class Hosts:
             self.barrier("the end", timeout=max(self.timeout, LONG))
             self.over.set()
             self._finished = True
+            for thread in self._threads:  # a call under way would crash
+                thread.join(5)
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 jax.distributed.shutdown()
 

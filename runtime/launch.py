@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from triform.runtime import host, hosts, paths, streams
+from triform.runtime import compile_cache, host, hosts, paths, stores, streams
 from triform.runtime.errors import TriformError, UserError
 
 Main = Callable[[list[str]], int | None]
@@ -49,13 +49,14 @@ def launch(
     streams.prepare(needed=answers)
 
     def parse(given: list[str]) -> list[str]:
-        if not passes_on:
-            host.prepare()
         known = set(flags.FLAGS)
         define()
         if HELP & set(given[1:]):
             _print_help(about, sorted(set(flags.FLAGS) - known))
             sys.exit(0)
+        if not passes_on:
+            host.prepare()
+            compile_cache.prepare()
         return flags.FLAGS(prepare(given), known_only=passes_on)
 
     def run(rest: list[str]) -> int | None:
@@ -147,6 +148,12 @@ def _flag_error(error: flags.Error) -> str:
     if close:
         return f"unknown flag --{name}: did you mean --{close[0]}?"
     return f"unknown flag --{name}: --help lists the flags"
+
+
+def workdir_flag(name: str = "workdir") -> str:
+    """The workdir that a flag gives: as `folder_flag`, or on an object store."""
+    value = flags.FLAGS[name].value
+    return paths.workdir(value) if stores.is_store(value) else folder_flag(name)
 
 
 def folder_flag(name: str) -> str:

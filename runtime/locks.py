@@ -7,22 +7,28 @@ import secrets
 import time
 from typing import Any
 
-from triform.runtime import files, hosts
+from triform.runtime import files, hosts, stores
 from triform.runtime.errors import UserError
+from triform.runtime.lease import Lease
 
 
 def lock(workdir: str) -> Any:
     """A file that is locked until it is closed: one run at a time per workdir.
 
     Of several processes the first holds it; the others see by it that they have the
-    same folder.
+    same folder. On an object store it is a lease.
     """
     path = os.path.join(workdir, ".lock")
     token = hosts.here().broadcast("the lock of the workdir", secrets.token_hex(8))
     if not hosts.here().is_first:
         hosts.here().barrier("locking the workdir")
-        _require_shared(workdir, path, token)
+        if not stores.is_store(workdir):
+            _require_shared(workdir, path, token)
         return contextlib.nullcontext()
+    if stores.is_store(workdir):
+        held = Lease(workdir)
+        hosts.here().barrier("locking the workdir")
+        return held
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (kept open)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from triform.runtime import files
+from triform.runtime import files, stores
 
 FILE = "metrics.jsonl"
 Array = jax.Array
@@ -123,29 +123,37 @@ class MetricWriter:
     `time` is in seconds since 1970, `unit` what of the data is counted.
 
     Opened at the step where a run goes on: what a killed run wrote after it goes, since
-    the same steps will be done and written again.
+    the same steps will be done and written again. On an object store the files are put
+    whole from time to time, and by `flush`.
     """
 
     def __init__(self, workdir: str, step: int, unit: str = "tokens"):
         self._workdir, self._unit = workdir, unit
         self._open(step)
 
-    def go_back(self, step: int) -> None:
-        """Opens again at an earlier step."""
+    def go_back(self, step: int, scores: bool = True) -> None:
+        """Opens again at an earlier step; without the scores of that step, if these are
+        to be found again.
+        """
         self.close()
-        self._open(step)
+        self._open(step, scores)
 
-    def _open(self, step: int) -> None:
+    def _open(self, step: int, scores: bool = True) -> None:
         workdir = self._workdir
-        path = os.path.join(workdir, FILE)
         kept = [line for line in read_lines(workdir) if line["step"] <= step]
+        self._mirror = stores.Mirror(workdir)
+        path = os.path.join(self._mirror.folder, FILE)
+        if not scores:
+            kept = [x for x in kept if x["step"] < step or "train/loss" in x]
         with files.replacing(path) as f:
             f.writelines(files.dumps(line) + "\n" for line in kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (see close)
         # Not at the top: see there.
         from triform.runtime.events import Events
 
-        self._events = Events(os.path.join(workdir, "tensorboard"), step + 1)
+        folder = os.path.join(self._mirror.folder, "tensorboard")
+        self._events = Events(folder, step + 1)
+        self.flush()
 
     def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
         """One line, with the time and the tokens (or images) trained on so far.
@@ -160,6 +168,11 @@ class MetricWriter:
             if isinstance(value, (int, float)):
                 self._events.add(step, name, value)
         self._events.flush()
+        self._mirror.push(only_if_due=True)
+
+    def flush(self) -> None:
+        """What was written can be read by others: before its step counts as saved."""
+        self._mirror.push()
 
     def close(self) -> None:
         """Flushes both."""
@@ -167,6 +180,7 @@ class MetricWriter:
             self._file.close()
         finally:
             self._events.close()
+            self._mirror.close()
 
 
 class NoWriter:
@@ -175,10 +189,13 @@ class NoWriter:
     def __init__(self, workdir: str, step: int, unit: str = "tokens"):
         del workdir, step, unit
 
-    def go_back(self, step: int) -> None:
+    def go_back(self, step: int, scores: bool = True) -> None:
         """Nothing."""
 
     def write(self, step: int, scalars: Mapping[str, Any], seen: int) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -54,10 +54,15 @@ def _warmup_then(peak: float, warmup: int, total: int, shape: Callable) -> Sched
     """Step 0 gives peak / warmup, not zero, so that the first update counts."""
 
     def schedule(t: jax.Array | int) -> jax.Array:
-        x = jnp.clip((t - warmup) / max(1, total - warmup), 0.0, 1.0)
-        return peak * jnp.minimum((t + 1) / max(1, warmup), 1.0) * shape(x)
+        x = jnp.clip((t - warmup) / _at_least_one(total - warmup), 0.0, 1.0)
+        return peak * jnp.minimum((t + 1) / _at_least_one(warmup), 1.0) * shape(x)
 
     return schedule
+
+
+def _at_least_one(steps: Any) -> Any:
+    """max(1, steps), also of a number that is traced."""
+    return max(1, steps) if isinstance(steps, int) else jnp.maximum(1, steps)
 
 
 # fn(peak, warmup, total, floor) -> schedule
@@ -227,7 +232,7 @@ def parameter_ema(decay: float) -> optax.GradientTransformation:
 
     def update(updates, state, params):
         count, average = state.count, state.average
-        d = jnp.minimum(decay, (1 + count) / (10 + count))
+        d = jnp.minimum(1 * decay, (1 + count) / (10 + count))  # decay may be traced
         average = jax.tree.map(
             lambda a, p, u: d * a + (1 - d) * (p + u), average, params, updates
         )
@@ -258,7 +263,7 @@ def build(
     clipping, which may be switched on and off between two starts of a run.
     """
     rate = learning_rate(config, steps)
-    clip = optax.clip_by_global_norm(config.clip_norm)
+    clip = optax.clip_by_global_norm(1 * config.clip_norm)  # which may be traced
     parts = [clip if config.clip_norm else optax.identity()]
     parts.append(OPTIMIZERS[config.name](config, rate, rows))
     if config.ema_decay:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from triform.runtime import hosts
 from triform.runtime.parameters import ROWS, Rows, axes_of
 from triform.runtime.paths import path_name
 
@@ -29,6 +31,9 @@ Tree = Any
 Batch = Mapping[str, np.ndarray]
 AxisLetters = Mapping[str, str]  # field of a batch -> its axes, "BL"
 AXES = ("data", "fsdp", "tensor", "sequence")
+# Of steps that are compiled in threads, one is traced at a time. Tracing is Python: two
+# at once would take twice as long, and the first step of a run waits for one of them.
+TRACING = threading.Lock()
 
 # Axis letter of a batch's field -> mesh axes; other axes are not split.
 BATCH_AXES = {
@@ -87,6 +92,19 @@ class MeshConfig:
         return (data, *given[1:])
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled training step: (state, batch) -> (state, metrics)."""
+
+    compiled: Any  # jax.stages.Compiled: what it needs, and its text
+    run: Callable[[Tree, Tree], tuple[Tree, Tree]]
+    jaxpr: Any = None  # for all devices together, where there is such
+
+    def __call__(self, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """Runs it."""
+        return self.run(state, batch)
+
+
 class MeshPlacement:
     """jit over a mesh with the axes data, fsdp, tensor and sequence."""
 
@@ -105,6 +123,7 @@ class MeshPlacement:
         self._several = len({device.process_index for device in devices}) > 1
         everywhere = NamedSharding(self.mesh, P())
         self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
+        self._compiled: dict[Any, Callable] = {}  # see `call`
 
     def describe(self) -> str:
         """'mesh data=8 fsdp=1 tensor=1 sequence=1'."""
@@ -178,15 +197,9 @@ class MeshPlacement:
             held = slice(0, padded)
         batch = pad_rows(batch, held.stop - held.start)
 
-        def axis(letter: str, size: int) -> tuple[str, ...] | None:
-            over = BATCH_AXES.get(letter, ())
-            fits = size % math.prod(self.sizes[a] for a in over) == 0
-            return over if over and fits else None
-
         def place(name: str, x: np.ndarray) -> jax.Array:
             shape = (padded, *x.shape[1:])
-            split = P(*map(axis, axes[name], shape))
-            sharding = NamedSharding(self.mesh, split)
+            sharding = self._split(axes[name], shape)
 
             def part(index: tuple) -> np.ndarray:
                 start, stop, _ = index[0].indices(padded)
@@ -196,11 +209,41 @@ class MeshPlacement:
 
         return {name: place(name, x) for name, x in batch.items()}
 
+    def abstract_batch(
+        self, batch: Batch, axes: AxisLetters, parts: int = 1
+    ) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of what `put` gives; no array is made."""
+        multiple = self.rows * parts
+
+        def of(name: str, x: np.ndarray) -> jax.ShapeDtypeStruct:
+            shape = (-(-len(x) // multiple) * multiple, *x.shape[1:])
+            sharding = self._split(axes[name], shape)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return {name: of(name, x) for name, x in batch.items()}
+
+    def _split(self, letters: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a field of a batch is."""
+
+        def axis(letter: str, size: int) -> tuple[str, ...] | None:
+            over = BATCH_AXES.get(letter, ())
+            fits = size % math.prod(self.sizes[a] for a in over) == 0
+            return over if over and fits else None
+
+        return NamedSharding(self.mesh, P(*map(axis, letters, shape)))
+
+    def spread(self, batch: Batch, axes: AxisLetters) -> Mapping[str, jax.Array]:
+        """A batch on the devices of one process, whose rows divide evenly. Axis letters
+        that are not in BATCH_AXES are not split.
+        """
+        places = {name: self._split(axes[name], x.shape) for name, x in batch.items()}
+        return jax.device_put(dict(batch), places)
+
     def same(self, x: np.generic) -> np.ndarray:
         """A number of the host as steps take it beside a batch."""
         return np.asarray(x)
 
-    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
+    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> "Step":
         """(state, batch) -> (state, metrics), compiled for these shapes.
 
         The state is donated.
@@ -212,8 +255,13 @@ class MeshPlacement:
             out = jax.lax.with_sharding_constraint(out, self.shardings(out))
             return out, self._readable(metrics)
 
-        compiled = jax.jit(pinned, donate_argnums=0).lower(state, batch).compile()
-        return lambda state, batch: block_on_cpu(compiled(state, batch))
+        jitted = jax.jit(pinned, donate_argnums=0)
+        with TRACING:
+            traced = jitted.trace(state, batch)
+            lowered = traced.lower()
+        compiled = lowered.compile()
+        run = lambda *inputs: block_on_cpu(compiled(*inputs))  # noqa: E731
+        return Step(compiled, run, traced.jaxpr)
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""
@@ -223,7 +271,25 @@ class MeshPlacement:
             metrics, rows = step(*inputs, across=Across())
             return self._readable(metrics), rows
 
-        return lambda *inputs: block_on_cpu(compiled(*inputs))
+        return lambda *inputs: block_on_cpu(self.call(compiled, *inputs))
+
+    def call(self, jitted: Callable, *inputs: Tree) -> Tree:
+        """jitted(*inputs); several processes run it once all have compiled it.
+
+        A process that compiles longer than others would else keep them in a collective,
+        which gives up after half a minute (gloo) and names nobody.
+        """
+        if not self._several:
+            return jitted(*inputs)
+        kinds = [
+            (x.shape, str(x.dtype), str(getattr(x, "sharding", "")))
+            for x in jax.tree.leaves(inputs)
+        ]
+        key = jitted, str(kinds)
+        if key not in self._compiled:
+            self._compiled[key] = jitted.lower(*inputs).compile()
+            hosts.here().barrier("compiling", hosts.SLOW)
+        return self._compiled[key](*inputs)
 
     def _readable(self, metrics: Tree) -> Tree:
         """Metrics that every process can read."""
@@ -234,7 +300,7 @@ class MeshPlacement:
     def fetch(self, tree: Tree) -> Tree:
         """Arrays on the host, whole on every process."""
         if self._several:
-            tree = block_on_cpu(self._gather(tree))
+            tree = block_on_cpu(self.call(self._gather, tree))
         return jax.tree.map(np.asarray, tree)
 
 
@@ -300,9 +366,20 @@ class PmapPlacement:
         """All rows of a batch: pmap runs on one process."""
         return slice(0, total)
 
+    def call(self, jitted: Callable, *inputs: Tree) -> Tree:
+        """jitted(*inputs)."""
+        return jitted(*inputs)
+
     def fetch(self, tree: Tree) -> Tree:
         """Arrays on the host."""
         return jax.tree.map(np.asarray, tree)
+
+    def abstract_batch(
+        self, batch: Batch, axes: AxisLetters, parts: int = 1
+    ) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes of what `put` gives."""
+        put = self.put(batch, axes, parts)
+        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in put.items()}
 
     def put(
         self, batch: Batch, axes: AxisLetters, parts: int = 1, total: int = 0
@@ -318,19 +395,21 @@ class PmapPlacement:
         """A number of the host as steps take it beside a batch: one a device."""
         return np.full(self.rows, x)
 
-    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> Callable:
+    def compile_train(self, step: Callable, state: Tree, batch: Tree) -> "Step":
         """(state, batch) -> (state, metrics), compiled for these shapes.
 
         The state is donated.
         """
         mapped = self._pmap(step, donate_argnums=0)
-        compiled = mapped.lower(state, batch).compile()
+        with TRACING:
+            lowered = mapped.lower(state, batch)
+        compiled = lowered.compile()
 
         def run(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
             state, metrics = block_on_cpu(compiled(state, batch))
             return state, self.unload(metrics)
 
-        return run
+        return Step(compiled, run)
 
     def compile_eval(self, step: Callable) -> Callable:
         """(variables, step, batch) -> (metrics, rows)."""

@@ -16,8 +16,10 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from triform.runtime import metrics
+from triform.runtime.units import scaled
 
 SOON = 2.0  # seconds after which a stage says that it has begun
+WIDE = 109  # characters of a progress line, at most
 QUIET = 20.0  # seconds between lines, at most
 
 
@@ -56,7 +58,8 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Prints a line at once, above progress bars; nothing without an output."""
     file = file or sys.stdout
     if file is not None:
-        tqdm.write(text, file)
+        # \x1b[K clears what a live line had there.
+        tqdm.write(f"{text}\x1b[K" if file.isatty() else text, file)
         file.flush()
 
 
@@ -107,6 +110,8 @@ class Progress:
     ):
         self.total, self.every, self.rate, self.unit = total, every, rate, unit
         self.seen = seen
+        self.peak = 0.0  # FLOP/s of all devices together; 0: unknown
+        self.waited_in_all = 0.0  # seconds
         self.live = sys.stdout is not None and sys.stdout.isatty()
         self.first = self.step = step
         self.started = time.perf_counter()
@@ -128,6 +133,7 @@ class Progress:
     def _reset(self) -> None:
         self.sums: metrics.Metrics | None = None
         self.real, self.waited, self.away = 0, 0.0, 0.0
+        self.flops: float | None = 0  # None: unknown of some step
         self.since, self.steps = time.perf_counter(), 0
 
     @contextlib.contextmanager
@@ -135,7 +141,9 @@ class Progress:
         """Counts the time inside as waiting for data."""
         start = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.waited += seconds
+        self.waited_in_all += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -151,9 +159,11 @@ class Progress:
         self.heartbeat = Heartbeat(self._slow, 1.2 * QUIET)
 
     def update(
-        self, step: int, measured: metrics.Metrics, real: int
+        self, step: int, measured: metrics.Metrics, real: int, flops: int = 0
     ) -> dict[str, float] | None:
         """Takes in a step, measured on the host, of `real` units of data.
+
+        `flops` are those of the step, 0 if they are not known.
 
         Returns the scalars of a report, if one is due.
         """
@@ -167,6 +177,7 @@ class Progress:
         self.real += real
         self.seen += real
         self.steps += 1
+        self.flops = self.flops + flops if flops and self.flops is not None else None
         if self.live:
             self._show(scalars, end="\r")
         elif step % self.every and self.stepped - self.said >= QUIET:
@@ -181,6 +192,10 @@ class Progress:
             "train/steps_per_second": self.steps / seconds,
             "train/data_wait": self.waited / seconds,
         }
+        if self.flops:
+            line["train/flops_per_second"] = self.flops / seconds
+            if self.peak:
+                line["train/mfu"] = self.flops / seconds / self.peak
         if not self.live:
             self._show(line, end="\n")
         self._reset()
@@ -189,21 +204,38 @@ class Progress:
     def _show(self, scalars: dict, end: str) -> None:
         now = time.perf_counter()
         seconds = max(now - self.since - self.away, 1e-9)
-        pace = (now - self.started - self.idle) / max(1, self.step - self.first)
-        left = datetime.timedelta(seconds=int(pace * (self.total - self.step)))
-        text = (
-            f"step {self.step}/{self.total}  loss {scalars['train/loss']:.4f}  "
-            f"lr {float(self.rate(self.step - 1)):.2e}  "
-            f"grad {scalars['train/grad_norm']:.3f}  "
-            f"{self.real / seconds:,.0f} {self.unit}/s  "
-            f"data {self.waited / seconds:.0%}  left {left}"
-        )
+        left = datetime.timedelta(seconds=int(self.pace() * (self.total - self.step)))
+        parts = [
+            f"step {self.step}/{self.total}",
+            f"loss {scalars['train/loss']:.4f}",
+            f"lr {float(self.rate(self.step - 1)):.2e}",
+            f"grad {scalars['train/grad_norm']:.3f}",
+            f"{self.real / seconds:,.0f} {self.unit}/s{self._flops(seconds)}",
+            f"data {self.waited / seconds:.0%}",
+            f"left {left}",
+        ]
+        while len(text := "  ".join(parts)) > WIDE:
+            parts.pop(2)  # the rate, then the gradient's norm: metrics.jsonl has them
         if self.live:
             # A wrapped line could not be overwritten; \x1b[K clears what was longer.
             text = text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
         print(text, end=end, flush=True)
         self.said = now
         self.heartbeat.said()
+
+    def pace(self) -> float:
+        """Seconds a step since the start, without evaluation and saving."""
+        return (time.perf_counter() - self.started - self.idle) / max(
+            1, self.step - self.first
+        )
+
+    def _flops(self, seconds: float) -> str:
+        """'  12.3 TFLOP/s 41%', the share of the peak; '' where they are unknown."""
+        if not self.flops:
+            return ""
+        rate = self.flops / seconds
+        share = f" {rate / self.peak:.0%}" if self.peak else ""
+        return f"  {scaled(rate)}FLOP/s{share}"
 
     def close(self) -> None:
         """Ends the live line."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from triform.runtime import hosts
-from triform.runtime.errors import CheckpointError
+from triform.runtime.errors import CheckpointError, reason
 
 # Errors that say what the bytes are: they are no JSON, no array, or not there.
 _OF_BYTES = (ValueError, LookupError, TypeError, NotADirectoryError, FileNotFoundError)
@@ -102,12 +102,3 @@ def _chain(error: BaseException) -> list[BaseException]:
         if before is None or before in chain:
             return chain
         chain.append(before)
-
-
-def reason(error: BaseException) -> str:
-    """What first went wrong, in one line, without tensorstore's specification."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    line = re.sub(r" \[tensorstore_spec='.*?'\](?= \[|$)", "", line)
-    return line if len(line) < 500 else f"{line[:290]} ... {line[-200:]}"

@@ -37,7 +37,7 @@ class AgreedStop:
         self._local = local
         if not self._watching:
             self._watching = True
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._hosts.in_background(self._watch)
         return self
 
     def __call__(self) -> str:

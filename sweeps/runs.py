@@ -77,9 +77,13 @@ class Sweep:
 
     def flags(self, member: Member) -> list[str]:
         """The flags of train.py for a run."""
-        common = [f"--config={self.config}", *self.arguments]
+        common = [f"--workdir={member.folder}", f"--config={self.config}"]
+        return [*common, *self.settings_of(member)]
+
+    def settings_of(self, member: Member) -> list[str]:
+        """Those of them that say what is other than in the config."""
         own = [f"--config.{k}={v}" for k, v in member.settings.items()]
-        return [f"--workdir={member.folder}", *common, *own]
+        return [*self.arguments, *own]
 
     def better(self, a: float, b: float) -> bool:
         """Is a value of the metric better than another? NaN is worse than all."""
@@ -255,7 +259,7 @@ def _number(value: Any) -> float | None:
 def locked(folder: str) -> Iterator[bool]:
     """Holds the lock of a folder meanwhile; False if another process has it."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as file:
+    with open(os.path.join(folder, ".lock"), "a") as file:  # what is in it stays
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

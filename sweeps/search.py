@@ -5,6 +5,7 @@ What became of it is read from the runs' folders each time: a search that was ki
 no trial that stays "running" for ever.
 """
 
+import contextlib
 import os
 from typing import Any
 
@@ -176,7 +177,8 @@ class Queue:
     def ended(self, member: Member) -> None:
         """Tells the search, and brings sweep.json up to date."""
         self._study.tell()
-        runs.write(self._sweep)
+        with contextlib.suppress(OSError):  # it is written again at the end
+            runs.write(self._sweep)
 
 
 def is_todo(member: Member, retry: bool) -> bool:

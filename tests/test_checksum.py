@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from triform.runtime.checksum import _checksum, checksums
+from triform.runtime.checksum import _checksum, _digits, _on_host, checksums
 
 
 def sharded(devices: int, *spec) -> NamedSharding:
@@ -40,3 +40,16 @@ def test_checksum_sees_position_and_not_sharding():
     assert len(set(sums.values())) == len(sums)
     for spec in ((), ("x",), (None, "x")):
         assert checksums({"x": jax.device_put(x, sharded(8, *spec))})["x"] == sums["x"]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("float32", "bfloat16", "float16", "float8_e4m3fn", "complex64"),
+        *("int8", "int16", "int32", "uint8", "bool"),
+    ],
+)
+def test_numpy_and_xla_give_the_same_digits(dtype):
+    x = (np.random.default_rng(0).normal(size=(3, 4, 5)) * 50).astype(dtype)
+    for case in (x, x.transpose(2, 0, 1), x[0, 0, 0]):
+        assert _on_host(case) == _digits(np.asarray(_checksum(jnp.asarray(case))))

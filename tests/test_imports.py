@@ -16,18 +16,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # nothing else of ours. The README's picture is generated from this table.
 IMPORTS = {
     "plot": ("runtime",),
-    "train": ("evaluate", "plan", "config_flag", "stepping", "capsule"),
+    "train": ("evaluate", "ahead", "config_flag", "stepping", "capsule"),
+    "ahead": ("plan", "forecast"),
     "recovery": ("configs",),
     "tools": ("capsule",),
     "forks": ("workdir",),
     # The plan says whether a run can be exported.
     "plan": ("interop", "input_pipeline"),
     "capsule": ("workdir", "input_pipeline"),
-    "stepping": ("experiment", "input_pipeline", "recovery"),
+    "stepping": ("compilation", "observe", "recovery"),
+    "observe": ("forecast",),
+    "forecast": ("experiment",),
     "evaluate": ("answers", "input_pipeline"),
+    "compilation": ("experiment", "input_pipeline"),
     "lm_eval": ("answers",),
     "generate": ("answers",),
     "answers": ("workdir",),
+    "packed": ("train",),
     "config_flag": ("forks",),
     "sweep": ("config_flag", "sweeps"),
     "sweeps": ("runtime",),
@@ -41,7 +46,7 @@ IMPORTS = {
     "configs": ("models", "tasks", "data", "scores", "runtime", "sweeps.values"),
     "models": ("runtime.errors",),
     "tasks": ("runtime.metrics",),
-    "data": ("runtime.errors", "runtime.paths"),
+    "data": ("runtime.errors", "runtime.paths", "runtime.files", "runtime.lazy"),
     "scores": (),
     "runtime": (),
 }
@@ -49,6 +54,7 @@ IMPORTS = {
 PROGRAMS = (
     *("train", "plan", "recovery", "evaluate", "generate", "answers", "lm_eval"),
     *(
+        "packed",
         "sweep",
         "plot",
         "inspection",
@@ -57,6 +63,10 @@ PROGRAMS = (
         "capsule",
         "tools",
         "stepping",
+        "compilation",
+        "ahead",
+        "forecast",
+        "observe",
     ),
 )
 # What starts the others, and imports them by name when they are asked for.
@@ -91,7 +101,8 @@ LATE = {
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
     ("data.sources.digits", "sklearn.datasets"): "it costs 2 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
-    ("runtime.metrics", "triform.runtime.events"): "it imports torch",
+    ("runtime.metrics", "triform.runtime.events"): "tensorboardX costs 0.2 s",
+    ("scores.text", "sacrebleu.metrics"): "it costs 40 ms",
     ("scores.text", "sacremoses"): "it costs 0.3 s",
     ("sweeps.page", "matplotlib.figure"): "an extra",
     ("sweeps.search", "optuna"): "an extra",

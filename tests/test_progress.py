@@ -120,3 +120,21 @@ def test_other_work_between_steps_speaks_for_itself(run, hurried, capsys):
         capsys.readouterr()
         time.sleep(0.3)
         assert capsys.readouterr().out == ""
+
+
+def test_flops_are_told_with_their_share_of_the_peak_on_one_line(run, capsys):
+    fast = run(every=2)
+    fast.total, fast.peak = 1_000_000, 8e15
+    fast.since -= 10.0
+    fast.started -= 1e6  # left: more than a day
+    fast.update(999_997, measured(), 10**6, 4 * 10**15)
+    line = fast.update(999_998, measured(), 10**6, 4 * 10**15)
+    assert line["train/flops_per_second"] == pytest.approx(8e14, rel=0.01)
+    assert line["train/mfu"] == pytest.approx(0.1, rel=0.01)
+    said = capsys.readouterr().out.rstrip("\n")
+    assert re.search(r"tokens/s  \d+ TFLOP/s 10%  data", said)
+    assert len(said) < 110
+    assert said.startswith("step 999998/1000000  loss 2.0000  ")
+    # Of one step they are not known: nothing is said.
+    fast.update(999_999, measured(), 10, 0)
+    assert "train/flops_per_second" not in fast.update(10**6, measured(), 10, 5)

@@ -18,11 +18,11 @@ CONFIG = (
     "--config.data.max_len=16",
     "--config.data.tokenizer.kind=bytes",
     "--config.model.vocab_size=259",
-    "--config.steps=3000",
+    "--config.steps=2000",
     "--config.log_every=100",
-    "--config.evaluation.every=1500",
+    "--config.evaluation.every=1000",
     "--config.evaluation.examples=64",
-    "--config.checkpoint.every=1500",
+    "--config.checkpoint.every=1000",
 )
 pytestmark = pytest.mark.skipif(
     bool(slurm_node.missing()), reason=slurm_node.missing() or "Slurm is here"
@@ -100,7 +100,8 @@ def test_an_array_that_is_preempted_ends_like_an_undisturbed_sweep(
     )
     assert "submitted" not in again.stdout and os.listdir(workdir / "slurm") == ["1"]
     undisturbed = tmp_path / "undisturbed"
-    call(*sweep, f"--workdir={undisturbed}", "--jobs=2")
+    # Not with --jobs: on other cores XLA adds up in another order.
+    call(*sweep, f"--workdir={undisturbed}")
     until(lambda: not call("squeue", "--noheader"))
     for run in runs:
         outcomes = [json.loads(x)["outcome"] for x in lines_of(run / "runs.jsonl")]

@@ -29,7 +29,10 @@ from triform.workdir import checkpoint_dir, saved_config
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "configs/transformer_cldr.py:smoke"
 # Of a line in metrics.jsonl, what depends on the machine and not on the run.
-SPEED = ("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time")
+SPEED = (
+    *("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time"),
+    *("train/flops_per_second", "train/mfu"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -369,3 +372,22 @@ def test_dry_run_needs_neither_corpus_nor_weights(tmp_path, cache):
     )
     assert "214,245,376 parameters, 857.0 MB, 107" in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+def test_dry_run_of_devices_that_are_not_here(tmp_path, cache):
+    args = ("--config=llama:8b", "--dry_run", "--config.model.trunk.attention=flash")
+    done = run("train.py", tmp_path / "none", cache, *args, "--devices=2x8xH100")
+    assert "devices: 16 x H100" in done.stdout
+    assert "does not fit: " in done.stdout
+    assert "--config.mesh.data=1 --config.mesh.fsdp=16" in done.stdout
+    wrong = run(
+        "train.py",
+        tmp_path / "none",
+        cache,
+        *args,
+        "--devices=v5e-8",
+        "--config.mesh.fsdp=3",
+        code=1,
+    )
+    (line,) = wrong.stderr.strip().splitlines()
+    assert "number of devices, 8" in line

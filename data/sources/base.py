@@ -68,7 +68,10 @@ class Reading:
 
 
 class Embedded:
-    """A generator: a module with SPLITS, examples(split) and version()."""
+    """A generator: a module with SPLITS, examples(split, cache) and version().
+
+    `cache` is a folder where a slow one may keep what it generated.
+    """
 
     def __init__(
         self,
@@ -78,11 +81,11 @@ class Embedded:
         manual_dir: str,
         reading: Reading,
     ):
-        self.module, self.name = module, name  # no folder: nothing is on disk
+        self.module, self.name, self.cache = module, name, reading.cache
 
     def examples(self, split: str) -> Sequence[Mapping[str, Any]]:
         """The generated examples of a split."""
-        return self.module.examples(self._checked(split))
+        return self.module.examples(self._checked(split), self.cache)
 
     def splits(self) -> tuple[str, ...]:
         """The names of its splits; slices of them are not available."""

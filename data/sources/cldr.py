@@ -6,15 +6,20 @@ the German, so a model that has learnt the formats can be right every time; held
 phrases are new combinations of words that occur in training.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import json
+import os
+import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from triform.data.sources import cldr_phrases
 from triform.data.sources.cldr_phrases import Draw, Pair
+from triform.runtime import files
 
 VERSION = "1"
 SPLITS = ("train", "validation", "test")
@@ -56,13 +61,13 @@ class Phrases(Sequence):
         return {"en": english, "de": german}
 
 
-def examples(split: str) -> Phrases:
+def examples(split: str, cache: str = "") -> Phrases:
     """The pairs of 'train', 'validation' or 'test' (about 62,000, 1,000 and 1,000).
 
     The order mixes the kinds and is the same on every machine. The first call
-    generates all splits, some seconds; later calls are free.
+    generates all splits, some seconds, and keeps them in the folder `cache`.
     """
-    return _corpus()[split]
+    return _corpus(cache)[split]
 
 
 def version() -> str:
@@ -77,7 +82,45 @@ def masked(text: str) -> list[str]:
 
 
 @functools.cache
-def _corpus() -> dict[str, Phrases]:
+def _corpus(cache: str = "") -> dict[str, Phrases]:
+    path = os.path.join(cache, f"{version()}-{_code()}.json") if cache else ""
+    found = _kept(path)
+    if found is None:
+        found = _generated()
+        if path:
+            with contextlib.suppress(OSError):  # it is generated anew
+                _keep(path, found)
+    return {split: Phrases(tuple(map(tuple, pairs))) for split, pairs in found.items()}
+
+
+def _kept(path: str) -> dict[str, list] | None:
+    """What `_keep` wrote, None if it is not there as it was written."""
+    try:
+        with open(path, "rb") as f:
+            digest, _, text = f.read().partition(b"\n")
+    except OSError:
+        return None
+    intact = digest.decode(errors="replace") == hashlib.sha256(text).hexdigest()
+    return json.loads(text) if intact else None
+
+
+def _keep(path: str, found: dict[str, list[Pair]]) -> None:
+    text = json.dumps(found, ensure_ascii=False).encode()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with files.replacing(path, binary=True) as f:
+        f.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+
+
+def _code() -> str:
+    """Changes with the generator's source."""
+    text = b"".join(
+        pathlib.Path(module).read_bytes()
+        for module in (__file__, cldr_phrases.__file__)
+    )
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _generated() -> dict[str, list[Pair]]:
     parts: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     # By a hash of the English: mixes the kinds, and no phrase changes its split when
     # another is added.
@@ -87,7 +130,7 @@ def _corpus() -> dict[str, Phrases]:
     seen = [{t for pair in parts["train"] for t in masked(pair[i])} for i in (0, 1)]
     for split in SPLITS[1:]:
         parts[split] = [pair for pair in parts[split] if _known(pair, seen)]
-    return {split: Phrases(tuple(part)) for split, part in parts.items()}
+    return parts
 
 
 def _known(pair: Pair, seen: list[set[str]]) -> bool:

@@ -7,8 +7,13 @@ import random
 import re
 from collections.abc import Sequence
 
-import num2words
-from babel import Locale, dates, lists, numbers, units
+from triform.runtime import lazy
+
+# Only when phrases are drawn, once on a machine: they are kept.
+num2words = lazy.Module("num2words")
+babel = lazy.Module("babel")
+dates, lists = lazy.Module("babel.dates"), lazy.Module("babel.lists")
+numbers, units = lazy.Module("babel.numbers"), lazy.Module("babel.units")
 
 Pair = tuple[str, str]
 LOCALES = ("en", "de")
@@ -218,7 +223,7 @@ def percent(draw: Draw) -> Pair:
 
 def _percent(value: dec.Decimal, locale: str) -> str:
     # The locale's own pattern, which rounds to whole per cents.
-    pattern = Locale.parse(locale).percent_formats[None].pattern
+    pattern = babel.Locale.parse(locale).percent_formats[None].pattern
     return numbers.format_percent(value, pattern.replace("0", "0.##"), locale=locale)
 
 
@@ -304,7 +309,7 @@ def duration(draw: Draw) -> Pair:
 
 @functools.cache
 def _territories() -> list[Pair]:
-    english, german = (Locale.parse(x).territories for x in LOCALES)
+    english, german = (babel.Locale.parse(x).territories for x in LOCALES)
     codes = sorted(c for c in english if re.fullmatch("[A-Z]{2}", c) and c in german)
     named = [(english[c], german[c]) for c in codes if c not in UNUSUAL_TERRITORIES]
     # '&' and parentheses belong to the longest names: rare, and no fun in a list.
@@ -313,7 +318,7 @@ def _territories() -> list[Pair]:
 
 @functools.cache
 def _languages() -> list[Pair]:
-    english, german = (Locale.parse(x).languages for x in LOCALES)
+    english, german = (babel.Locale.parse(x).languages for x in LOCALES)
     return [(english[code], german[code]) for code in LANGUAGES]
 
 

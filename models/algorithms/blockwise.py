@@ -54,7 +54,7 @@ class _Plan:
     queries: int
     keys: int
     scale: float
-    dropout: float
+    dropout: float | None  # None: the rate is an array, beside the key
     spans: tuple[tuple[int, int], ...] | None
 
 
@@ -76,7 +76,10 @@ def blockwise(
     """
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
     mask = _without_batch(mask)
-    plan = planned(mask, block, scale, dropout if rng is not None else 0.0)
+    rate = dropout if rng is not None else 0.0
+    known = isinstance(rate, int | float)
+    drop = rng if known else (rng, 1 * rate)
+    plan = planned(mask, block, scale, rate if known else None)
     bq, bk = plan.queries, plan.keys
     # [B, L, H, E] -> [B, K, G, L, E]; of one group a view.
     q = pad_axis(q.swapaxes(1, 2), 2, bq)
@@ -86,7 +89,7 @@ def blockwise(
         bias = pad_axis(pad_axis(bias, 2, bq), 3, bk)
         bias = bias.reshape(len(bias), groups, heads // groups, *bias.shape[2:])
     mask = pad_mask(mask, bq, bk)
-    out = _attention(q, k, v, bias, mask, rng if plan.dropout else None, plan)
+    out = _attention(q, k, v, bias, mask, None if plan.dropout == 0 else drop, plan)
     out = out.reshape(out.shape[0], heads, *out.shape[3:])[:, :, :length]
     return out.swapaxes(1, 2)
 
@@ -104,7 +107,7 @@ def _without_batch(mask: Mask) -> Mask:
     )
 
 
-def planned(mask: Mask, block: int, scale: float, dropout: float) -> _Plan:
+def planned(mask: Mask, block: int, scale: float, dropout: float | None) -> _Plan:
     """How the inputs that `mask` describes are split into blocks of at most `block`."""
     queries, keys = mask.q_positions.shape[1], mask.kv_positions.shape[1]
     if max(queries, keys) > SHORT * block:
@@ -125,8 +128,8 @@ def planned(mask: Mask, block: int, scale: float, dropout: float) -> _Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(q, k, v, bias, mask, rng, plan):
-    return _forward(q, k, v, bias, mask, rng, plan)[0]
+def _attention(q, k, v, bias, mask, drop, plan):
+    return _forward(q, k, v, bias, mask, drop, plan)[0]
 
 
 def _slice(x: Array, start: Array, size: int, axis: int) -> Array:
@@ -174,16 +177,17 @@ def _sums(weights: Array, x: Array) -> Array:
     return out.reshape(*weights.shape[:-1], -1)
 
 
-def _kept(rng: Array, i: Array, j: Array, shape, plan: _Plan) -> Array:
+def _kept(drop: Any, i: Array, j: Array, shape, plan: _Plan) -> Array:
     """float32: 0 where dropout takes a weight of the block that starts at query i and
-    key j, else 1 / (1 - rate).
+    key j, else 1 / (1 - rate). `drop` is a key, or (key, rate).
     """
+    rng, rate = drop if isinstance(drop, tuple) else (drop, plan.dropout)
     key = jax.random.fold_in(jax.random.fold_in(rng, i), j)
-    keep = jax.random.bernoulli(key, 1 - plan.dropout, shape)
-    return keep.astype(_F32) / (1 - plan.dropout)
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return keep.astype(_F32) / (1 - rate)
 
 
-def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
+def _forward(q, k, v, bias, mask, drop, plan) -> tuple[Array, Any]:
     def row(_, i: Array, visits: Callable):
         query = _slice(q, i, plan.queries, 3)
 
@@ -197,8 +201,8 @@ def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
             weights = jnp.exp(scores - higher[..., None])
             shrink = jnp.exp(peak - higher)
             total = total * shrink + weights.sum(-1)
-            if plan.dropout:
-                weights *= _kept(rng, i, j, weights.shape, plan)
+            if drop is not None:
+                weights *= _kept(drop, i, j, weights.shape, plan)
             out = out * shrink[..., None] + _sums(weights, value)
             return out, higher, total
 
@@ -213,7 +217,7 @@ def _forward(q, k, v, bias, mask, rng, plan) -> tuple[Array, Any]:
         return None, ((out / total[..., None]).astype(q.dtype), peak + jnp.log(total))
 
     _, (out, log_total) = _rows(row, None, mask, plan)
-    return out, (q, k, v, bias, mask, rng, out, log_total)
+    return out, (q, k, v, bias, mask, drop, out, log_total)
 
 
 def _rows(row: Callable, carry: Any, mask: Mask, plan: _Plan) -> tuple[Any, Any]:
@@ -251,7 +255,7 @@ def _joined(x: Array) -> Array:
 
 
 def _backward(plan: _Plan, kept, grad: Array):
-    q, k, v, bias, mask, rng, out, log_total = kept
+    q, k, v, bias, mask, drop, out, log_total = kept
     # Of a row of the softmax: sum of weights times their gradients (Dao et al., B.4).
     centre = jnp.einsum("bkgle,bkgle->bkgl", grad, out, preferred_element_type=_F32)
 
@@ -274,9 +278,9 @@ def _backward(plan: _Plan, kept, grad: Array):
             weights = jnp.exp(scores - normal[:, :, None])
             dweights = products(value, upper)
             used = weights
-            if plan.dropout:
+            if drop is not None:
                 shape = (*query.shape[:-1], keys)
-                keep = _keys_first(_kept(rng, i, j, shape, plan))
+                keep = _keys_first(_kept(drop, i, j, shape, plan))
                 used, dweights = weights * keep, dweights * keep
             dscores = weights * (dweights - middle[:, :, None])
             dv = _put(dv, _slice(dv, j, keys, 2) + _keys(used, upper), j, 2)
