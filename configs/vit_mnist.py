@@ -6,6 +6,11 @@ Measured on 2 cores of an AMD EPYC beside other jobs: 99.02 % of the test images
 after 6,000 steps, in 9 min 55 s from start to end. (The same recipe from other random
 numbers: 99.19 %.) The training images are 55,000 of the 60,000; the others only chose
 the checkpoint.
+
+`digits`, scikit-learn's pictures of 8 x 8 pixels, beside some 20 other processes: 1,500
+steps in 46 s of CPU time (6 min 52 s from start to end), 95.0 % of 100 test pictures and
+95.5 % of 200 validation pictures right, by other writers than those of training. The
+nearest of all training pictures is right on 98.0 % and 97.5 %.
 """
 
 import functools
