@@ -8,7 +8,6 @@
 import functools
 
 from triform.configs.schema import (
-    CaptionedImagesConfig,
     CheckpointConfig,
     EvaluationConfig,
     ExperimentConfig,
@@ -17,6 +16,7 @@ from triform.configs.schema import (
     smoke,
     vary,
 )
+from triform.data.datasets import CaptionedImagesConfig
 from triform.models import ContrastiveConfig
 from triform.tasks import MatchingConfig
 

@@ -20,12 +20,12 @@ from triform.configs.schema import (
     DecodeConfig,
     EvaluationConfig,
     ExperimentConfig,
-    ImageCodesConfig,
     OptimConfig,
     TransformerConfig,
     smoke,
     vary,
 )
+from triform.data.datasets import ImageCodesConfig
 from triform.models import TextToImageConfig
 from triform.tasks import TextToImagePredictionConfig
 

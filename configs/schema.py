@@ -17,12 +17,10 @@ from triform.data.batch import Field
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets import (
     DATASETS,
-    CaptionedImagesConfig,
     CausalLMConfig,
     ConversationsConfig,
     Corpus,
     Dataset,
-    ImageCodesConfig,
     ImagesConfig,
     MaskedLMConfig,
     MixtureConfig,
@@ -62,7 +60,6 @@ from triform.tasks import (
 )
 
 __all__ = [
-    "CaptionedImagesConfig",
     "CausalLMConfig",
     "CheckpointConfig",
     "ClassificationConfig",
@@ -74,7 +71,6 @@ __all__ = [
     "EvaluationConfig",
     "EvaluationSplit",
     "ExperimentConfig",
-    "ImageCodesConfig",
     "ImagesConfig",
     "InitRule",
     "LanguageModelConfig",

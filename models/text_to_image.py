@@ -77,6 +77,8 @@ class TextToImageConfig(ModelConfig):
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
         self.require_vocabulary()
+        for name in ("text_len", "grid"):
+            self.require(getattr(self, name) >= 0, name, "must not be negative")
         self.require(self.num_codes >= 2, "num_codes", "must be at least 2")
         self.require(self.text_len >= 2, "text_len", "must be at least 2")
         self.require(self.grid >= 1, "grid", "must be at least 1")

@@ -32,7 +32,7 @@ class ImageCodingConfig:
     kl_steps: int = 5000  # over which it rises from 0, along a cosine
     numbers_per_code: int = 192  # of the pictures that kl_weight was chosen for
     temperature: float = 1.0  # of Gumbel-softmax, at first
-    last_temperature: float = 0.0625
+    last_temperature: float = 0.0625  # in the end
     temperature_steps: int = 150_000  # from the first to the last, along a cosine
 
     def validate(self) -> None:

@@ -69,6 +69,18 @@ class CaptionedImagesConfig(CaptionsConfig):
         pixels = {"H": self.size, "W": self.size, "C": self.channels}
         return ({"L": self.max_len, **pixels},)
 
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        super().validate()
+        self.require(self.size >= 1, "size", "must be at least 1")
+        self.require(self.channels in (1, 3), "channels", "must be 1 or 3")
+        many = f"must be one number or {self.channels}, one a channel"
+        self.require(len(self.mean) in (1, self.channels), "mean", many)
+        self.require(len(self.std) in (1, self.channels), "std", many)
+        self.require(min(self.std) > 0, "std", "must be positive")
+        rule = f"expected one of {', '.join(augment.RESAMPLES)}"
+        self.require(self.resample in augment.RESAMPLES, "resample", rule)
+
 
 @dataclasses.dataclass
 class ImageCodesConfig(CaptionsConfig):
@@ -105,10 +117,10 @@ class ImageCodesConfig(CaptionsConfig):
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
         super().validate()
-        rule = "must be at least 1: the codes a side of the discrete VAE"
-        self.require(self.grid >= 1, "grid", rule)
         rule = "must lie in [0, 1]; 0: none is left out"
         self.require(0 <= self.text_dropout <= 1, "text_dropout", rule)
+        rule = "must be at least 1: the codes a side of the discrete VAE"
+        self.require(self.grid >= 1, "grid", rule)
 
 
 def read_image(dataset: Dataset, item: int) -> np.ndarray:
