@@ -7,9 +7,9 @@ after 6,000 steps, in 9 min 55 s from start to end. (The same recipe from other 
 numbers: 99.19 %.) The training images are 55,000 of the 60,000; the others only chose
 the checkpoint.
 
-`digits`, scikit-learn's pictures of 8 x 8 pixels, beside other processes: 4,000 steps in
-104 s of CPU time (3 min 33 s from start to end), 97.0 % of 100 test pictures and of 200
-validation pictures right, by other writers than those of training.
+`digits`, scikit-learn's pictures of 8 x 8 pixels, beside other processes: 4,000 steps
+in 104 s of CPU time (3 min 33 s from start to end), 97.0 % of 100 test pictures and of
+200 validation pictures right, by other writers than those of training.
 """
 
 import functools
