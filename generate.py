@@ -5,8 +5,11 @@ cat sentences.txt | python generate.py --workdir=DIR --method=sample --top_p=0.9
 python generate.py --workdir=runs/gpt_char --input="ROMEO:" --max_tokens=500
 python generate.py --workdir=DIR --input_file=in.csv --output=out.jsonl
 python generate.py --workdir=DIR --chat
+python generate.py --workdir=runs/dalle_digits --input="a handwritten seven"
+    --num_samples=16 --guidance=2 --output=grid.png
 """
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -17,16 +20,22 @@ from absl import flags
 
 from triform.answers import chat, inputs
 from triform.answers.inputs import Asked
-from triform.answers.output import JsonLines, Output
+from triform.answers.output import JsonLines, Output, PictureFile
 from triform.answers.sampler import Sampler
 from triform.models.decode import METHODS
 from triform.runtime import hosts, joining, launch, paths
 from triform.runtime.errors import UserError
 
-__all__ = ["Output", "Sampler", "cli", "define", "main"]
+__all__ = ["Output", "PictureFile", "Sampler", "cli", "define", "main"]
 
-FLAGS = ("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p")
-SAME = ("max_tokens", "num_samples", "seed", "batch_size", "stop", "scores", "strict")
+FLAGS = (
+    *("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p"),
+    "guidance",
+)
+SAME = (
+    *("max_tokens", "num_samples", "seed", "batch_size", "stop", "scores", "strict"),
+    *("image", "rerank"),
+)
 NEWS = 20.0  # seconds between two lines on standard error while a file is written
 
 
@@ -34,6 +43,15 @@ def requests(flag: Any) -> tuple[Iterator[Asked], int]:
     """(what is asked, as it comes; how much of it is answered together)."""
     if flag.input is not None and flag.input_file:
         raise UserError("--input and --input_file are both given; set one of them")
+    if flag.image:
+        if flag.input is None:
+            raise UserError(f"--image={flag.image}: give its caption by --input")
+        asked = inputs.of_flags(flag.input)
+        both = (
+            dataclasses.replace(x, value={"text": x.value, "image": flag.image})
+            for x in asked
+        )
+        return both, min(flag.batch_size, len(flag.input))
     if flag.input is not None:
         return inputs.of_flags(flag.input), min(flag.batch_size, len(flag.input))
     if flag.input_file:
@@ -132,12 +150,15 @@ def main(argv: list[str]) -> None:
         raise UserError("--chat: it runs on one process; leave out the others")
     asked, size = requests(flag)
     path = paths.absolute(flag.output) if flag.output else ""
-    file = JsonLines(path, flag.overwrite) if path and group.is_first else None
-    sampler = Sampler(workdir, flag.checkpoint, **given)
-    if sampler.gives == ("image",):
+    kind = PictureFile if path.endswith(".png") else JsonLines
+    file = kind(path, flag.overwrite) if path and group.is_first else None
+    rerank = paths.absolute(flag.rerank) if flag.rerank else ""
+    sampler = Sampler(workdir, flag.checkpoint, rerank, **given)
+    if ("image" in sampler.gives) != (kind is PictureFile):
+        what = "gives images" if "image" in sampler.gives else "gives no images"
         raise UserError(
-            f"{workdir}: it gives images; take them from Python, "
-            "Sampler(workdir)([path])[0].image, or score it with evaluate.py"
+            f"--output={flag.output}: {workdir} {what}; a file of images, and only "
+            "such, ends in .png; name another"
         )
     method = sampler.config.decode.method if sampler.writes else sampler.gives[0]
     log = sys.stderr if group.is_first else sys.stdout  # which says nothing
@@ -195,14 +216,24 @@ def define() -> None:
     flags.DEFINE_bool(
         "chat", False, "Keep a conversation; a line /reset begins another."
     )
-    flags.DEFINE_string("output", "", "A new file for one JSON object per input.")
+    flags.DEFINE_string(
+        "output", "", "A new file: one JSON object per input, or pictures as .png."
+    )
     flags.DEFINE_bool("overwrite", False, "Replace --output if it is there.")
     flags.DEFINE_bool("strict", False, "Refuse an input that would be cut or changed.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
     flags.DEFINE_integer("batch_size", 32, "Inputs answered together.", lower_bound=1)
     flags.DEFINE_integer("max_tokens", 256, "Tokens written, at most.", lower_bound=1)
     flags.DEFINE_multi_string("stop", None, "A text ends before this; repeatable.")
-    flags.DEFINE_integer("num_samples", 1, "Texts for each input.", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_samples", 1, "Texts, or pictures, for each input.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "image", "", "A picture whose upper half is kept, the rest drawn for --input."
+    )
+    flags.DEFINE_string(
+        "rerank", "", "A workdir that scores pairs: of the samples the best come first."
+    )
     flags.DEFINE_integer("seed", 0, "Of sampling.")
     flags.DEFINE_bool(
         "scores", False, "Print each score first; the tokens' stand in --output."
@@ -213,6 +244,7 @@ def define() -> None:
     flags.DEFINE_float("temperature", None, "Instead of decode.temperature.")
     flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
+    flags.DEFINE_float("guidance", None, "Instead of decode.guidance.")
     joining.define()
 
 

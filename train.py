@@ -25,7 +25,16 @@ from typing import Any
 import jax
 from absl import flags
 
-from triform import ahead, capsule, config_flag, forks, observe, plan, recovery
+from triform import (
+    ahead,
+    capsule,
+    config_flag,
+    forks,
+    observe,
+    plan,
+    recovery,
+    trained_codecs,
+)
 from triform import workdir as workdirs
 from triform.compilation import Compiled
 from triform.configs import keys, plugins, schema
@@ -195,7 +204,7 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     data = config.data
     source, rules = "", workdirs.init_rules(config)
     if workdirs.saved_config(workdir) is not None:
-        saved = codec_files.load(stores.local(workdir), data)
+        saved = workdirs.load_codecs(workdir, data)
         if codec_files.is_complete(saved, data):
             return saved
         source = workdir  # imported weights: their classes have no names yet
@@ -204,7 +213,7 @@ def find_codecs(config: ExperimentConfig, workdir: str) -> Mapping[str, Codec]:
     with stage(f"tokenizer and classes of {data.source!r}"):
         return codec_files.build(
             data, config.model.sizes(), earlier=stores.local(source)
-        )
+        ) | trained_codecs.from_runs(data, workdirs.open_run)
 
 
 def restore_or_init(

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from triform import trained_codecs
 from triform.configs import architecture as architectures
 from triform.configs import plugins, schema
 from triform.configs.schema import ExperimentConfig, InitRule
@@ -310,8 +311,14 @@ def open_run(
     experiment = Experiment(config)
     with Checkpointer(checkpoint_dir(path), config.checkpoint) as checkpointer:
         variables, step, which = load_variables(experiment, checkpointer, checkpoint)
-    codecs = codec_files.load(stores.local(path), config.data)
+    codecs = load_codecs(path, config.data)
     return Run(path, config, experiment, variables, codecs, step, which)
+
+
+def load_codecs(path: str, data: Any) -> dict[str, Codec]:
+    """The codecs that a run saved, models of other runs among them."""
+    path = stores.local(path)
+    return codec_files.load(path, data) | trained_codecs.load(path, data)
 
 
 def load(path: str, checkpoint: str = "best") -> Loaded:

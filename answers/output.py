@@ -1,11 +1,14 @@
 """The answer to one request: as an object, a line of text, and a row of JSON."""
 
 import dataclasses
+import io
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
+from PIL import Image
 
 from triform.data.codecs.tokenizer import well_formed
 from triform.data.lines import one_line
@@ -57,6 +60,66 @@ class Output:
 
 def _unset(value: Any) -> bool:
     return value is None or (not isinstance(value, np.ndarray) and not value)
+
+
+class PictureFile:
+    """A PNG: the pictures of one request in a square, of several in a row each.
+
+    UserError if it is there already, unless `overwrite`.
+    """
+
+    def __init__(self, path: str, overwrite: bool = False):
+        if os.path.exists(path) and not overwrite:
+            raise UserError(
+                f"--output={path}: is there already; name another file, or add "
+                "--overwrite"
+            )
+        self.path, self._rows = path, []
+
+    def open(self) -> None:
+        """Its folder is there."""
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Adds the pictures of an answer."""
+        found = [sample["image"] for sample in row.get("samples", [row])]
+        self._rows.append([image for image in found if image is not None])
+
+    def close(self) -> None:
+        """Writes the file."""
+        if any(self._rows):
+            with files.replacing(self.path, binary=True) as f:
+                f.write(picture_grid(self._rows))
+
+
+SHOWN = 64  # pixels a side of a picture in a grid, at least
+
+
+def picture_grid(rows: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """A PNG of pictures uint8 [h, w, c], enlarged if they are small, on white.
+
+    One row of them is divided into several, about as many as it then has columns.
+    """
+    rows = [row for row in rows if len(row)]
+    if len(rows) == 1:
+        wide = math.ceil(len(rows[0]) ** 0.5)
+        rows = [rows[0][i : i + wide] for i in range(0, len(rows[0]), wide)]
+    height, width, channels = rows[0][0].shape
+    times = max(1, -(-SHOWN // height))
+    step = height * times + GAP, width * times + GAP
+    shape = len(rows) * step[0] + GAP, max(map(len, rows)) * step[1] + GAP
+    sheet = np.full((*shape, channels), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            top, left = i * step[0] + GAP, j * step[1] + GAP
+            large = image.repeat(times, 0).repeat(times, 1)
+            sheet[top : top + large.shape[0], left : left + large.shape[1]] = large
+    file = io.BytesIO()
+    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(file, "png")
+    return file.getvalue()
+
+
+GAP = 4  # pixels between pictures
 
 
 class JsonLines:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from triform import workdir as workdirs
+from triform.answers.drawing import Drawing, best_first
 from triform.answers.inputs import Asked, chunks
 from triform.answers.output import Output
 from triform.answers.writing import (
@@ -57,10 +58,13 @@ class Sampler:
     probabilities, a tagger the tags of words; a masked model fills [MASK]. A request is
     a text, a mapping with the columns of training, or an image: a path, Pillow's or an
     array. `decode` replaces settings of config.decode: method="sample",
-    temperature=0.8.
+    temperature=0.8. `rerank` is a workdir that scores pairs of texts and pictures: of
+    several samples the best come first.
     """
 
-    def __init__(self, workdir: str, checkpoint: str = "best", **decode: Any):
+    def __init__(
+        self, workdir: str, checkpoint: str = "best", rerank: str = "", **decode: Any
+    ):
         config = workdirs.open_config(paths.workdir(workdir))
         for name, value in with_method(decode).items():
             if name not in SETTINGS:
@@ -76,7 +80,11 @@ class Sampler:
         self.kind = datasets.requests(config.data, self.codecs, experiment.sizes)
         self.writes = config.model.generates()
         self.continues = self.writes and self.kind.continues
-        self.gives = ("text", "score") if self.writes else self.kind.gives
+        self.draws = self.writes and "image" in self.kind.gives
+        texts = self.writes and not self.draws
+        self.gives = ("text", "score") if texts else self.kind.gives
+        self.ranker = Sampler(rerank) if rerank else None
+        self._check_pictures(workdir)
         if not self.kind.answers():
             raise UserError(
                 f"{workdir}: there are no requests of data={type(config.data).__name__}"
@@ -92,6 +100,8 @@ class Sampler:
             config.decode.method = "greedy"
         if self.continues:
             self.continuation = Continuation(experiment, self.codecs["text"])
+        elif self.draws:
+            self.drawing = Drawing(experiment, self.codecs)
         elif not self.writes:
             self._answer = experiment.placement.compile_eval(experiment.predict_step)
 
@@ -180,6 +190,20 @@ class Sampler:
             )
         return f"cut: {left} of {total} tokens left out"
 
+    def _check_pictures(self, workdir: str) -> None:
+        """UserError for what only pictures that are drawn from texts have."""
+        if self.ranker is not None and self.ranker.gives != ("score",):
+            raise UserError(
+                f"rerank={self.ranker.run.path}: does not score pairs of texts and "
+                "pictures; name a workdir of configs/contrastive.py"
+            )
+        guidance = self.config.decode.guidance
+        if not self.draws and (guidance != 1 or self.ranker is not None):
+            name = "rerank" if guidance == 1 else f"guidance={guidance}"
+            raise UserError(
+                f"{name}: {workdir} draws no pictures from texts; leave it out"
+            )
+
     def _check_samples(self, how: Options) -> None:
         if how.num_samples == 1:
             return
@@ -216,8 +240,12 @@ class Sampler:
             if left := left_out[i * how.num_samples]:
                 total, limit = sum(map(len, item.parts)), self.kind.limit()
                 read[i][1].append(self._cut(one, left, total, limit, how))
-        run = self._written if self.writes else self._predicted
-        outputs = run(batch, copies, numbers, how)
+        if self.draws:
+            drawn = self.drawing(self.run.variables, batch, numbers, how.seed)
+            outputs = drawn[: len(copies)]
+        else:
+            run = self._written if self.writes else self._predicted
+            outputs = run(batch, copies, numbers, how)
         return self._joined(outputs, [notes for _, notes in read], items, how)
 
     def _joined(
@@ -231,6 +259,8 @@ class Sampler:
         found, n = [], how.num_samples
         for i, item in enumerate(items):
             samples = outputs[i * n : (i + 1) * n]
+            if self.ranker is not None and not item.empty:
+                samples = best_first(self.ranker, item.shown, samples)
             output = Output() if item.empty else dataclasses.replace(samples[0])
             output.warnings = tuple(notes[i])
             if n > 1 and not item.empty:

@@ -67,7 +67,7 @@ def smoke(config: Any, split: str = "") -> None:
         if hasattr(model, "vocab_size"):
             model.vocab_size = min(model.vocab_size, 1000)
     for trunk in config.model.trunks().values():
-        cycle = trunk.cycle()  # a scanned trunk has whole ones
+        cycle = trunk.cycle() if trunk.scan_layers else 1  # scanned: whole ones
         trunk.num_layers = min(trunk.num_layers, max(2, cycle))
         trunk.d_model, trunk.num_heads, trunk.d_ff, trunk.max_len = 16, 2, 32, 0
         trunk.num_kv_heads = min(trunk.num_kv_heads, 1)

@@ -6,6 +6,10 @@ Measured on 2 cores of an AMD EPYC beside other jobs: 99.02 % of the test images
 after 6,000 steps, in 9 min 55 s from start to end. (The same recipe from other random
 numbers: 99.19 %.) The training images are 55,000 of the 60,000; the others only chose
 the checkpoint.
+
+`digits`, scikit-learn's pictures of 8 x 8 pixels, beside other processes: 4,000 steps
+in 104 s of CPU time (3 min 33 s from start to end), 97.0 % of 100 test pictures and of
+200 validation pictures right, by other writers than those of training.
 """
 
 import functools
@@ -23,11 +27,32 @@ from triform.configs.schema import (
     vary,
 )
 
-VARIANTS = {"": {}, "smoke": functools.partial(smoke, split="test[:100]")}
+VARIANTS = {
+    "": {},
+    # scikit-learn's digits of 8 x 8 pixels.
+    "digits": {
+        "model.patch_size": 2,
+        "model.trunk": {"num_layers": 3, "d_ff": 128, "init": "xavier"},
+        "data": {
+            "source": "digits",
+            "train_split": "train",
+            "eval_split": "validation",
+            "size": 8,
+            "batch_size": 64,
+            "pad": 1,
+            "mixup": 0.2,
+        },
+        "optim.warmup_steps": 100,
+        "evaluation.every": 1000,
+        "checkpoint.every": 500,
+        "steps": 4000,
+    },
+    "smoke": functools.partial(smoke, split="test[:100]"),
+}
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (minutes on 2 cores), 'smoke'."""
+    """Variants: '' (minutes on 2 cores), 'digits', 'smoke'."""
     trunk = TransformerConfig(
         num_layers=4,
         d_model=64,

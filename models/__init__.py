@@ -11,11 +11,14 @@ from flax import linen as nn
 
 from triform.models.autoencoder import Autoencoder, AutoencoderConfig
 from triform.models.config import ModelConfig
+from triform.models.contrastive import Contrastive, ContrastiveConfig
+from triform.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from triform.models.distillation import Distillation, DistillationConfig
 from triform.models.encoder import Encoder, EncoderConfig
 from triform.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from triform.models.language_model import LanguageModel, LanguageModelConfig
 from triform.models.lora import LoRA, LoRAConfig
+from triform.models.text_to_image import TextToImage, TextToImageConfig
 from triform.models.vision import VisionConfig
 
 # config type: module
@@ -27,6 +30,9 @@ MODELS = {
     LoRAConfig: LoRA,
     DistillationConfig: Distillation,
     AutoencoderConfig: Autoencoder,
+    DiscreteVAEConfig: DiscreteVAE,
+    TextToImageConfig: TextToImage,
+    ContrastiveConfig: Contrastive,
 }
 
 

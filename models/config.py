@@ -106,7 +106,7 @@ class TransformerConfig:
     # products; without it 1 / sqrt(head_dim).
     attention_options: tuple[str | float, ...] = ()
     windows: tuple[int, ...] = ()  # cycled over layers; 0: unlimited, w: |i - j| < w
-    # Cycled over layers: "none", or a name in models.patterns.PATTERNS and its number,
+    # Cycled over layers: "none", or a name in models.patterns.PATTERNS and its numbers,
     # "strided:8". A layer sees what both its window and its pattern allow.
     patterns: tuple[str, ...] = ()
     positions: str = "sinusoidal"  # a name in models.positions.POSITIONS
@@ -230,8 +230,8 @@ class TransformerConfig:
         require(
             all(map(is_pattern, self.patterns)),
             "patterns",
-            "each must be 'none' or a name and a positive number, 'strided:8'; names: "
-            + ", ".join(PATTERNS),
+            "each must be 'none' or a name and its positive numbers, 'strided:8'; "
+            f"names: {', '.join(PATTERNS)}",
         )
         # The longer of the two is the one to change.
         longer = max("windows", "patterns", key=lambda name: len(getattr(self, name)))

@@ -30,6 +30,8 @@ class DecodeConfig:
     temperature: float = 1.0  # the rest: sampling only
     top_k: int = 0  # sample among the k likeliest; 0: all
     top_p: float = 1.0  # sample among the likeliest that hold this probability
+    # Of pictures: how far from what is drawn without the text; 1: as the model says
+    guidance: float = 1.0
     max_len: int = 0  # tokens at most; 0: data.max_len
     banned: tuple[int, ...] = ()  # ids that are never written
 
@@ -47,6 +49,7 @@ class DecodeConfig:
         require(self.temperature > 0, "temperature", "must be positive")
         require(self.top_k >= 0, "top_k", "must not be negative; 0 is off")
         require(0 < self.top_p <= 1, "top_p", "must lie in (0, 1]; 1 is off")
+        require(self.guidance >= 0, "guidance", "must not be negative; 1 is off")
         require(self.max_len >= 0, "max_len", "must not be negative; 0: data.max_len")
         ids = all(isinstance(i, int) and i >= 0 for i in self.banned)
         require(ids, "banned", "must be a tuple of ids")

@@ -7,6 +7,8 @@ from flax import linen as nn
 from triform.tasks.autoencoding import Autoencoding, AutoencodingConfig
 from triform.tasks.base import Context, Task
 from triform.tasks.distillation import LabelDistillation, LabelDistillationConfig
+from triform.tasks.image_coding import ImageCoding, ImageCodingConfig
+from triform.tasks.matching import Matching, MatchingConfig
 from triform.tasks.prediction import (
     Classification,
     ClassificationConfig,
@@ -15,6 +17,10 @@ from triform.tasks.prediction import (
 )
 from triform.tasks.pretraining import Pretraining, PretrainingConfig
 from triform.tasks.regression import Regression, RegressionConfig
+from triform.tasks.text_to_image import (
+    TextToImagePrediction,
+    TextToImagePredictionConfig,
+)
 from triform.tasks.token_regression import TokenRegression, TokenRegressionConfig
 
 __all__ = [
@@ -22,10 +28,13 @@ __all__ = [
     "AutoencodingConfig",
     "ClassificationConfig",
     "Context",
+    "ImageCodingConfig",
     "LabelDistillationConfig",
+    "MatchingConfig",
     "PretrainingConfig",
     "RegressionConfig",
     "Task",
+    "TextToImagePredictionConfig",
     "TokenPredictionConfig",
     "TokenRegressionConfig",
     "build",
@@ -39,6 +48,9 @@ TASKS: dict[type, type[Task]] = {
     RegressionConfig: Regression,
     TokenRegressionConfig: TokenRegression,
     AutoencodingConfig: Autoencoding,
+    ImageCodingConfig: ImageCoding,
+    TextToImagePredictionConfig: TextToImagePrediction,
+    MatchingConfig: Matching,
     LabelDistillationConfig: LabelDistillation,
 }
 

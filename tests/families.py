@@ -8,11 +8,14 @@ import numpy as np
 from triform import models
 from triform.models import (
     AutoencoderConfig,
+    ContrastiveConfig,
+    DiscreteVAEConfig,
     DistillationConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     LanguageModelConfig,
     LoRAConfig,
+    TextToImageConfig,
     VisionConfig,
 )
 from triform.models.config import RopeConfig, TransformerConfig
@@ -144,6 +147,30 @@ ADAPTED = {
 OTHERS = {
     "distillation": DistillationConfig(ENCODERS["bert"], ENCODERS["tagger"]),
     "autoencoder": AutoencoderConfig(image_size=8, channels=1, width=4),
+    "discrete vae": DiscreteVAEConfig(
+        image_size=8, channels=1, num_codes=7, width=4, stages=1, blocks=1
+    ),
+    "dalle": TextToImageConfig(
+        trunk(
+            positions="none",
+            norm_position="pre",
+            num_layers=3,
+            patterns=("row:6:3", "column:6:3", "conv:3:6:3"),
+        ),
+        VOCAB,
+        num_codes=13,
+        text_len=6,
+        grid=3,
+    ),
+    "contrastive": ContrastiveConfig(
+        trunk(**LEARNED, norm_position="pre"),
+        trunk(**LEARNED, norm_position="pre"),
+        VOCAB,
+        image_size=8,
+        patch_size=4,
+        channels=1,
+        width=5,
+    ),
 }
 FAMILIES = {**DECODERS, **T5S, **ENCODERS, **VISIONS, **ADAPTED, **OTHERS}
 

@@ -6,6 +6,7 @@ LONG = {
     "tests/test_checkpoint.py::test_sigkill": "processes",
     "tests/test_compile_cache.py::test_processes": "processes",
     "tests/test_console.py": "an installation and processes",
+    "tests/test_dalle.py": "trainings",
     "tests/test_docs.py": "three trainings",
     "tests/test_divergence.py::test_a_run_goes_on": "three trainings for every action",
     "tests/test_encoding.py::test_a_killed_run": "processes",

@@ -135,7 +135,10 @@ def test_smoke_takes_every_config(name, variant):
 
 def test_smoke_keeps_a_cycle_of_layers_and_reaches_wrapped_models():
     trunk = TransformerConfig(
-        num_layers=12, windows=(8, 0, 0), patterns=("none", "strided:4")
+        num_layers=12,
+        windows=(8, 0, 0),
+        patterns=("none", "strided:4"),
+        scan_layers=True,
     )
     config = ExperimentConfig(
         model=LoRAConfig(LanguageModelConfig(trunk)), data=CausalLMConfig()

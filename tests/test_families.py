@@ -83,6 +83,26 @@ CHANGED = {
         "latent": 5,
         "dtype": "bfloat16",
     },
+    "discrete vae": {
+        "image_size": 16,
+        "channels": 2,
+        "num_codes": 5,
+        "width": 8,
+        "stages": 2,
+        "blocks": 2,
+        "noise": 0.5,
+        "dtype": "bfloat16",
+    },
+    "dalle": {"vocab_size": 13, "num_codes": 14, "text_len": 5, "grid": 2},
+    "contrastive": {
+        "text": trunk(),
+        "image": trunk(positions="learned", num_layers=1),
+        "vocab_size": 13,
+        "image_size": 16,
+        "patch_size": 2,
+        "channels": 2,
+        "width": 6,
+    },
 }
 # One of every kind of model and every kind of positions.
 WIRINGS = ("gpt2", "llama", "t5 v1.1", "bert", "vit")
@@ -94,7 +114,8 @@ def forward(config) -> str:
 
     def run(batch, rng):
         variables = model.init(rng, batch)
-        return variables, model.apply(variables, batch, rngs={"dropout": rng})
+        rngs = {"dropout": rng, "sample": rng}
+        return variables, model.apply(variables, batch, rngs=rngs)
 
     closed = jax.make_jaxpr(run)(batch, jax.random.key(0))
     constants = [np.asarray(x).tobytes() for x in closed.consts]

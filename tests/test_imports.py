@@ -38,7 +38,8 @@ IMPORTS = {
     "sweeps": ("runtime",),
     "inspection": ("workdir",),
     "interop": ("workdir",),
-    "workdir": ("experiment",),
+    "workdir": ("experiment", "trained_codecs"),
+    "trained_codecs": ("configs",),
     "experiment": ("configs",),
     "input_pipeline": ("data",),
     # Files of configs/sweeps say which runs.
@@ -98,6 +99,7 @@ LATE = {
     ("data.sources.formats", "triform.data.sources"): "pyarrow costs 0.2 s",
     ("data.sources.streams", "pyarrow"): "0.2 s, which zstandard alone needs",
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
+    ("data.sources.digits", "sklearn.datasets"): "it costs 2 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",
     ("runtime.metrics", "triform.runtime.events"): "tensorboardX costs 0.2 s",
     ("scores.text", "sacrebleu.metrics"): "it costs 40 ms",

@@ -7,7 +7,9 @@ from laws import assert_same_update, update
 
 from triform.configs.schema import ExperimentConfig
 from triform.data.datasets import (
+    CaptionedImagesConfig,
     CausalLMConfig,
+    ImageCodesConfig,
     ImagesConfig,
     MaskedLMConfig,
     Seq2SeqConfig,
@@ -17,10 +19,13 @@ from triform.data.datasets import (
 from triform.experiment import Experiment
 from triform.models import (
     AutoencoderConfig,
+    ContrastiveConfig,
+    DiscreteVAEConfig,
     DistillationConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     LanguageModelConfig,
+    TextToImageConfig,
     VisionConfig,
 )
 from triform.models.config import TransformerConfig
@@ -30,9 +35,12 @@ from triform.scores.text import EvaluationConfig
 from triform.tasks import (
     AutoencodingConfig,
     ClassificationConfig,
+    ImageCodingConfig,
     LabelDistillationConfig,
+    MatchingConfig,
     PretrainingConfig,
     RegressionConfig,
+    TextToImagePredictionConfig,
     TokenPredictionConfig,
     TokenRegressionConfig,
 )
@@ -96,6 +104,22 @@ SYSTEMS = {
         AutoencodingConfig(latent_penalty=1e-3, warmup_steps=4),
         ImagesConfig(size=8, channels=1, batch_size=ROWS, label=""),
     ),
+    "discrete vae": (
+        # Noise that is drawn for other rows differs.
+        DiscreteVAEConfig(8, 1, num_codes=16, width=32, stages=1, blocks=1, noise=0.0),
+        ImageCodingConfig("squared", kl_steps=4),
+        ImagesConfig(
+            size=8, channels=1, batch_size=ROWS, label="", mean=(0.0,), std=(1.0,)
+        ),
+    ),
+    "dalle": (
+        TextToImageConfig(
+            trunk(positions="none", patterns=("row:8:2", "conv:3:8:2")),
+            *(VOCAB, 9, LENGTH, 2),
+        ),
+        TextToImagePredictionConfig(),
+        ImageCodesConfig(**TEXT, grid=2),
+    ),
     "distillation": (
         # The teacher's dropout is off, or no two runs would agree.
         DistillationConfig(
@@ -118,10 +142,21 @@ SETTINGS = (
     {"mesh": (1, 2, 2, 2)},
     {"placement": "pmap", "accumulate": 3},
 )
+# Terms that compare rows with one another: with those of all devices, but only of their
+# micro-batch.
+COUPLED = {
+    "contrastive": (
+        ContrastiveConfig(
+            trunk(**LEARNED), trunk(**{**LEARNED, "max_len": 4}), VOCAB, 8, 4, 1, 6
+        ),
+        MatchingConfig(),
+        CaptionedImagesConfig(**TEXT, size=8, channels=1),
+    ),
+}
 
 
 def experiment(name, devices=8, mesh=(0, 1, 1, 1), accumulate=1, placement="mesh"):
-    model, task, data = SYSTEMS[name]
+    model, task, data = (SYSTEMS | COUPLED)[name]
     optim = OptimConfig("adamw", 1e-2, warmup_steps=1, eps=1e-2, weight_decay=0.1)
     optim.accumulate, optim.train = accumulate, TRAINED.get(name, optim.train)
     evaluation = EvaluationConfig(metrics=())
@@ -157,7 +192,7 @@ def batch_of(made):
     return batch
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", [*SYSTEMS, *COUPLED])
 def test_every_placement_updates_alike(name):
     alone = experiment(name, devices=1)
     start = jax.tree.map(np.asarray, jax.jit(alone.make_state)().replace(rng=None))
@@ -173,4 +208,6 @@ def test_every_placement_updates_alike(name):
     ]
     assert max(moved) > 1e-3
     for settings in SETTINGS:
+        if name in COUPLED:
+            settings = settings | {"accumulate": 1}
         assert_same_update(update(experiment(name, **settings), start, batch), expected)

@@ -32,6 +32,7 @@ EXACT = {
     "vit, mixed labels": {"task.label_smoothing": 0.0, "data.mixup": 0.0},
     "autoencoder": {"task.latent_penalty": 1e-5},
     "distillation": {"task.label_share": 0.0},
+    "discrete vae": {"task.kl_weight": 0.0},
 }
 
 
@@ -53,7 +54,7 @@ def exact(name):
             x[real] = 1
         elif key == "masked_positions":  # each once
             x[real] = np.arange(LENGTH)[-x.shape[1] :]
-        elif key in ("inputs", "encoder_inputs"):  # no two rows begin alike
+        elif key in ("inputs", "encoder_inputs", "text"):  # no two rows begin alike
             x[real, 0] = np.arange(ROWS)[real]
     return made, batch
 

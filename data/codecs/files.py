@@ -73,24 +73,26 @@ def _require_rows(tok: Tokenizer, rows: int, path: str) -> None:
 
 
 def is_complete(codecs: Mapping[str, Codec], config: Any) -> bool:
-    """Do all classes of the data have names?
+    """Do all classes of the data have names, and all codes a model?
 
     Those of an imported model may have placeholders, which the data replace.
     """
     found = [codecs.get(field) for field in config.classes()]
-    return all(isinstance(x, Classes) and not x.placeholders for x in found)
+    named = all(isinstance(x, Classes) and not x.placeholders for x in found)
+    return named and all(field in codecs for field in config.coded())
 
 
 def class_counts(config: Any, codecs: Mapping[str, Codec]) -> dict[str, int]:
-    """{name of a size of the model: number of classes}."""
-    return {size: codecs[field].size for field, size in config.classes().items()}
+    """{name of a size of the model: number of classes or codes}."""
+    sizes = config.classes() | config.coded()
+    return {size: codecs[field].size for field, size in sizes.items()}
 
 
 def save(codecs: Mapping[str, Codec], workdir: str) -> None:
-    """Writes tokenizer, chat template and the names of classes into a workdir."""
+    """Writes all codecs into a workdir, the names of classes into one file."""
     names = {k: list(c.names) for k, c in codecs.items() if isinstance(c, Classes)}
     for codec in codecs.values():
-        if isinstance(codec, Tokenizer | ChatTemplate):
+        if not isinstance(codec, Classes):
             codec.save(workdir)
     if names:
         path = os.path.join(workdir, CLASSES)

@@ -13,6 +13,12 @@ from triform.data.datasets.base import (
     Epoch,
     TextConfig,
 )
+from triform.data.datasets.captions import (
+    CaptionedImages,
+    CaptionedImagesConfig,
+    ImageCodes,
+    ImageCodesConfig,
+)
 from triform.data.datasets.causal_lm import CausalLM, CausalLMConfig
 from triform.data.datasets.conversations import Conversations, ConversationsConfig
 from triform.data.datasets.images import Images, ImagesConfig
@@ -33,12 +39,14 @@ from triform.runtime.errors import DataError
 __all__ = [
     "DATASETS",
     "EVALUATION",
+    "CaptionedImagesConfig",
     "CausalLMConfig",
     "ConversationsConfig",
     "Corpus",
     "DataConfig",
     "Dataset",
     "Epoch",
+    "ImageCodesConfig",
     "ImagesConfig",
     "Item",
     "MaskedLMConfig",
@@ -65,6 +73,8 @@ DATASETS = {
     SequenceClassificationConfig: SequenceClassification,
     TokenClassificationConfig: TokenClassification,
     ImagesConfig: Images,
+    CaptionedImagesConfig: CaptionedImages,
+    ImageCodesConfig: ImageCodes,
 }
 
 

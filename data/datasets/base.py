@@ -59,6 +59,12 @@ class DataConfig:
         """Field of the data that holds classes -> the model's number of them."""
         return {}
 
+    def coded(self) -> dict[str, str]:
+        """Field whose codec is the model of another run, whose workdir it names -> the
+        name of the size, of this run's model, that is the codec's.
+        """
+        return {}
+
     def features(self) -> tuple[Feature, ...]:
         """What is read of every example, besides images."""
         return ()

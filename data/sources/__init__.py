@@ -7,7 +7,7 @@ manual_dir, reading), and a row of SOURCES.
 import functools
 from collections.abc import Callable
 
-from triform.data.sources import cldr, listops, locate
+from triform.data.sources import cldr, digits, listops, locate
 from triform.data.sources.base import Column, Embedded, Reading, Source, local_copy
 from triform.data.sources.files import FileSource
 from triform.data.sources.pictures import PictureSource
@@ -29,11 +29,13 @@ __all__ = [
 SOURCES: dict[str, Callable[[str, str, str, Reading], Source]] = {
     "cldr": functools.partial(Embedded, cldr),
     "listops": functools.partial(Embedded, listops),
+    "digits": functools.partial(Embedded, digits),
 }
 # Ours among TFDS's: a folder of such a name in the present one does not hide them.
 BUILDERS = (
     *("multi30k_translate", "tinyshakespeare", "wikitext2", "classic_books"),
     *("clinc150", "mr_sentiment", "movie_reviews", "flip_ss3", "mnist"),
+    *("captioned_mnist", "noto_emoji"),
 )
 
 

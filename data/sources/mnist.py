@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
-from triform.data.sources.local_builder import Download, LocalBuilder, Paths
+from triform.data.sources.local_builder import TEXT, Download, LocalBuilder, Paths
+from triform.data.sources.phrases import caption
 
 Arrays = Mapping[str, list[np.ndarray]]  # split -> images, labels
 
@@ -80,6 +81,23 @@ class Mnist(LocalBuilder, skip_registration=True):
             axes = content[3]
             shape = np.frombuffer(content, ">i4", axes, 4)
             return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+class CaptionedMnist(Mnist, skip_registration=True):
+    """The same with a caption of each: 'a handwritten seven'."""
+
+    name = "captioned_mnist"
+    VERSION = tfds.core.Version("1.0.0")
+    features: Mapping = {**Mnist.features, "text": TEXT}
+
+    def examples(self, paths: Paths) -> Mapping[str, Iterator[dict]]:
+        """Which phrasing a picture has follows from its number."""
+
+        def captioned(examples: Iterator[dict]) -> Iterator[dict]:
+            for number, found in enumerate(examples):
+                yield {**found, "text": caption(number, found["label"])}
+
+        return {k: captioned(x) for k, x in super().examples(paths).items()}
 
 
 def _archive(path: os.PathLike) -> Arrays:

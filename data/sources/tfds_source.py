@@ -14,10 +14,11 @@ import tensorflow_datasets as tfds
 from triform.data.sources.classic_books import ClassicBooks
 from triform.data.sources.clinc150 import Clinc150
 from triform.data.sources.flip_ss3 import FlipSs3
-from triform.data.sources.mnist import Mnist
+from triform.data.sources.mnist import CaptionedMnist, Mnist
 from triform.data.sources.movie_reviews import MovieReviews
 from triform.data.sources.mr_sentiment import MrSentiment
 from triform.data.sources.multi30k import Multi30kTranslate
+from triform.data.sources.noto_emoji import NotoEmoji
 from triform.data.sources.tinyshakespeare import TinyShakespeare
 from triform.data.sources.wikitext2 import WikiText2
 from triform.runtime import paths
@@ -33,6 +34,8 @@ BUILDERS = {
     "movie_reviews": MovieReviews,
     "flip_ss3": FlipSs3,
     "mnist": Mnist,
+    "captioned_mnist": CaptionedMnist,
+    "noto_emoji": NotoEmoji,
 }
 
 # Records per bulk read: one call per record costs four times as much.
