@@ -51,7 +51,7 @@ def test_commands_are_those_of_the_makefile():
 def test_paths_are_there(page):
     named = re.findall(r"`((?:\w+/)+[\w.]*|\w+\.py)`", PAGES[page])
     roots = (ROOT, ROOT / "configs")
-    # Names in a workdir, and of parameters.
+    # Names in a workdir, of parameters and of metrics.
     others = (
         "tensorboard/",
         "checkpoints/",
@@ -60,7 +60,7 @@ def test_paths_are_there(page):
         "frozen/",
         "code/",
     )
-    others += ("set_aside/", "capsules/", "runs/", "workdir/", "encoder/")
+    others += ("set_aside/", "capsules/", "runs/", "workdir/", "encoder/", "train/")
     for name in named:
         if not name.startswith(others):
             assert any((root / name).exists() for root in roots), name
