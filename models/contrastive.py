@@ -107,7 +107,8 @@ class Tower(nn.Module):
         x, mask = self.frontend(batch)
         x, _ = self.encoder(x, mask)
         x = self.dense(mean(x, mask.q_segments)).astype(jnp.float32)
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+        # Not linalg.norm: its gradient is NaN at 0, which rows of padding are.
+        return x * jax.lax.rsqrt((x**2).sum(-1, keepdims=True) + 1e-12)
 
 
 class Contrastive(nn.Module):
