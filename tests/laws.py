@@ -12,6 +12,11 @@ from triform.runtime.paths import path_name
 
 # Float32 sums of the same few terms in another order.
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
+# What a clock measures, in a line of metrics.jsonl.
+SPEED = (
+    *("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time"),
+    *("train/flops_per_second", "train/mfu"),
+)
 
 
 def flat(tree) -> dict:

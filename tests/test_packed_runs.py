@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from laws import SPEED
 
 from triform import packed, train
 from triform import workdir as workdirs
@@ -37,8 +38,6 @@ from triform.runtime.checkpoint import Checkpointer
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 10
 CLOSE = 1e-5  # relative, of losses over ten steps: sums are ordered otherwise
-# Of a line in metrics.jsonl, what depends on the machine and not on the run.
-SPEED = ("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time")
 # Whatever can be an input of the program, and the seed: batches, too, are others.
 OTHER = {
     "seed": 1,

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from laws import SPEED
 
 from triform import config_flag, forks, plan, tools
 from triform import workdir as workdirs
@@ -26,8 +27,6 @@ from triform.runtime.errors import UserError
 from triform.runtime.lease import Lease
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Of a line in metrics.jsonl, what depends on the machine and not on the run.
-SPEED = ("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from laws import SPEED
 
 from triform import config_flag
 from triform import train as training
@@ -28,11 +29,6 @@ from triform.workdir import checkpoint_dir, saved_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMOKE = "configs/transformer_cldr.py:smoke"
-# Of a line in metrics.jsonl, what depends on the machine and not on the run.
-SPEED = (
-    *("train/tokens_per_second", "train/steps_per_second", "train/data_wait", "time"),
-    *("train/flops_per_second", "train/mfu"),
-)
 
 
 @pytest.fixture(scope="module")
