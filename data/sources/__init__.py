@@ -8,7 +8,14 @@ import functools
 from collections.abc import Callable
 
 from triform.data.sources import cldr, digits, listops, locate
-from triform.data.sources.base import Column, Embedded, Reading, Source, local_copy
+from triform.data.sources.base import (
+    Column,
+    Embedded,
+    KeptEmbedded,
+    Reading,
+    Source,
+    local_copy,
+)
 from triform.data.sources.files import FileSource
 from triform.data.sources.pictures import PictureSource
 
@@ -27,7 +34,7 @@ __all__ = [
 # Name -> (name, data_dir, manual_dir, reading) -> source. Every other name is a path or
 # one of TFDS's, which include the builders of `tfds_source.BUILDERS`.
 SOURCES: dict[str, Callable[[str, str, str, Reading], Source]] = {
-    "cldr": functools.partial(Embedded, cldr),
+    "cldr": functools.partial(KeptEmbedded, cldr),
     "listops": functools.partial(Embedded, listops),
     "digits": functools.partial(Embedded, digits),
 }

@@ -68,10 +68,7 @@ class Reading:
 
 
 class Embedded:
-    """A generator: a module with SPLITS, examples(split, cache) and version().
-
-    `cache` is a folder where a slow one may keep what it generated.
-    """
+    """A generator: a module with SPLITS, examples(split) and version()."""
 
     def __init__(
         self,
@@ -81,11 +78,12 @@ class Embedded:
         manual_dir: str,
         reading: Reading,
     ):
-        self.module, self.name, self.cache = module, name, reading.cache
+        self.module, self.name = module, name
+        self._cache = reading.cache
 
     def examples(self, split: str) -> Sequence[Mapping[str, Any]]:
         """The generated examples of a split."""
-        return self.module.examples(self._checked(split), self.cache)
+        return self.module.examples(self._checked(split))
 
     def splits(self) -> tuple[str, ...]:
         """The names of its splits; slices of them are not available."""
@@ -122,6 +120,14 @@ class Embedded:
                 f"{', '.join(self.splits())}"
             )
         return split
+
+
+class KeptEmbedded(Embedded):
+    """A slow generator: its examples(split, cache) keeps in a folder what it made."""
+
+    def examples(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """The generated examples of a split."""
+        return self.module.examples(self._checked(split), self._cache)
 
 
 def local_copy(folder: str) -> str:

@@ -17,11 +17,10 @@ VERSION = 1
 SPLITS = ("train", "validation", "test")
 
 
-def examples(split: str, cache: str = "") -> Sequence[Mapping[str, Any]]:
+def examples(split: str) -> Sequence[Mapping[str, Any]]:
     """{image uint8 [8, 8, 1], label, text} of a split, in the order of the original.
 
-    Of 1,797 pictures 200 are for validation and 100 for test; nothing is kept in
-    `cache`.
+    Of 1,797 pictures 200 are for validation and 100 for test.
     """
     images, labels = _digits()
     numbers = np.arange(len(labels))

@@ -47,10 +47,10 @@ class Expressions(Sequence):
         return {"text": text, "label": label}
 
 
-def examples(split: str, cache: str = "") -> Expressions:
+def examples(split: str) -> Expressions:
     """The expressions of 'train', 'validation' or 'test', and their values, 0 to 9.
 
-    They are generated block by block, and nothing is kept in `cache`.
+    They are generated block by block.
     """
     return Expressions(split)
 
