@@ -5,18 +5,17 @@ import sys
 import time
 from typing import Any
 
-# tensorboardX imports torch where that is installed, seconds that writing numbers does
-# not need: with None in its place it finds none.
-_blocked = "torch" not in sys.modules
-if _blocked:
-    sys.modules["torch"] = None
+# tensorboardX imports these where they are installed, seconds that writing numbers does
+# not need: with None in their place it finds none.
+_blocked = {"torch", "boto3", "google.cloud.storage"} - set(sys.modules)
+sys.modules.update(dict.fromkeys(_blocked))
 try:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.summary import scalar
 finally:
-    if _blocked:
-        del sys.modules["torch"]
+    for _name in _blocked:
+        del sys.modules[_name]
 
 
 class Events:

@@ -29,7 +29,8 @@ def lock(workdir: str) -> Any:
         held = Lease(workdir)
         hosts.here().barrier("locking the workdir")
         return held
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (kept open)
+    # Tokens are of one length: none is cut off, while others may be reading it.
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # kept open
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -38,7 +39,6 @@ def lock(workdir: str) -> Any:
             f"workdir={workdir!r}: another train.py runs in it; wait for it, stop it, "
             "or name another workdir"
         ) from error
-    file.truncate(0)
     file.write(token)
     file.flush()
     hosts.here().barrier("locking the workdir")

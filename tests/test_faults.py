@@ -177,7 +177,7 @@ def test_a_read_error_moves_nothing(error, base, half, monkeypatch):
         raise OSError(number, os.strerror(number), "a file")
 
     with monkeypatch.context() as patch:
-        patch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
+        patch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.restore", fail)
         text = told(lambda: train.run(config, str(workdir)))
     assert os.strerror(number) in text and "nothing was moved" in text
     assert sorted(os.listdir(workdir / "checkpoints")) == before
@@ -189,11 +189,12 @@ def test_metrics_without_a_checkpoint_never_begin_anew_silently(base, half, caps
     before = (workdir / "metrics.jsonl").read_text()
     kept = workdir.parent / "elsewhere"
     (workdir / "checkpoints").rename(kept)
-    (workdir / "scores.json").unlink()
+    scores = (workdir / "scores.json").rename(workdir.parent / "scores.json")
     text = told(lambda: train.run(config, str(workdir)))
     assert "no checkpoint is in" in text and "--resume=0" in text
     assert (workdir / "metrics.jsonl").read_text() == before
     kept.rename(workdir / "checkpoints")
+    scores.rename(workdir / "scores.json")
     goes_on(base, workdir, config)
     # Beginning anew is possible, and loses nothing.
     train.run(config, str(workdir), resume=0)
