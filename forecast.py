@@ -289,7 +289,7 @@ def hardware(
     trunks, named = [*config.model.trunks().values()], bool(devices or memory)
     dtype = trunks[0].dtype if trunks else "float32"
     if devices is None:
-        first, count = jax.devices()[0], jax.device_count()
+        first, count = jax.local_devices()[0], jax.device_count()
         chip, name = chips.of_kind(first.device_kind), first.device_kind
         if not chip or first.memory_stats():
             memory = memory or chips.memory_of(first) / (1 if chip else count)
