@@ -140,17 +140,15 @@ class Checkpointer:
 
     def meta_of(self, step: int) -> Mapping[str, Any]:
         """The caller's dict of a finished step; CheckpointError if it is corrupt."""
-        try:
-            return self._read_meta(step)["user"]
-        except Corrupt as problem:
-            raise CheckpointError(
-                f"step {step} in {self.directory} is corrupt ({problem})"
-            ) from problem
+        return self._meta(step)["user"]
 
     def described(self, step: int) -> dict[str, Any]:
         """Shape, dtype and checksum by path of a step; CheckpointError if corrupt."""
+        return self._meta(step)["arrays"]
+
+    def _meta(self, step: int) -> dict[str, Any]:
         try:
-            return self._read_meta(step)["arrays"]
+            return self._read_meta(step)
         except Corrupt as problem:
             raise CheckpointError(
                 f"step {step} in {self.directory} is corrupt ({problem})"

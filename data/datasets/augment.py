@@ -4,6 +4,7 @@ Images are uint8 [h, w, c] with 1 or 3 channels.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -120,3 +121,15 @@ def rand_augment(
     for i in rng.integers(len(table), size=count):
         changed = table[i](changed, magnitude / 10 * rng.choice((-1, 1)))
     return to_array(changed)
+
+
+def check_pixels(config: Any) -> None:
+    """ValueError unless a data config says images of one size that can be made."""
+    config.require(config.size >= 1, "size", "must be at least 1")
+    config.require(config.channels in (1, 3), "channels", "must be 1 or 3")
+    many = f"must be one number or {config.channels}, one a channel"
+    config.require(len(config.mean) in (1, config.channels), "mean", many)
+    config.require(len(config.std) in (1, config.channels), "std", many)
+    config.require(min(config.std) > 0, "std", "must be positive")
+    rule = f"expected one of {', '.join(RESAMPLES)}"
+    config.require(config.resample in RESAMPLES, "resample", rule)

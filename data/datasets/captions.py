@@ -72,14 +72,7 @@ class CaptionedImagesConfig(CaptionsConfig):
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
         super().validate()
-        self.require(self.size >= 1, "size", "must be at least 1")
-        self.require(self.channels in (1, 3), "channels", "must be 1 or 3")
-        many = f"must be one number or {self.channels}, one a channel"
-        self.require(len(self.mean) in (1, self.channels), "mean", many)
-        self.require(len(self.std) in (1, self.channels), "std", many)
-        self.require(min(self.std) > 0, "std", "must be positive")
-        rule = f"expected one of {', '.join(augment.RESAMPLES)}"
-        self.require(self.resample in augment.RESAMPLES, "resample", rule)
+        augment.check_pixels(self)
 
 
 @dataclasses.dataclass
