@@ -13,33 +13,17 @@ from triform.models.config import DTYPES, ModelConfig, TransformerConfig
 Array = jax.Array
 
 
-@dataclasses.dataclass(unsafe_hash=True)
-class AutoencoderConfig(ModelConfig):
-    """Square images, halved `stages` times, and back."""
+class ConvolutionalConfig(ModelConfig):
+    """What models of square images share whose stages halve height and width."""
 
-    PARAMETERS: ClassVar[tuple[tuple[str, str], ...]] = (
-        (r"(up_|down_)\d+/kernel$", "height width channels > features"),
-        (r"(latent|pixels)/kernel$", "height width channels > features"),
-    )
-
-    image_size: int = 0  # pixels; 0 follows the data
-    channels: int = 0  # of an image; 0 follows the data
-    width: int = 32  # channels of the first stage, each next one has twice as many
-    stages: int = 2  # how many times height and width are halved
-    latent: int = 4  # channels of the latent image
-    dtype: str = "float32"  # of activations
+    image_size: int  # pixels; 0 follows the data
+    channels: int  # of an image; 0 follows the data
+    stages: int  # how many times height and width are halved
+    dtype: str  # of activations
 
     def reads(self) -> dict[str, tuple[str, str]]:
         """The image."""
         return {"image": ("BHWC", "float32")}
-
-    def outputs(self) -> dict[str, str]:
-        """The reconstruction and the latent image: neither has classes."""
-        return {"image": "", "latent": ""}
-
-    def sizes(self) -> dict[str, int]:
-        """None."""
-        return {}
 
     def longest(self) -> dict[str, int]:
         """No row axis."""
@@ -60,7 +44,7 @@ class AutoencoderConfig(ModelConfig):
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
-        for name in ("image_size", "channels", "width", "stages", "latent"):
+        for name in ("image_size", "channels", "stages"):
             self.require(getattr(self, name) >= 1, name, "must be at least 1")
         self.require(
             self.image_size % 2**self.stages == 0,
@@ -69,6 +53,37 @@ class AutoencoderConfig(ModelConfig):
         )
         rule = f"expected one of {', '.join(DTYPES)}"
         self.require(self.dtype in DTYPES, "dtype", rule)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class AutoencoderConfig(ConvolutionalConfig):
+    """Square images, halved `stages` times, and back."""
+
+    PARAMETERS: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"(up_|down_)\d+/kernel$", "height width channels > features"),
+        (r"(latent|pixels)/kernel$", "height width channels > features"),
+    )
+
+    image_size: int = 0  # pixels; 0 follows the data
+    channels: int = 0  # of an image; 0 follows the data
+    width: int = 32  # channels of the first stage, each next one has twice as many
+    stages: int = 2  # how many times height and width are halved
+    latent: int = 4  # channels of the latent image
+    dtype: str = "float32"  # of activations
+
+    def outputs(self) -> dict[str, str]:
+        """The reconstruction and the latent image: neither has classes."""
+        return {"image": "", "latent": ""}
+
+    def sizes(self) -> dict[str, int]:
+        """None."""
+        return {}
+
+    def validate(self) -> None:
+        """Raises ValueError with the value, the rule and the fix."""
+        super().validate()
+        for name in ("width", "latent"):
+            self.require(getattr(self, name) >= 1, name, "must be at least 1")
 
 
 class Autoencoder(nn.Module):

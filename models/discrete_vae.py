@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from triform.models.config import DTYPES, ModelConfig, TransformerConfig
+from triform.models.autoencoder import ConvolutionalConfig
 
 Array = jax.Array
 
@@ -21,7 +21,7 @@ LEAST = math.log((1 - 2 * EDGE) / 255 / (EDGE * (1 - EDGE)))
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class DiscreteVAEConfig(ModelConfig):
+class DiscreteVAEConfig(ConvolutionalConfig):
     """Square images, halved `stages` times into a grid of codes, and back."""
 
     PARAMETERS: ClassVar[tuple[tuple[str, str], ...]] = (
@@ -41,10 +41,6 @@ class DiscreteVAEConfig(ModelConfig):
         """Codes a side."""
         return self.image_size // 2**self.stages
 
-    def reads(self) -> dict[str, tuple[str, str]]:
-        """The image."""
-        return {"image": ("BHWC", "float32")}
-
     def outputs(self) -> dict[str, str]:
         """The reconstruction, its distribution, and scores of the codes."""
         return {"image": "", "location": "", "log_scale": "", "codes": "num_codes"}
@@ -53,36 +49,13 @@ class DiscreteVAEConfig(ModelConfig):
         """Name of a size -> its value."""
         return {"num_codes": self.num_codes}
 
-    def longest(self) -> dict[str, int]:
-        """No row axis."""
-        return {}
-
-    def axes(self) -> dict[str, int]:
-        """One size of images."""
-        return {"H": self.image_size, "W": self.image_size, "C": self.channels}
-
-    def trunks(self) -> dict[str, TransformerConfig]:
-        """None."""
-        return {}
-
-    def derive(self, shape: Mapping[str, int], classes: Mapping[str, int]) -> None:
-        """Sizes that are 0 follow the images."""
-        self.image_size = self.image_size or shape.get("H", 0)
-        self.channels = self.channels or shape.get("C", 0)
-
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
-        for name in ("image_size", "channels", "width", "stages", "blocks"):
+        super().validate()
+        for name in ("width", "blocks"):
             self.require(getattr(self, name) >= 1, name, "must be at least 1")
         self.require(self.num_codes >= 2, "num_codes", "must be at least 2")
         self.require(self.noise >= 0, "noise", "must not be negative; 0 is off")
-        self.require(
-            self.image_size % 2**self.stages == 0,
-            "stages",
-            f"2**stages must divide image_size={self.image_size}; change one of them",
-        )
-        rule = f"expected one of {', '.join(DTYPES)}"
-        self.require(self.dtype in DTYPES, "dtype", rule)
 
 
 class Residual(nn.Module):
