@@ -19,6 +19,9 @@ from triform.models.transformer import Stack
 
 # --- Patterns ---
 
+NUMBERS = {"row": "1:3", "column": "1:3", "conv": "3:1:4"}
+EACH_PATTERN = [f"{name}:{NUMBERS.get(name, '3')}" for name in PATTERNS]
+
 
 def positions(length=12):
     return np.arange(length)[:, None], np.arange(length)[None]
@@ -45,7 +48,7 @@ def test_fixed_sees_its_block_and_the_last_of_every_block():
 
 
 @pytest.mark.parametrize("attention", ["dot", "flash"])
-@pytest.mark.parametrize("name", [f"{name}:3" for name in PATTERNS])
+@pytest.mark.parametrize("name", EACH_PATTERN)
 def test_each_layer_has_its_own_pattern_and_window(name, attention):
     """A key that no layer sees changes nothing; one that a layer sees does."""
     trunk = lm(num_layers=1, positions="none", attention=attention).trunk
@@ -54,12 +57,15 @@ def test_each_layer_has_its_own_pattern_and_window(name, attention):
     length = 24
     where = jnp.arange(length)[None]
     mask = Mask.self_attention(where, causal=True, aligned=True)
-    x = np.random.default_rng(0).standard_normal((1, length, 8)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, length, 8)).astype(np.float32)
+    # The plain sum of features is constant after a norm.
+    weights = rng.standard_normal(8).astype(np.float32)
     stack = Stack(trunk)
     variables = jax.jit(stack.init)(jax.random.key(0), x, mask)
 
     def last(x):
-        return stack.apply(variables, x, mask)[0][0, -1].sum()
+        return stack.apply(variables, x, mask)[0][0, -1] @ weights
 
     seen = np.abs(jax.jit(jax.grad(last))(x)[0]).max(-1) > 0
     both = mask.replace(window=5, pattern=pattern_of(name)).allowed()[0, -1]
