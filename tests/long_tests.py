@@ -8,7 +8,7 @@ LONG = {
     "tests/test_console.py": "an installation and processes",
     "tests/test_dalle.py": "trainings",
     "tests/test_docs.py": "three trainings",
-    "tests/test_divergence.py::test_a_bad_step": "a training",
+    "tests/test_divergence.py::test_a_bad_step_can": "a training",
     "tests/test_divergence.py::test_a_run_goes_on": "three trainings for every action",
     "tests/test_divergence.py::test_too_many": "a training",
     "tests/test_encoding.py::test_a_killed_run": "processes",
