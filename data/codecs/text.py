@@ -15,6 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from triform.data.codecs.framing import from_processor
 from triform.data.codecs.pieces import pieces
+from triform.data.codecs.residues import ALPHABET, library
 from triform.data.codecs.specials import (
     EOS,
     PAD,
@@ -29,8 +30,8 @@ from triform.data.codecs.tokenizer import Stream, Tokenizer, well_formed
 __all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
 
 SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
-MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
-KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
+KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars", "residues")
+BY_CHARACTER = ("chars", "residues")  # whose words are single characters
 MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 
 
@@ -38,7 +39,9 @@ MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
 class TokenizerConfig:
     """How text becomes ids. Its size is the model's vocab_size."""
 
-    kind: str = "bpe"  # trained subwords, or bytes or characters as they are
+    # Trained subwords, or bytes or characters as they are; or the fixed alphabet of
+    # protein language models (codecs/residues.py).
+    kind: str = "bpe"
     lowercase: bool = False  # cannot be undone: decoded text is lower-case too
     path: str = ""  # an existing tokenizer.json or .model, instead of training one
     corpora: tuple[str, ...] = ()  # 'source:feature' to train on besides the data
@@ -200,6 +203,8 @@ def train(
     """
     if config.kind == "bytes":
         return ByteTokenizer(config.lowercase, specials)
+    if config.kind == "residues":
+        return residues()
     names = [*SPECIALS, *specials]
     if config.kind == "unigram":
         return _train_unigram(config, texts, vocab_size, names)
@@ -306,6 +311,11 @@ def _sentencepiece(**options) -> None:
             f"model.vocab_size={options['vocab_size']}: sentencepiece cannot train "
             f"that ({str(error).splitlines()[-1]}); raise it or use another kind"
         ) from error
+
+
+def residues(pieces: Sequence[str] = ALPHABET) -> Tokenizer:
+    """The tokenizer of an alphabet of residues; ids are those of EsmTokenizer."""
+    return HuggingFaceTokenizer(library(pieces), recognise(pieces))
 
 
 def load(path: str) -> Tokenizer:

@@ -1,0 +1,76 @@
+"""Secondary structure of proteins, residue by residue, from the sequence alone."""
+
+from triform.configs.schema import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    MaskedLMConfig,
+    OptimConfig,
+    RegressionConfig,
+    SequenceClassificationConfig,
+    TokenClassificationConfig,
+    TokenizerConfig,
+    TokenPredictionConfig,
+    TransformerConfig,
+    smoke,
+    vary,
+)
+from triform.models import ProteinConfig
+
+ROWS = {
+    "max_len": 1664,
+    "batch_size": 4,
+    "buckets": (128, 192, 256, 352, 512, 832),
+}
+
+
+VARIANTS = {
+    "": {},
+    "smoke": smoke,
+}
+
+
+def get_config(variant: str = "") -> ExperimentConfig:
+    """Variants: '' (from scratch)."""
+    trunk = TransformerConfig(
+        num_layers=4,
+        d_model=128,
+        num_heads=8,
+        d_ff=512,
+        max_len=0,
+        windows=(8, 16, 64, 0),
+        positions="rotary",
+        norm_position="pre",
+        norm_eps=1e-5,
+        ffn="gelu",
+        init="normal",
+        dropout=0.1,
+    )
+    config = ExperimentConfig(
+        model=ProteinConfig(trunk, masked_head=False, num_tags=-1, num_labels=0),
+        task=TokenPredictionConfig(label_smoothing=0.0),
+        data=TokenClassificationConfig(
+            source="flip_ss3",
+            tokens="sequence",
+            tags="ss3",
+            mask="mask",
+            tokenizer=TokenizerConfig(kind="residues"),
+            **ROWS,
+        ),
+        optim=OptimConfig(
+            name="adamw",
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            b2=0.98,
+            eps=1e-8,
+            weight_decay=0.01,
+            clip_norm=1.0,
+        ),
+        evaluation=EvaluationConfig(every=500, metrics=()),
+        checkpoint=CheckpointConfig(
+            every=500, keep_newest=1, metric="eval/accuracy", mode="max"
+        ),
+        steps=1500,
+    )
+    return vary(config, VARIANTS, variant)
