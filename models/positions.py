@@ -171,9 +171,7 @@ class RelativeBias(nn.Module):
         return jnp.moveaxis(jnp.take(table, which, axis=0), -1, 1)
 
 
-def _rotary(
-    config: TransformerConfig, mask: Mask, stored: str = "float32"
-) -> Relative:
+def _rotary(config: TransformerConfig, mask: Mask, stored: str = "float32") -> Relative:
     return Relative(rotation=rotation(config, mask.q_positions, stored))
 
 

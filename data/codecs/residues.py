@@ -1,4 +1,4 @@
-"""The alphabet of protein language models: one id a residue (ESM-2, Lin et al. 2023)."""
+"""The alphabet of protein language models, one id a residue (Lin et al. 2023)."""
 
 import re
 from collections.abc import Sequence
