@@ -17,21 +17,54 @@ from triform.configs.schema import (
 )
 from triform.models import ProteinConfig
 
-ROWS = {
-    "max_len": 1664,
-    "batch_size": 4,
-    "buckets": (128, 192, 256, 352, 512, 832),
-}
+# Of the longest chain 1,632 residues; most have fewer than 350.
+ROWS = {"max_len": 1664, "batch_size": 2, "buckets": (128, 192, 256, 352, 512, 832)}
+
+
+def _pretrain(config: ExperimentConfig) -> None:
+    """Masked residues of the training chains (Rives et al. 2021)."""
+    config.model.masked_head, config.model.num_tags = True, 0
+    config.data = MaskedLMConfig(
+        source="flip_ss3",
+        text="sequence",
+        next_sentence=False,
+        short_rate=0.0,
+        tokenizer=TokenizerConfig(kind="residues"),
+        **ROWS,
+    )
+    config.checkpoint.metric, config.checkpoint.mode = "eval/loss", "min"
+
+
+def _regression(config: ExperimentConfig) -> None:
+    """A number for a sequence, from the mean over residues (Dallago et al. 2021)."""
+    config.model.num_tags, config.model.num_labels = 0, 1
+    config.model.pool, config.model.trunk.max_len = "mean", 0
+    config.task = RegressionConfig()
+    config.data = SequenceClassificationConfig(
+        source="my_proteins.csv",
+        first="sequence",
+        label="target",
+        target="number",
+        max_len=512,
+        batch_size=16,
+        buckets=(128, 256),
+        truncate=True,
+        tokenizer=TokenizerConfig(kind="residues"),
+    )
+    config.checkpoint.metric = "eval/spearman"
 
 
 VARIANTS = {
     "": {},
+    "pretrain": _pretrain,
+    "finetune": {"init_from": "runs/protein_pretrain"},
+    "regression": _regression,
     "smoke": smoke,
 }
 
 
 def get_config(variant: str = "") -> ExperimentConfig:
-    """Variants: '' (from scratch)."""
+    """Variants: '' (from scratch), 'pretrain', 'finetune', 'regression', 'smoke'."""
     trunk = TransformerConfig(
         num_layers=4,
         d_model=128,

@@ -226,7 +226,7 @@ def _tables(listed: Sequence[str]) -> list[File]:
     labels: dict[str, list[tuple[str, str]]] = {path: [] for path in stems.values()}
     for stem, path in stems.items():
         parent, column = os.path.splitext(stem)
-        if parent in stems:
+        if column and parent in stems:
             labels[stems[parent]].append((path, column[1:]))
             del labels[path]
     for path in listed if stems else ():
