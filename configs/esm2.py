@@ -54,7 +54,7 @@ VARIANTS = {
         size(48, 5120, 40),
         {"optim.weight_decay": 0.1, "data.batch_size": 3072, "steps": 270_000},
     ),
-    "smoke": ({"data": {"source": "flip_ss3", "text": "sequence"}}, smoke),
+    "smoke": smoke,
 }
 
 
@@ -75,7 +75,7 @@ def get_config(variant: str = "8m") -> ExperimentConfig:
         model=ProteinConfig(trunk, num_labels=0),
         task=TokenPredictionConfig(label_smoothing=0.0),
         data=MaskedLMConfig(
-            source="uniref50.fasta",
+            source="flip_ss3",
             text="sequence",
             next_sentence=False,
             short_rate=0.0,

@@ -18,7 +18,7 @@ from triform.configs.schema import (
 from triform.models import ProteinConfig
 
 # Of the longest chain 1,632 residues; most have fewer than 350.
-ROWS = {"max_len": 1664, "batch_size": 2, "buckets": (128, 192, 256, 352, 512, 832)}
+ROWS = {"max_len": 1664, "batch_size": 2, "buckets": (160, 256, 384, 640)}
 
 
 def _pretrain(config: ExperimentConfig) -> None:
@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
         d_ff=512,
         max_len=0,
         windows=(8, 16, 64, 0),
-        positions="rotary",
+        positions="relative",
         norm_position="pre",
         norm_eps=1e-5,
         ffn="gelu",
@@ -91,8 +91,8 @@ def get_config(variant: str = "") -> ExperimentConfig:
             **ROWS,
         ),
         optim=OptimConfig(
-            name="adamw",
-            learning_rate=2e-3,
+            name="muon",
+            learning_rate=3e-3,
             schedule="cosine",
             warmup_steps=100,
             b2=0.98,
@@ -100,10 +100,10 @@ def get_config(variant: str = "") -> ExperimentConfig:
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        evaluation=EvaluationConfig(every=500, metrics=()),
+        evaluation=EvaluationConfig(every=1000, metrics=()),
         checkpoint=CheckpointConfig(
             every=500, keep_newest=1, metric="eval/accuracy", mode="max"
         ),
-        steps=1500,
+        steps=3000,
     )
     return vary(config, VARIANTS, variant)

@@ -52,6 +52,11 @@ class TokenizerConfig:
             raise ValueError(
                 f"data.tokenizer.kind={self.kind!r}: expected one of {', '.join(KINDS)}"
             )
+        if self.lowercase and self.kind == "residues":
+            raise ValueError(
+                "data.tokenizer.lowercase=True: the alphabet of residues has capitals "
+                "only; set it to False"
+            )
         if not all(isinstance(x, str) and ":" in x for x in self.corpora):
             raise ValueError(
                 f"data.tokenizer.corpora={self.corpora!r}: must be a tuple of "
