@@ -162,28 +162,33 @@ def states(args: argparse.Namespace) -> None:
 
 def attention_of(run: workdirs.Run, sequence: str) -> np.ndarray:
     """float32 [layers, heads, L, L]: who looks at whom among the residues."""
-    config = run.config
-    batch = request_batch(config.data, [sequence], 1, run.codecs, run.experiment.sizes)
-    trunk = config.model.trunk
-    _, found = run.experiment.model.apply(
+    experiment, trunk = run.experiment, run.config.model.trunk
+    data, sizes = run.config.data, experiment.sizes
+    batch = request_batch(data, [sequence], 1, run.codecs, sizes)
+    kept = ("query", "key", "relative_bias")
+    _, found = experiment.model.apply(
         run.variables,
         batch,
-        capture_intermediates=lambda module, _: module.name in ("query", "key"),
+        capture_intermediates=lambda module, _: module.name in kept,
         mutable=["intermediates"],
     )
-    _, mask = run.experiment.model.apply(
+    _, mask = experiment.model.apply(
         run.variables, batch, method=lambda model, batch: model.frontend(batch)
     )
-    attend = POSITIONS[trunk.positions].attend
-    rotation, maps = attend(trunk, mask).rotation, []
+    inner, maps = found["intermediates"]["encoder"], []
+    bias, rotation = 0.0, None
+    if "relative_bias" in inner:
+        (bias,) = inner["relative_bias"]["__call__"]
+    elif attend := POSITIONS[trunk.positions].attend:
+        rotation = attend(trunk, mask).rotation
     for i in range(trunk.num_layers):
-        layer = found["intermediates"]["encoder"][f"layer_{i}"]["self_attention"]
-        query, key = (
-            rotate(layer[k]["__call__"][0], rotation) for k in ("query", "key")
-        )
+        layer = inner[f"layer_{i}"]["self_attention"]
+        query, key = (layer[name]["__call__"][0] for name in ("query", "key"))
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         window, _ = trunk.limits_of(i)
         seen = mask.replace(window=window).allowed()[:, None]
-        scores = trunk.scale() * np.einsum("blhe,bshe->bhls", query, key)
+        scores = trunk.scale() * np.einsum("blhe,bshe->bhls", query, key) + bias
         maps.append(jax.nn.softmax(np.where(seen, scores, -np.inf), -1)[0])
     residues = slice(1, 1 + len(sequence))
     return np.stack(maps)[:, :, residues, residues]

@@ -26,12 +26,14 @@ class ProteinConfig(EncoderConfig):
 
     def frontend(self) -> Tokens:
         """Tokens, of which masked ones are left out."""
-        plain = super().frontend()
-        fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(Tokens)}
-        for name in ("parent", "name"):  # Linen's
-            fields.pop(name)
         return UnmaskedTokens(
-            **fields, mask_id=self.mask_id, masked_share=self.masked_share
+            self.trunk,
+            self.vocab_size,
+            num_types=self.num_types,
+            position_offset=self.position_offset,
+            norm=self.trunk.norm_position == "post",
+            mask_id=self.mask_id,
+            masked_share=self.masked_share,
         )
 
     def sizes(self) -> dict[str, int]:
