@@ -227,40 +227,44 @@ def run_states(run: workdirs.Run, sequence: str) -> str:
     return "".join(tag or "C" for _, tag in answer.tags)
 
 
-def picture(maps: np.ndarray, known: str, said: str, scale: int = 2) -> Image.Image:
+STRIPE, MARGIN, COLUMNS = 6, 20, 2  # pixels, pixels, panels in a row
+
+
+def picture(maps: np.ndarray, known: str, said: str) -> Image.Image:
     """Panels of maps [layers, L, L]: rows look at columns, the darker the more.
 
     Above and on the left the states: outer stripe the true ones, inner the predicted.
     """
-    size, stripe, margin = scale * len(known), 6, 24
-    edge = margin + 2 * stripe + 2
-    wide = (edge + size) * len(maps) + margin
-    canvas = Image.new("RGB", (wide, edge + size + margin), "white")
+    scale = max(1, 360 // len(known))
+    panels = [panel(layer, (known, said), scale) for layer in maps]
+    size = panels[0].width + MARGIN
+    rows = -(-len(panels) // COLUMNS)
+    canvas = Image.new("RGB", (COLUMNS * size, rows * size), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, layer in enumerate(maps):
-        left = i * (edge + size) + edge
-        peak = np.quantile(layer, 0.995)
-        shade = 255 * (1 - np.sqrt(np.clip(layer / peak, 0, 1)))
-        tile = Image.fromarray(shade.astype(np.uint8)).resize((size, size), 0)
-        canvas.paste(tile, (left, edge))
-        for row, text in enumerate((known, said)):
-            begin = margin + row * (stripe + 1)
-            for at, state in enumerate(text):
-                ends = scale * at, scale * (at + 1) - 1
-                across = begin, begin + stripe - 1
-                draw.rectangle(
-                    (left + ends[0], across[0], left + ends[1], across[1]),
-                    COLOURS[state],
-                )
-                draw.rectangle(
-                    (
-                        *(left - edge + across[0], edge + ends[0]),
-                        *(left - edge + across[1], edge + ends[1]),
-                    ),
-                    COLOURS[state],
-                )
-        draw.text((left, 6), f"layer {i + 1}", "black")
-    return canvas.convert("P", palette=Image.ADAPTIVE, colors=64)
+    for i, one in enumerate(panels):
+        row, column = divmod(i, COLUMNS)
+        canvas.paste(one, (column * size + MARGIN // 2, row * size + MARGIN))
+        where = column * size + MARGIN // 2, row * size + 6
+        draw.text(where, f"layer {i + 1}", "black")
+    return canvas.convert("P", palette=Image.ADAPTIVE, colors=32)
+
+
+def panel(layer: np.ndarray, stripes: Sequence[str], scale: int) -> Image.Image:
+    """One map [L, L] with stripes of states above it and on its left."""
+    edge, size = len(stripes) * (STRIPE + 1), scale * len(layer)
+    found = Image.new("RGB", (edge + size, edge + size), "white")
+    shade = 255 * (1 - np.sqrt(np.clip(layer / np.quantile(layer, 0.995), 0, 1)))
+    tile = Image.fromarray(shade.astype(np.uint8)).resize((size, size), 0)
+    found.paste(tile, (edge, edge))
+    draw = ImageDraw.Draw(found)
+    for number, states in enumerate(stripes):
+        begin = number * (STRIPE + 1)
+        across = begin, begin + STRIPE - 1
+        for at, state in enumerate(states):
+            along = edge + scale * at, edge + scale * (at + 1) - 1
+            for x, y in ((along, across), (across, along)):
+                draw.rectangle((x[0], y[0], x[1], y[1]), COLOURS[state])
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
