@@ -246,7 +246,7 @@ def picture(maps: np.ndarray, known: str, said: str) -> Image.Image:
         canvas.paste(one, (column * size + MARGIN // 2, row * size + MARGIN))
         where = column * size + MARGIN // 2, row * size + 6
         draw.text(where, f"layer {i + 1}", "black")
-    return canvas.convert("P", palette=Image.ADAPTIVE, colors=32)
+    return canvas.convert("P", palette=Image.ADAPTIVE, colors=128)
 
 
 def panel(layer: np.ndarray, stripes: Sequence[str], scale: int) -> Image.Image:

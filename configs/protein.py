@@ -1,4 +1,37 @@
-"""Secondary structure of proteins, residue by residue, from the sequence alone."""
+"""Secondary structure of proteins, residue by residue, from the sequence alone.
+
+    python train.py --config=configs/protein.py --workdir=runs/protein
+    python train.py --config=configs/protein.py:pretrain --workdir=runs/protein_pretrain
+    python train.py --config=configs/protein.py:finetune --workdir=runs/protein_finetune
+    python train.py --config=configs/protein.py:regression --workdir=DIR \
+        --config.data.source=TABLE
+
+The chains are those of NetSurfP-2.0 (Klausen et al. 2019) as FLIP has them (Dallago et
+al. 2021): 9,712 to train on, 1,080 for validation, and NEW364 for the test. Accuracy is
+Q3, over the resolved residues of all chains; of the 75,402 in the test (benchmarks/
+protein.py windows):
+
+    most frequent state of training    38.4 %
+    window of 9 residues               55.9 %
+    log-odds of 15 residues            61.7 %
+
+Models of single sequences are published with 72.57 (SPIDER3-Single, ProteinUnet) and
+74.28 (SPOT-1D-Single) on another test set, TEST2018 (Singh et al. 2022, table 2): their
+training set is another one, too, and the numbers only say what can be hoped for.
+
+RESULT
+
+`pretrain` masks residues of the training chains alone, `finetune` starts from it with
+the same recipe. What that gains, over seeds (not run):
+
+    python sweep.py --config=configs/protein.py --workdir=runs/protein_gain \
+        --sweep=init_from=runs/protein_pretrain, --sweep=seed=0,1,2
+
+`regression` reads the columns sequence and target of a table, or a FASTA file and its
+labels (docs/data.md), and reports Spearman's correlation; it was not run. Imported
+ESM-2 weights are fine-tuned with --config.model=from:WEIGHTS
+--config.init_from=WEIGHTS --config.data.max_len=1026.
+"""
 
 from triform.configs.schema import (
     CheckpointConfig,
