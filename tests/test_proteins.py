@@ -21,6 +21,7 @@ from triform.data.datasets import (
     TokenClassificationConfig,
 )
 from triform.data.datasets.base import EVALUATION
+from triform.data.sources import Column, Reading, source
 from triform.data.sources.files import read_rows
 from triform.input_pipeline import Split
 from triform.models import ProteinConfig
@@ -117,6 +118,18 @@ def test_records_are_rows(tmp_path):
     path = tmp_path / "a.fasta.gz"
     path.write_bytes(gzip.compress(SEQUENCES.replace("\n", "\r\n").encode()))
     assert [row for _, row in read_rows(str(path))] == rows
+
+
+def test_records_can_be_read_in_any_order(tmp_path):
+    chains = {f"c{i}": "MKVLAG"[: 1 + i % 6] * (1 + i % 5) for i in range(600)}
+    path = write(tmp_path / "a.fasta", fasta(chains))
+    labels = write(tmp_path / "a.y.fasta", fasta(chains))
+    columns = (Column("text", "sequence"), Column("tags", "y", False, divided=True))
+    reading = Reading(columns, held_out=0.0)
+    rows = source(f"{path},{labels}", reading=reading).examples("train")
+    for i in (599, 0, 300, 257, 599, 1):
+        assert rows[i]["id"] == f"c{i}" and rows[i]["sequence"] == chains[f"c{i}"]
+        assert rows[i]["y"] == list(chains[f"c{i}"])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from triform.data.sources import fasta
-from triform.data.sources.streams import LONGEST, Lines, opened
+from triform.data.sources.streams import LONGEST, Lines, opened, plain_name
 from triform.runtime.errors import DataError
 
 TXT_EXAMPLES = ("file", "passage", "line")
@@ -172,7 +172,7 @@ def _labels(lines: Lines, column: str) -> dict[str, dict[str, Any]]:
             for _, header, text in fasta.records(lines)
         }
     table, found = File((lines.path,), "tsv"), {}
-    delimiter = "\t" if lines.path.lower().rpartition(".tsv")[1] else ","
+    delimiter = "\t" if plain_name(lines.path).lower().endswith(".tsv") else ","
     for number, row in _separated(lines, table, delimiter):
         name = row.pop("id", None)
         if name is None or name in found:
