@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--workdir", default="runs/protein")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--example", type=int, default=6)
+    parser.add_argument("--example", type=int, default=48)
     parser.add_argument("--output", default="attention.png")
     args = parser.parse_args(argv)
     kinds[args.what](args)
