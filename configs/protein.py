@@ -19,12 +19,11 @@ Models of single sequences are published with 72.57 (SPIDER3-Single, ProteinUnet
 74.28 (SPOT-1D-Single) on another test set, TEST2018 (Singh et al. 2022, table 2): their
 training set is another one, too, and the numbers only say what can be hoped for.
 
-The recipe was not run to its end. Seen in trials on 2 cores of an AMD EPYC beside some
-20 other processes: 60 steps of AdamW at 2e-3 with rotary positions, batches of 6,656
-residues, had 59.7 % of the test in 193 s of CPU time, compilations among them; with Muon
-and half the residues a step, relative positions had a training loss of 0.889 after 55
-steps, rotary ones 0.990 after 50 and 0.922 after 100. A step takes about 0.6 s of CPU
-time there, so that the whole recipe should take about 40 minutes.
+The recipe was not run to its end. Trials on 2 cores of an AMD EPYC beside some 20 other
+processes: 60 steps of AdamW at 2e-3, rotary positions and 6,656 residues a step had
+59.7 % of the test after 193 s of CPU time, compilation and evaluation among them. With
+Muon and 3,328 residues a step the log's training loss was 0.990 after 50 steps and 0.922
+after 100 with rotary positions, 0.889 after 55 with relative ones: hence these.
 
 `pretrain` masks residues of the training chains alone, `finetune` starts from it with
 the same recipe. What that gains, over seeds (not run):
