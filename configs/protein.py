@@ -21,9 +21,9 @@ training set is another one, too, and the numbers only say what can be hoped for
 
 The recipe was not run to its end. Trials on 2 cores of an AMD EPYC beside some 20 other
 processes: 60 steps of AdamW at 2e-3, rotary positions and 6,656 residues a step had
-59.7 % of the test after 193 s of CPU time, compilation and evaluation among them. With
-Muon and 3,328 residues a step the log's training loss was 0.990 after 50 steps and 0.922
-after 100 with rotary positions, 0.889 after 55 with relative ones: hence these.
+59.7 % of the test after 193 s of CPU time, compilation and evaluation among them.
+With Muon and 3,328 residues a step the log's training loss was 0.990 after 50 steps and
+0.922 after 100 with rotary positions, 0.889 after 55 with relative ones: hence these.
 
 `pretrain` masks residues of the training chains alone, `finetune` starts from it with
 the same recipe. What that gains, over seeds (not run):

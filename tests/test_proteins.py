@@ -259,9 +259,16 @@ def test_masked_residues_are_left_out_and_the_others_scaled():
     )
     batch = {"inputs": inputs.astype(np.int32), "segments": segments.astype(np.int32)}
     model, params = models.build(config), init(config, batch)
-    found, _ = model.apply(
-        {"params": params}, batch, method=lambda model, batch: model.frontend(batch)
-    )
+
+    @jax.jit
+    def run(batch):
+        alone = {"inputs": batch["inputs"][:1, :6]}  # without segments: one sequence
+        return [
+            model.apply({"params": params}, x, method=lambda m, x: m.frontend(x)[0])
+            for x in (batch, alone)
+        ]
+
+    found, alone = run(batch)
     table = params["embedding"]["embedding"]
     # Lin et al. 2023: (1 - 0.15 * 0.8) / (1 - share of <mask>), in each sequence.
     lengths = np.array([[6] * 8, [5] * 5 + [3] * 3, [6] * 8, [6] * 8])
@@ -270,12 +277,6 @@ def test_masked_residues_are_left_out_and_the_others_scaled():
     expected = np.where(inputs == 32, 0, scale)[..., None] * table[inputs]
     real = segments > 0
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-6)
-    # Without segments a row is one sequence.
-    alone, _ = jax.jit(
-        lambda batch: model.apply(
-            {"params": params}, batch, method=lambda model, batch: model.frontend(batch)
-        )
-    )({"inputs": batch["inputs"][:1, :6]})
     np.testing.assert_allclose(alone[0], expected[0, :6], rtol=1e-6)
 
 
