@@ -112,7 +112,7 @@ class TokenStore:
 def origin(config: Any, source: str) -> Source:
     """A source, with the folders that a config names and what it reads of files."""
     columns = tuple(
-        Column(f.field, f.name, f.is_text)
+        Column(f.field, f.name, f.is_text, divided=f.divide is each)
         for f in config.features()
         if f.source == source
     )

@@ -15,6 +15,7 @@ from triform.models import (
     EncoderDecoderConfig,
     LanguageModelConfig,
     LoRAConfig,
+    ProteinConfig,
     TextToImageConfig,
     VisionConfig,
 )
@@ -115,6 +116,20 @@ ENCODERS = {
         trunk(**LEARNED), VOCAB, masked_head=False, num_tags=3, num_labels=0
     ),
     "relative encoder": EncoderConfig(trunk(**T5), VOCAB, num_types=0),
+    "esm": ProteinConfig(
+        trunk(positions="rotary_float16", norm_position="pre", ffn="gelu"),
+        VOCAB,
+        num_labels=2,
+        mask_id=5,
+    ),
+    "embedded masks": ProteinConfig(
+        trunk(**LEARNED),
+        VOCAB,
+        masked_head=False,
+        num_tags=3,
+        mask_id=5,
+        masked_share=0.0,
+    ),
 }
 VISIONS = {
     "vit": VisionConfig(

@@ -60,6 +60,15 @@ CHANGED = {
         "pool": "mean",
     },
     "tagger": {"num_tags": 4},
+    "esm": {
+        "vocab_size": 13,
+        "masked_head": False,
+        "num_labels": 3,
+        "pool": "mean",
+        "mask_id": 6,
+        "masked_share": 0.2,
+    },
+    "embedded masks": {"num_tags": 4, "num_types": 2, "position_offset": 1},
     "vit": {"patch_size": 6, "num_labels": 4, "pool": "mean", "channels": 2},
     "vit, mean": {"image_size": 16},
     "lora": {
@@ -216,7 +225,7 @@ def test_prompts_of_any_padding_are_continued_alike(name):
 PACKED = (
     *("gpt2", "llama", "mistral", "relative, windows", "t5", "t5 v1.1"),
     *("patterns, parallel", "parallel pairs"),
-    *("bert", "roberta", "tagger", "relative encoder"),
+    *("bert", "roberta", "tagger", "relative encoder", "esm"),
 )
 
 

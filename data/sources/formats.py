@@ -13,7 +13,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from triform.data.sources.streams import LONGEST, Lines, opened
+from triform.data.sources import fasta
+from triform.data.sources.streams import LONGEST, Lines, opened, plain_name
 from triform.runtime.errors import DataError
 
 TXT_EXAMPLES = ("file", "passage", "line")
@@ -39,7 +40,7 @@ class File:
 
     paths: tuple[str, ...]
     format: str  # a key of FORMATS, or 'arrow'
-    columns: tuple[str, ...] = ()  # of aligned files, one a path
+    columns: tuple[str, ...] = ()  # of aligned files and FASTA's labels, one a path
     split: str = ""  # which split its name says; '': none
 
     @property
@@ -145,6 +146,54 @@ def _unequal(lines: Sequence[Lines]) -> DataError:
             pass
     counts = " and ".join(f"{one.path} has {one.number:,} lines" for one in lines)
     return DataError(f"{counts}: line n of each must say the same; correct the files")
+
+
+# Sequences
+
+
+def _fasta(lines: Sequence[Lines], file: File) -> Numbered:
+    """Records, each with the labels that the other paths have for its id.
+
+    A path with a column is FASTA, whose texts are the column's values; else a table.
+    """
+    first, *others = lines
+    labels = [
+        _labels(one, column)
+        for one, column in zip(others, file.columns[1:], strict=True)
+    ]
+    return _labelled(first, others, labels)
+
+
+def _labels(lines: Lines, column: str) -> dict[str, dict[str, Any]]:
+    """{id: values}."""
+    if column:
+        return {
+            header.split()[0]: {column: text}
+            for _, header, text in fasta.records(lines)
+        }
+    table, found = File((lines.path,), "tsv"), {}
+    delimiter = "\t" if plain_name(lines.path).lower().endswith(".tsv") else ","
+    for number, row in _separated(lines, table, delimiter):
+        name = row.pop("id", None)
+        if name is None or name in found:
+            rule = "has no column 'id'" if name is None else f"has {name!r} twice"
+            raise DataError(f"{table.where(number)}: {rule}; correct the labels")
+        found[name] = row
+    return found
+
+
+def _labelled(
+    lines: Lines, others: Sequence[Lines], labels: Sequence[dict[str, dict[str, Any]]]
+) -> Numbered:
+    for number, row in fasta.sequences(lines):
+        for one, known in zip(others, labels, strict=True):
+            if row["id"] not in known:
+                raise DataError(
+                    f"{lines.path}, line {number}: {row['id']!r} is not in {one.path}; "
+                    "add its labels or remove the record"
+                )
+            row |= known[row["id"]]
+        yield number, row
 
 
 # Tables
@@ -271,6 +320,7 @@ FORMATS = {
     "passage": Format(_passages, longest=LONGEST),
     "line": Format(_lines),
     "aligned": Format(_aligned),
+    "fasta": Format(_fasta),
     "csv": Format(_csv),
     "tsv": Format(_tsv),
     "jsonl": Format(_jsonl),
