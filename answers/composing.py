@@ -20,7 +20,7 @@ from triform.answers.output import Output
 from triform.answers.writing import plan, prompts, row_keys, written
 from triform.data.codecs.music import LAST, MASK
 from triform.data.datasets.music import Melodies, Openings
-from triform.data.datasets.piano_roll import Frames
+from triform.data.datasets.piano_roll import FrameOpenings
 from triform.data.datasets.requests import Item, Requests
 from triform.data.music import Music
 from triform.experiment import Experiment
@@ -115,7 +115,7 @@ class TokenComposer:
 class FrameComposer:
     """Goes on with frames of a piano roll, as many as are wanted and fit."""
 
-    def __init__(self, experiment: Experiment, kind: Frames):
+    def __init__(self, experiment: Experiment, kind: FrameOpenings):
         model, config = experiment.model, experiment.config.decode
         self.steps = kind.config.steps
         self.context = experiment.config.model.longest()["T"]
@@ -256,6 +256,6 @@ FIELDS = ("inputs", "segments", "token_type_ids")
 # Requests of a kind of data -> what composes the answers.
 COMPOSERS: dict[type[Requests], Callable[[Experiment, Any], Any]] = {
     Openings: TokenComposer,
-    Frames: FrameComposer,
+    FrameOpenings: FrameComposer,
     Melodies: InpaintingComposer,
 }

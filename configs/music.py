@@ -22,11 +22,11 @@ from triform.configs.schema import (
 )
 from triform.data.codecs.music import MidiEvents, VoiceTokens
 from triform.data.datasets import (
+    FramesConfig,
     MusicInpaintingConfig,
     MusicTokensConfig,
-    PianoRollConfig,
 )
-from triform.models import PianoRollConfig as PianoRollModelConfig
+from triform.models import PianoRollConfig
 from triform.tasks import FramePredictionConfig
 
 
@@ -38,10 +38,10 @@ def lasting(steps: int, evaluations: int = 10) -> dict:
 
 def quarter(config: ExperimentConfig) -> None:
     """Piano rolls on quarter notes."""
-    config.model = PianoRollModelConfig(config.model.trunk)
+    config.model = PianoRollConfig(config.model.trunk)
     config.task = FramePredictionConfig()
     # A silent frame, then the longest piece of the test set.
-    config.data = PianoRollConfig(
+    config.data = FramesConfig(
         source="jsb_chorales_quarter",
         max_len=161,
         buckets=(65,),

@@ -29,7 +29,7 @@ from triform.data.datasets.music import (
     MusicTokens,
     MusicTokensConfig,
 )
-from triform.data.datasets.piano_roll import PianoRollConfig, PianoRolls
+from triform.data.datasets.piano_roll import Frames, FramesConfig
 from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.seq2seq import Corpus, MixtureConfig, Seq2Seq, Seq2SeqConfig
 from triform.data.datasets.sequence_classification import (
@@ -53,6 +53,7 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "Epoch",
+    "FramesConfig",
     "ImageCodesConfig",
     "ImagesConfig",
     "Item",
@@ -60,7 +61,6 @@ __all__ = [
     "MixtureConfig",
     "MusicInpaintingConfig",
     "MusicTokensConfig",
-    "PianoRollConfig",
     "Requests",
     "Seq2SeqConfig",
     "SequenceClassificationConfig",
@@ -87,7 +87,7 @@ DATASETS = {
     ImageCodesConfig: ImageCodes,
     MusicTokensConfig: MusicTokens,
     MusicInpaintingConfig: MusicInpainting,
-    PianoRollConfig: PianoRolls,
+    FramesConfig: Frames,
 }
 
 

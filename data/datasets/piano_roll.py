@@ -13,7 +13,7 @@ from triform.data.music import KEYS, LOWEST, Music
 
 
 @dataclasses.dataclass
-class PianoRollConfig(MusicConfig):
+class FramesConfig(MusicConfig):
     """Frames of 88 keys, one a step, as Boulanger-Lewandowski et al. 2012 have it."""
 
     steps: int = 1  # of a quarter note
@@ -51,10 +51,11 @@ class PianoRollConfig(MusicConfig):
         )
 
 
-class Frames(Requests):
+class FrameOpenings(Requests):
     """Openings of piano rolls: a MIDI file, Music, or '' for none."""
 
     gives, example = ("music", "score"), "opening.mid"
+    output = " --output=music.mid"
 
     def read(self, request: Any) -> Item:
         """Frames after a silent one, as no piece begins."""
@@ -66,14 +67,14 @@ class Frames(Requests):
         return len(item.parts[0])
 
 
-class PianoRolls(Pieces):
+class Frames(Pieces):
     """Row: frames of a piece, after a silent one.
 
     The first frame of a piece is not scored in evaluation (Bai et al. 2018); that it is
     predicted in training is what openings are drawn from.
     """
 
-    axis, added, unit, requests = "T", 1, "frames", Frames
+    axis, added, unit, requests = "T", 1, "frames", FrameOpenings
 
     def keys(self) -> list[str]:
         """The grid."""
