@@ -18,6 +18,7 @@ from triform.configs.schema import (
     TokenPredictionConfig,
     TransformerConfig,
     smoke,
+    update,
     vary,
 )
 from triform.data.codecs.music import MidiEvents, VoiceTokens
@@ -65,11 +66,11 @@ VARIANTS = {
     "": {},
     "quarter": (
         quarter,
-        lasting(1500),
-        {"model.trunk": {"num_layers": 2, "dropout": 0.4}},
+        lasting(3000, 15),
+        {"model.trunk": {"num_layers": 2, "dropout": 0.2}},
     ),
     "absolute": {"model.trunk.positions": "sinusoidal"},
-    "harmonise": (harmonise, lasting(3000)),
+    "harmonise": (harmonise, lasting(1000, 5)),
     # A folder of .mid files: --config.data.source=FOLDER.
     "midi": (
         lasting(20_000),
@@ -110,17 +111,17 @@ def get_config(variant: str = "") -> ExperimentConfig:
         norm_position="pre",
         ffn="gelu",
         init="depth",
-        dropout=0.2,
+        dropout=0.1,
     )
     config = ExperimentConfig(
         model=LanguageModelConfig(trunk, vocab_size=VoiceTokens.size),
         task=TokenPredictionConfig(label_smoothing=0.0),
         data=MusicTokensConfig(
             source="jsb_chorales",
-            max_len=512,
-            eval_stride=256,
+            max_len=256,
+            eval_stride=128,
             transpose=6,
-            batch_size=8,
+            batch_size=16,
         ),
         optim=OptimConfig(
             name="adamw",
@@ -136,5 +137,5 @@ def get_config(variant: str = "") -> ExperimentConfig:
         evaluation=EvaluationConfig(metrics=()),
         checkpoint=CheckpointConfig(metric="eval/loss"),
     )
-    config = vary(config, {"": lasting(3000)}, "")
+    update(config, lasting(1200, 8))
     return vary(config, VARIANTS, variant)

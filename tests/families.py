@@ -127,7 +127,7 @@ ENCODERS = {
         trunk(**LEARNED), VOCAB, masked_head=False, num_tags=3, num_labels=0
     ),
     "relative encoder": EncoderConfig(trunk(**T5), VOCAB, num_types=0),
-    "relative keys, encoder": EncoderConfig(
+    "relative keys encoder": EncoderConfig(
         trunk(positions="relative_keys", max_len=6), VOCAB, num_types=0
     ),
 }

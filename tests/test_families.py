@@ -217,7 +217,7 @@ def test_prompts_of_any_padding_are_continued_alike(name):
 PACKED = (
     *("gpt2", "llama", "mistral", "relative, windows", "relative keys", "t5"),
     *("t5 v1.1", "patterns, parallel", "parallel pairs", "bert", "roberta"),
-    *("tagger", "relative encoder", "relative keys, encoder"),
+    *("tagger", "relative encoder", "relative keys encoder"),
 )
 
 
