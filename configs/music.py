@@ -58,7 +58,7 @@ def harmonise(config: ExperimentConfig) -> None:
         trunk, vocab_size=VoiceTokens.size, num_types=4, num_labels=0
     )
     config.data = MusicInpaintingConfig(
-        source="jsb_chorales", max_len=256, transpose=6, batch_size=16
+        source="jsb_chorales", max_len=128, transpose=3, batch_size=24
     )
 
 
@@ -67,9 +67,9 @@ VARIANTS = {
     "quarter": (
         quarter,
         lasting(3000, 15),
-        {"model.trunk": {"num_layers": 2, "dropout": 0.2}},
+        {"model.trunk": {"d_model": 128, "d_ff": 512, "dropout": 0.2}},
     ),
-    "absolute": {"model.trunk.positions": "sinusoidal"},
+    "absolute": {"model.trunk.positions": "learned"},
     "harmonise": (harmonise, lasting(1000, 5)),
     # A folder of .mid files: --config.data.source=FOLDER.
     "midi": (
@@ -102,15 +102,14 @@ VARIANTS = {
 def get_config(variant: str = "") -> ExperimentConfig:
     """Variants: '' (16ths), 'quarter', 'absolute', 'harmonise', 'midi', 'smoke'."""
     trunk = TransformerConfig(
-        num_layers=3,
-        d_model=128,
+        num_layers=2,
+        d_model=96,
         num_heads=4,
-        d_ff=512,
+        d_ff=384,
         max_len=0,
-        positions="sinusoidal_relative_keys",
+        positions="learned_relative_keys",
         norm_position="pre",
         ffn="gelu",
-        init="depth",
         dropout=0.1,
     )
     config = ExperimentConfig(
@@ -118,9 +117,9 @@ def get_config(variant: str = "") -> ExperimentConfig:
         task=TokenPredictionConfig(label_smoothing=0.0),
         data=MusicTokensConfig(
             source="jsb_chorales",
-            max_len=256,
-            eval_stride=128,
-            transpose=6,
+            max_len=192,
+            eval_stride=96,
+            transpose=3,
             batch_size=16,
         ),
         optim=OptimConfig(
@@ -137,5 +136,5 @@ def get_config(variant: str = "") -> ExperimentConfig:
         evaluation=EvaluationConfig(metrics=()),
         checkpoint=CheckpointConfig(metric="eval/loss"),
     )
-    update(config, lasting(1200, 8))
+    update(config, lasting(2000, 8))
     return vary(config, VARIANTS, variant)

@@ -197,9 +197,9 @@ class TransformerConfig:
         )
         require(self.head_dim >= 0, "head_dim", "must be 0 (derived) or positive")
         require(
-            not self.positions.startswith("sinusoidal") or self.d_model % 2 == 0,
+            self.positions != "sinusoidal" or self.d_model % 2 == 0,
             "d_model",
-            f"must be even with positions={self.positions!r} (sine and cosine halves)",
+            "must be even with positions='sinusoidal' (sine and cosine halves)",
         )
         require(
             self.positions != "rotary" or self.head_width() % 2 == 0,

@@ -256,8 +256,6 @@ POSITIONS = {
     "rotary": Scheme(attend=_rotary),
     "relative": Scheme(attend=_relative, biased=True),
     "relative_keys": Scheme(score=_relative_keys, biased=True),
-    "sinusoidal_relative_keys": Scheme(
-        embed=_sinusoidal, score=_relative_keys, biased=True
-    ),
+    "learned_relative_keys": Scheme(embed=_learned, score=_relative_keys, biased=True),
     "none": Scheme(),
 }

@@ -67,7 +67,7 @@ DECODERS = {
     ),
     "relative keys, scanned, grouped": lm(
         **{**SIZES, "num_layers": 4, "num_heads": 4, "max_len": 16},
-        positions="sinusoidal_relative_keys",
+        positions="learned_relative_keys",
         norm_position="pre",
         scan_layers=True,
         num_kv_heads=2,
@@ -187,7 +187,7 @@ OTHERS = {
         width=5,
     ),
     "piano roll": PianoRollConfig(
-        trunk(positions="sinusoidal_relative_keys", norm_position="pre"), num_keys=5
+        trunk(positions="learned_relative_keys", norm_position="pre"), num_keys=5
     ),
 }
 FAMILIES = {**DECODERS, **T5S, **ENCODERS, **VISIONS, **ADAPTED, **OTHERS}
