@@ -1,5 +1,6 @@
 """Music as notes, tokens, rolls and MIDI files: what is written is read back."""
 
+import itertools
 import pathlib
 import re
 
@@ -344,17 +345,22 @@ def test_nats_per_frame_are_by_the_published_protocol(tmp_path, longest, stride)
     )
     dataset = opened(config)
     task = tasks.build(FramePredictionConfig(), None)
-    total = count = 0.0
+    total = count = hits = concerned = 0.0
     ctx = Context(np.int32(0), {}, False)
     for _, batch in Batches(dataset).evaluation():
         # Of the frame after each: log odds of 3 that a key stays as it is.
         outputs = {"frames": np.where(batch["frames"] > 0, 1, -1) * np.log(3.0)}
         total += float(task.terms(outputs, batch, ctx)["frame"])
         count += float(task.weights(batch)["frame"])
+        accuracy = task.metrics(outputs, batch, ctx)["accuracy"]
+        hits, concerned = hits + accuracy.total, concerned + accuracy.weight
     rolls = [Music.of_voices(x, 1).roll() for x in grids]
     nats = [markov_nats(x[1:], x[:-1]).sum(1) for x in rolls]
     assert count == sum(map(len, nats)) == 4 + 11
     assert total / count == pytest.approx(np.concatenate(nats).mean(), rel=1e-5)
+    pairs = [(a, b) for x in rolls for a, b in itertools.pairwise(x)]
+    assert hits == sum((a & b).sum() for a, b in pairs)
+    assert concerned == sum((a | b).sum() for a, b in pairs)
 
 
 def test_a_piano_roll_is_transposed_within_the_corpus(folder):
