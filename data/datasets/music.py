@@ -186,7 +186,7 @@ class Pieces(Dataset):
         self.start = (np.arange(len(self.piece)) - first) * stride
         held = np.minimum(predictions, room)[self.piece]
         self.sizes = {self.axis: (held + self.added).astype(np.int64)}
-        self.empty = held < 1
+        self.empty = np.zeros(len(held), bool)
         self._ranges = [self.pitches(self.elements(p)) for p in range(len(predictions))]
         low, high = (np.array(x) for x in zip(*self._ranges, strict=True))
         self._lowest, self._highest = low.min(0), high.max(0)
@@ -248,7 +248,10 @@ class Pieces(Dataset):
             counted(examples, "reading music", len(examples))
         ):
             try:
-                pieces.append(self.encoded(Music.of_example(example)))
+                music = Music.of_example(example)
+                if not music.length:
+                    raise DataError("the piece is empty; take it away")
+                pieces.append(self.encoded(music))
             except DataError as error:
                 where = store.place(self.config, self.config.source, self.split, item)
                 raise DataError(f"{where}: {error}") from error
