@@ -5,18 +5,20 @@
         --max_tokens=1024 --output=bach.mid
     python benchmarks/music.py write --workdir=runs/music
 
-'' and `absolute`: nats per token of the validation pieces, soprano, alto, tenor, bass of
-every 16th. Published: .357 with relative attention, .335 with relative pitch and time
-too (Huang et al. 2018, for models of 5 layers; figures as they are commonly quoted, the
-paper's own text was not at hand); on the same file, token by token in rows of 2,048,
-.508 with rotary positions and .489 with polar ones (Gopalakrishnan et al. 2025, by a
-summary of it). What differs here: rows of 192 tokens, of which the later 96 are scored,
-so that a token sees 96 to 192 before it; the end of a piece is a token; the model.
+'' and `absolute`: nats per token of the validation pieces, soprano, alto, tenor, bass
+of every 16th. Published: .357 with relative attention, .335 with relative pitch and
+time too (Huang et al. 2018, for models of 5 layers; figures as they are commonly
+quoted, the paper's own text was not at hand); on the same file, token by token in rows
+of 2,048, .508 with rotary positions and .489 with polar ones (Gopalakrishnan et al.
+2025, by a summary of it). What differs here: rows of 192 tokens, of which the later 96
+are scored, so that a token sees 96 to 192 before it; the end of a piece is a token; the
+model.
 
 `quarter`: nats per frame of the test pieces, summed over 88 keys, the first frame of a
 piece not scored, all frames alike, the checkpoint chosen on the validation pieces.
-Published: 8.10, a temporal convolutional network (Bai et al. 2018), by the same protocol
-(music_test.py of locuslab/TCN). What differs here: pieces are transposed in training.
+Published: 8.10, a temporal convolutional network (Bai et al. 2018), by the same
+protocol (music_test.py of locuslab/TCN). What differs here: pieces are transposed in
+training.
 
 Measured on 2 shared cores of an AMD EPYC beside some 20 other processes, niced:
 `quarter` by an earlier recipe (2,000 steps, dropout 0.4, sinusoidal and relative
