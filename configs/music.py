@@ -22,8 +22,8 @@ training.
 
 Measured on 2 shared cores of an AMD EPYC beside some 20 other processes, niced:
 `quarter` by an earlier recipe (2,000 steps, dropout 0.4, sinusoidal and relative
-positions, another initialisation): 8.589 at step 1,800, in 5 min 33 s from start to end.
-The variants as they stand here were not run to their end.
+positions, another initialisation), 8.589 at step 1,800, in 5 min 33 s from start to
+end. The variants as they stand here were not run to their end.
 """
 
 import functools
