@@ -39,8 +39,11 @@ SAME = (
     *("max_tokens", "num_samples", "seed", "batch_size", "stop", "scores", "strict"),
     *("image", "rerank"),
 )
-# What a model gives that needs files of its own: their ending, and what writes them.
-FILES = {"image": (".png", PictureFile), "music": (".mid", MusicFiles)}
+# What a model gives that needs files of its own: its name, their ending, their writer.
+FILES = {
+    "image": ("images", ".png", PictureFile),
+    "music": ("music", ".mid", MusicFiles),
+}
 NEWS = 20.0  # seconds between two lines on standard error while a file is written
 
 
@@ -145,8 +148,8 @@ def answered(
 
 def check_output(sampler: Sampler, workdir: str, output: str, kind: type) -> None:
     """UserError if what writes --output is not for what the model gives."""
-    for name, (end, own) in FILES.items():
-        given = name in sampler.gives
+    for field, (name, end, own) in FILES.items():
+        given = field in sampler.gives
         if given != (kind is own):
             what = f"gives {'' if given else 'no '}{name}"
             raise UserError(
@@ -167,7 +170,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--chat: it runs on one process; leave out the others")
     asked, size = requests(flag)
     path = paths.absolute(flag.output) if flag.output else ""
-    kind = next((x for end, x in FILES.values() if path.endswith(end)), JsonLines)
+    kind = next((x for _, end, x in FILES.values() if path.endswith(end)), JsonLines)
     file = kind(path, flag.overwrite) if path and group.is_first else None
     rerank = paths.absolute(flag.rerank) if flag.rerank else ""
     sampler = Sampler(workdir, flag.checkpoint, rerank, **given)
