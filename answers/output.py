@@ -12,6 +12,7 @@ from PIL import Image
 
 from triform.data.codecs.tokenizer import well_formed
 from triform.data.lines import one_line
+from triform.data.music import Music
 from triform.runtime import files
 from triform.runtime.errors import UserError
 
@@ -33,6 +34,7 @@ class Output:
     # Of every [MASK] the likeliest tokens with their probabilities.
     filled: list[dict[str, float]] = dataclasses.field(default_factory=list)
     image: np.ndarray | None = None  # uint8 [h, w, c]
+    music: Music | None = None  # with the opening that it goes on with
     samples: list["Output"] = dataclasses.field(default_factory=list)  # if several
     warnings: tuple[str, ...] = ()  # "cut: 131 of 700 tokens left out"
 

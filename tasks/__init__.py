@@ -7,6 +7,7 @@ from flax import linen as nn
 from triform.tasks.autoencoding import Autoencoding, AutoencodingConfig
 from triform.tasks.base import Context, Task
 from triform.tasks.distillation import LabelDistillation, LabelDistillationConfig
+from triform.tasks.frames import FramePrediction, FramePredictionConfig
 from triform.tasks.image_coding import ImageCoding, ImageCodingConfig
 from triform.tasks.matching import Matching, MatchingConfig
 from triform.tasks.prediction import (
@@ -28,6 +29,7 @@ __all__ = [
     "AutoencodingConfig",
     "ClassificationConfig",
     "Context",
+    "FramePredictionConfig",
     "ImageCodingConfig",
     "LabelDistillationConfig",
     "MatchingConfig",
@@ -52,6 +54,7 @@ TASKS: dict[type, type[Task]] = {
     TextToImagePredictionConfig: TextToImagePrediction,
     MatchingConfig: Matching,
     LabelDistillationConfig: LabelDistillation,
+    FramePredictionConfig: FramePrediction,
 }
 
 

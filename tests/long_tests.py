@@ -25,6 +25,7 @@ LONG = {
     "tests/test_interop_workdir.py::test_memory": "a process",
     "tests/test_models.py::test_remat": "compiles three models",
     "tests/test_models.py::test_scan": "compiles two models for every window",
+    "tests/test_music_run.py": "trainings",
     "tests/test_own_bert.py": "a training",
     "tests/test_own_data.py::test_a_template": "a training for every template",
     "tests/test_packed_runs.py": "trainings",

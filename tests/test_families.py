@@ -103,6 +103,7 @@ CHANGED = {
         "dtype": "bfloat16",
     },
     "dalle": {"vocab_size": 13, "num_codes": 14, "text_len": 5, "grid": 2},
+    "piano roll": {"num_keys": 7},
     "contrastive": {
         "text": trunk(),
         "image": trunk(positions="learned", num_layers=1),
@@ -223,9 +224,9 @@ def test_prompts_of_any_padding_are_continued_alike(name):
 
 
 PACKED = (
-    *("gpt2", "llama", "mistral", "relative, windows", "t5", "t5 v1.1"),
-    *("patterns, parallel", "parallel pairs"),
-    *("bert", "roberta", "tagger", "relative encoder", "esm"),
+    *("gpt2", "llama", "mistral", "relative, windows", "relative keys", "t5"),
+    *("t5 v1.1", "patterns, parallel", "parallel pairs", "bert", "roberta"),
+    *("tagger", "relative encoder", "relative keys encoder", "esm"),
 )
 
 
@@ -249,7 +250,8 @@ def test_packed_equals_separate(packed, name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("gpt2", "llama", "relative, windows", "t5", "bert", "vit"),
+        *("gpt2", "llama", "relative, windows", "relative keys", "t5", "bert"),
+        "vit",
         *("patterns, parallel", "parallel pairs", "lora"),
     ],
 )

@@ -219,7 +219,7 @@ class Pairs(Requests):
     """Captions with pictures: {"text": ..., "image": path or array}."""
 
     columns, gives = ("text", "image"), ("score",)
-    example = "a caption"
+    example, output = "a caption", " --output=pictures.png"
 
     def read(self, request: Any) -> Item:
         """Tokens, and the image as a square."""
@@ -261,7 +261,7 @@ class Prompts(Requests):
     """Captions of pictures that are wanted; with an image, its upper rows are kept."""
 
     columns, axis, gives = ("text", "image"), "S", ("image", "score")
-    example = "a caption"
+    example, output = "a caption", " --output=pictures.png"
 
     def read(self, request: Any) -> Item:
         """Tokens, and the codes of the image if there is one."""

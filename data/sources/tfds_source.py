@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from triform.data.sources.classic_books import ClassicBooks
 from triform.data.sources.clinc150 import Clinc150
 from triform.data.sources.flip_ss3 import FlipSs3
+from triform.data.sources.jsb_chorales import JsbChorales, JsbChoralesQuarter
 from triform.data.sources.mnist import CaptionedMnist, Mnist
 from triform.data.sources.movie_reviews import MovieReviews
 from triform.data.sources.mr_sentiment import MrSentiment
@@ -36,6 +37,8 @@ BUILDERS = {
     "mnist": Mnist,
     "captioned_mnist": CaptionedMnist,
     "noto_emoji": NotoEmoji,
+    "jsb_chorales": JsbChorales,
+    "jsb_chorales_quarter": JsbChoralesQuarter,
 }
 
 # Records per bulk read: one call per record costs four times as much.
