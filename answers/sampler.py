@@ -78,6 +78,7 @@ class Sampler:
         self.codecs: Mapping[str, Codec] = self.run.codecs
         experiment = self.experiment
         self.kind = datasets.requests(config.data, self.codecs, experiment.sizes)
+        self.kind.most = config.decode.top_k or self.kind.most
         self.writes = config.model.generates()
         self.continues = self.writes and self.kind.continues
         self.draws = self.writes and "image" in self.kind.gives

@@ -18,6 +18,7 @@ from triform.models.encoder import Encoder, EncoderConfig
 from triform.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from triform.models.language_model import LanguageModel, LanguageModelConfig
 from triform.models.lora import LoRA, LoRAConfig
+from triform.models.recommender import Recommender, RecommenderConfig
 from triform.models.text_to_image import TextToImage, TextToImageConfig
 from triform.models.vision import VisionConfig
 
@@ -33,6 +34,7 @@ MODELS = {
     DiscreteVAEConfig: DiscreteVAE,
     TextToImageConfig: TextToImage,
     ContrastiveConfig: Contrastive,
+    RecommenderConfig: Recommender,
 }
 
 

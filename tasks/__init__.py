@@ -16,6 +16,12 @@ from triform.tasks.prediction import (
     TokenPredictionConfig,
 )
 from triform.tasks.pretraining import Pretraining, PretrainingConfig
+from triform.tasks.recommendation import (
+    ItemPrediction,
+    ItemPredictionConfig,
+    SampledItems,
+    SampledItemsConfig,
+)
 from triform.tasks.regression import Regression, RegressionConfig
 from triform.tasks.text_to_image import (
     TextToImagePrediction,
@@ -29,10 +35,12 @@ __all__ = [
     "ClassificationConfig",
     "Context",
     "ImageCodingConfig",
+    "ItemPredictionConfig",
     "LabelDistillationConfig",
     "MatchingConfig",
     "PretrainingConfig",
     "RegressionConfig",
+    "SampledItemsConfig",
     "Task",
     "TextToImagePredictionConfig",
     "TokenPredictionConfig",
@@ -51,6 +59,8 @@ TASKS: dict[type, type[Task]] = {
     ImageCodingConfig: ImageCoding,
     TextToImagePredictionConfig: TextToImagePrediction,
     MatchingConfig: Matching,
+    SampledItemsConfig: SampledItems,
+    ItemPredictionConfig: ItemPrediction,
     LabelDistillationConfig: LabelDistillation,
 }
 

@@ -22,6 +22,12 @@ from triform.data.datasets.captions import (
 from triform.data.datasets.causal_lm import CausalLM, CausalLMConfig
 from triform.data.datasets.conversations import Conversations, ConversationsConfig
 from triform.data.datasets.images import Images, ImagesConfig
+from triform.data.datasets.interactions import (
+    Interactions,
+    InteractionsConfig,
+    MaskedInteractions,
+    MaskedInteractionsConfig,
+)
 from triform.data.datasets.masked_lm import MaskedLM, MaskedLMConfig
 from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.seq2seq import Corpus, MixtureConfig, Seq2Seq, Seq2SeqConfig
@@ -48,7 +54,9 @@ __all__ = [
     "Epoch",
     "ImageCodesConfig",
     "ImagesConfig",
+    "InteractionsConfig",
     "Item",
+    "MaskedInteractionsConfig",
     "MaskedLMConfig",
     "MixtureConfig",
     "Requests",
@@ -75,6 +83,8 @@ DATASETS = {
     ImagesConfig: Images,
     CaptionedImagesConfig: CaptionedImages,
     ImageCodesConfig: ImageCodes,
+    InteractionsConfig: Interactions,
+    MaskedInteractionsConfig: MaskedInteractions,
 }
 
 

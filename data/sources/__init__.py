@@ -42,7 +42,7 @@ SOURCES: dict[str, Callable[[str, str, str, Reading], Source]] = {
 BUILDERS = (
     *("multi30k_translate", "tinyshakespeare", "wikitext2", "classic_books"),
     *("clinc150", "mr_sentiment", "movie_reviews", "flip_ss3", "mnist"),
-    *("captioned_mnist", "noto_emoji"),
+    *("captioned_mnist", "noto_emoji", "sasrec_video"),
 )
 
 

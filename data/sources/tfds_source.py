@@ -19,6 +19,7 @@ from triform.data.sources.movie_reviews import MovieReviews
 from triform.data.sources.mr_sentiment import MrSentiment
 from triform.data.sources.multi30k import Multi30kTranslate
 from triform.data.sources.noto_emoji import NotoEmoji
+from triform.data.sources.sasrec_video import SasrecVideo
 from triform.data.sources.tinyshakespeare import TinyShakespeare
 from triform.data.sources.wikitext2 import WikiText2
 from triform.runtime import paths
@@ -36,6 +37,7 @@ BUILDERS = {
     "mnist": Mnist,
     "captioned_mnist": CaptionedMnist,
     "noto_emoji": NotoEmoji,
+    "sasrec_video": SasrecVideo,
 }
 
 # Records per bulk read: one call per record costs four times as much.

@@ -1,0 +1,63 @@
+"""SASRec: which item comes next (Kang & McAuley 2018)."""
+
+import functools
+
+from triform.configs.schema import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    OptimConfig,
+    TransformerConfig,
+    smoke,
+    vary,
+)
+from triform.data.datasets import InteractionsConfig, MaskedInteractionsConfig
+from triform.models import RecommenderConfig
+from triform.tasks import ItemPredictionConfig, SampledItemsConfig
+
+EPOCH = 228  # steps: 30,711 users in 3,646 rows
+
+VARIANTS = {
+    "": {},
+    "softmax": {"task": ItemPredictionConfig(), "data.negatives": 0},
+    "bert4rec": {
+        "task": ItemPredictionConfig(),
+        "data": {},
+    },
+    "smoke": smoke,
+}
+
+
+def get_config(variant: str = "") -> ExperimentConfig:
+    """Variants: '' (the paper), 'softmax', 'bert4rec', 'smoke'."""
+    trunk = TransformerConfig(
+        num_layers=2,
+        d_model=50,
+        num_heads=1,
+        d_ff=50,
+        max_len=0,
+        positions="learned",
+        norm_position="pre",
+        norm_eps=1e-8,
+        dropout=0.5,
+        attention_dropout=0.5,
+    )
+    config = ExperimentConfig(
+        model=RecommenderConfig(trunk),
+        task=SampledItemsConfig(),
+        data=InteractionsConfig(),
+        optim=OptimConfig(
+            name="adam",
+            learning_rate=1e-3,
+            schedule="constant",
+            warmup_steps=0,
+            b2=0.98,
+            eps=1e-8,
+        ),
+        evaluation=EvaluationConfig(every=20 * EPOCH, metrics=()),
+        checkpoint=CheckpointConfig(
+            every=10 * EPOCH, metric="eval/sampled_ndcg@10", mode="max"
+        ),
+        steps=200 * EPOCH,
+    )
+    return vary(config, VARIANTS, variant)
