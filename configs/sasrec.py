@@ -1,6 +1,5 @@
 """SASRec: which item comes next (Kang & McAuley 2018)."""
 
-import functools
 
 from triform.configs.schema import (
     CheckpointConfig,
@@ -11,7 +10,7 @@ from triform.configs.schema import (
     smoke,
     vary,
 )
-from triform.data.datasets import InteractionsConfig, MaskedInteractionsConfig
+from triform.data.datasets import InteractionsConfig
 from triform.models import RecommenderConfig
 from triform.tasks import ItemPredictionConfig, SampledItemsConfig
 
@@ -56,7 +55,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
         ),
         evaluation=EvaluationConfig(every=20 * EPOCH, metrics=()),
         checkpoint=CheckpointConfig(
-            every=10 * EPOCH, metric="eval/sampled_ndcg@10", mode="max"
+            every=10 * EPOCH, metric="eval/sampled_ndcg_10", mode="max"
         ),
         steps=200 * EPOCH,
     )

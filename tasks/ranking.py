@@ -15,7 +15,7 @@ from flax import struct
 Array = jax.Array
 CHUNK = 4096  # items that are scored at once
 CUTOFFS = (5, 10, 20)
-NAMES = (*(f"{m}@{k}" for k in CUTOFFS for m in ("hr", "ndcg")), "mrr")
+NAMES = (*(f"{m}_{k}" for k in CUTOFFS for m in ("hr", "ndcg")), "mrr")
 
 
 @struct.dataclass
@@ -34,7 +34,7 @@ class Ranked:
     def metrics(self) -> dict[str, Array]:
         """{name of NAMES: [B]}: hit rate, NDCG and reciprocal rank, one relevant item.
 
-        NDCG@k is 1 / log2(1 + rank) up to rank k.
+        ndcg_k is 1 / log2(1 + rank) up to rank k.
         """
         found, last = {}, self.above + self.ties
         count = self.ties + 1
@@ -42,9 +42,9 @@ class Ranked:
             gains = 1 / np.log2(np.arange(2, k + 2))
             sums = jnp.asarray(np.concatenate([[0], np.cumsum(gains)]), jnp.float32)
             low, high = (jnp.minimum(x, k) for x in (self.above, last + 1))
-            found[f"hr@{k}"] = (high - low) / count
+            found[f"hr_{k}"] = (high - low) / count
             gained = sums[high.astype(jnp.int32)] - sums[low.astype(jnp.int32)]
-            found[f"ndcg@{k}"] = gained / count
+            found[f"ndcg_{k}"] = gained / count
         # Sum of 1 / rank over the ranks that it may have; digamma(n + 1) - digamma(m +
         # 1) is the sum from m + 1 to n.
         digamma = jax.scipy.special.digamma
@@ -81,9 +81,7 @@ def ranked(
     return Ranked(above, ties, score, log_z)
 
 
-def ranked_among(
-    states: Array, items: Array, own: Array, candidates: Array
-) -> Ranked:
+def ranked_among(states: Array, items: Array, own: Array, candidates: Array) -> Ranked:
     """The same among candidates int32 [B, N]; those that are `own` itself are ties."""
     ids = jnp.concatenate([own[:, None], candidates], 1)
     scores = jnp.einsum("bw,bnw->bn", states, items[ids])

@@ -39,7 +39,7 @@ class SampledItemsConfig:
 
 @dataclasses.dataclass
 class ItemPredictionConfig(PredictionConfig):
-    """Predict batch['targets'] among all items (Hidasi et al. 2016; Sun et al. 2019)."""
+    """Predict batch['targets'] among all items (Sun et al. 2019, eq. 7 and 8)."""
 
     rank_seen: bool = True  # as above
 
@@ -47,7 +47,7 @@ class ItemPredictionConfig(PredictionConfig):
 class Recommendation(Task):
     """Base: scores are products of states and items, and evaluation ranks them.
 
-    hr@k, ndcg@k and mrr are those among all items; with `sampled_` in front among the
+    hr_k, ndcg_k and mrr are those among all items; with `sampled_` in front among the
     target and the row's candidates, over the rows with candidate_weights. Ties count as
     tasks/ranking.py says.
     """
@@ -150,10 +150,11 @@ class SampledItems(Recommendation):
 
     def _scores(self, outputs: Outputs, batch: Batch) -> tuple[Array, Array]:
         """Of targets [B, L] and of negatives [B, L, K]."""
-        states, items = outputs["states"], outputs["items"]
-        own = (states * items[batch["targets"]]).sum(-1)
-        others = items[batch["negatives"]]
-        return own, jnp.einsum("blw,blkw->blk", states, others)
+        ids = [batch["targets"][..., None], batch["negatives"]]
+        rows = outputs["items"][jnp.concatenate(ids, -1)]
+        # One product for all, or rounding would tell equal items apart.
+        scores = jnp.einsum("blw,blkw->blk", outputs["states"], rows)
+        return scores[..., 0], scores[..., 1:]
 
     def _losses(self, own: Array, others: Array) -> Array:
         return jax.nn.softplus(-own) + jax.nn.softplus(others).sum(-1)
@@ -187,4 +188,3 @@ class ItemPrediction(Recommendation):
         none = jnp.zeros(len(states), jnp.int32)
         log_z = ranking.ranked(states, items, none).log_z
         return jnp.exp(scores - log_z[:, None])
-

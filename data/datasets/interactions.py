@@ -367,7 +367,9 @@ class Interactions(Dataset):
         """How full rows are, and how many histories are shortened."""
         counts = self._stops - self._starts
         fill = self.lengths.sum() / (len(self.rows) * self.config.max_len)
-        lines = [f"{len(self):,} users in rows of {self.config.max_len}, {fill:.1%} full"]
+        lines = [
+            f"{len(self):,} users in rows of {self.config.max_len}, {fill:.1%} full"
+        ]
         longer = counts - self.least > self.config.max_len
         if longer.any():
             lines.append(
@@ -408,4 +410,3 @@ class MaskedInteractions(Interactions):
             taken = np.unique(self.history(user))
             shape = n, config.negatives
             batch["negatives"][part] = self._draw(taken, shape, rng, user)
-

@@ -129,7 +129,7 @@ def _lines(lines: Sequence[Lines], file: File) -> Numbered:
 
 
 def _choices(lines: Sequence[Lines], file: File) -> Numbered:
-    """'user item' or 'user item time' a line, all alike; blank lines are passed over."""
+    """'user item' or 'user item time' a line, all alike; blank ones are left out."""
     count = 0
     for line in lines[0]:
         words = line.split()
@@ -140,8 +140,8 @@ def _choices(lines: Sequence[Lines], file: File) -> Numbered:
             raise DataError(
                 f"{file.where(lines[0].number)}: has {len(words)} words where "
                 f"{count if count in (2, 3) else '2 or 3'} are expected: "
-                f"{' '.join(CHOICE[: min(count, 3)])}; correct the line, or give a table "
-                "with a header"
+                f"{' '.join(CHOICE[: min(count, 3)])}; correct the line, or give a "
+                "table with a header"
             )
         yield lines[0].number, dict(zip(CHOICE, words, strict=False))
 
