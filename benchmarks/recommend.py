@@ -118,9 +118,8 @@ def scored(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
     }
     for path in args.workdir:
         numbers = evaluate.run(path, args.split).numbers()
-        lead = len("eval/") if args.split != "test" else len("test/")
         name = path.rstrip("/").rsplit("/", 1)[-1]
-        found[name] = {k[lead:]: x for k, x in numbers.items()}
+        found[name] = {k.partition("/")[2]: x for k, x in numbers.items()}
     return found
 
 

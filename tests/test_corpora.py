@@ -41,6 +41,7 @@ FACTS = {
         ("sequence", "ss3", "mask"),
         {"train": 9_712, "validation": 1_080, "test": 364},
     ),
+    "sasrec_video": (("user", "item"), {"train": 31_013}),
 }
 # Corpus -> small files of ours, and examples of every split.
 FLIP = "id\tsplit\tsequence\tss3\tmask\n"
@@ -223,6 +224,12 @@ def test_flip_ss3_has_a_state_for_every_residue(corpus, shared_data):
     assert sum(len(e["ss3"]) for part in chains.values() for e in part) == 2_845_094
 
 
+def test_sasrec_video_is_in_file_order(corpus, shared_data):
+    lines = _lines(shared_data("sasrec_video"), "Video.txt.gz")
+    found = corpus("sasrec_video", "train")
+    assert [f"{e['user']} {x}" for e in found for x in e["item"]] == lines
+
+
 def test_label_names_of_what_has_none(corpus, prepared):
     corpus("tinyshakespeare", "train")
     assert sources.source("tinyshakespeare", data_dir=prepared).classes("text") == ()
@@ -293,6 +300,7 @@ SMALL = {
             "c\ttest\tK\tC\t0\n".encode()
         )
     },
+    "sasrec_video": {"Video.txt.gz": gzip.compress(b"7 3\n7 1\n2 3\n")},
 }
 
 
@@ -399,6 +407,12 @@ def test_wikitext2_cuts_at_titles_only(tmp_path, alone):
             "ss3.tsv.xz",
             lzma.compress(f"{FLIP}a\ttrain\tMK\n".encode()),
             "is not a table of id, split, sequence, ss3, mask",
+        ),
+        (
+            "sasrec_video",
+            "Video.txt.gz",
+            gzip.compress(b"1 2\n1 2 3\n"),
+            "line 2: must hold a user and an item",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and value in FACTS else "",
