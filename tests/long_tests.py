@@ -32,6 +32,7 @@ LONG = {
     "tests/test_packed_runs.py::test_interrupted": "two trainings",
     "tests/test_placements.py::test_every_placement": "compiles for every placement",
     "tests/test_profile.py::test_a_run_is_profiled": "a training",
+    "tests/test_recommendation.py::test_the_published": "a corpus is prepared",
     "tests/test_recommendation_run.py": "a training",
     "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
     "tests/test_stores.py::test_a_run_killed": "processes",

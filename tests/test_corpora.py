@@ -224,12 +224,6 @@ def test_flip_ss3_has_a_state_for_every_residue(corpus, shared_data):
     assert sum(len(e["ss3"]) for part in chains.values() for e in part) == 2_845_094
 
 
-def test_sasrec_video_is_in_file_order(corpus, shared_data):
-    lines = _lines(shared_data("sasrec_video"), "Video.txt.gz")
-    found = corpus("sasrec_video", "train")
-    assert [f"{e['user']} {x}" for e in found for x in e["item"]] == lines
-
-
 def test_label_names_of_what_has_none(corpus, prepared):
     corpus("tinyshakespeare", "train")
     assert sources.source("tinyshakespeare", data_dir=prepared).classes("text") == ()

@@ -204,6 +204,19 @@ def test_items_are_in_the_order_of_time(tmp_path, name, text, fields):
     assert source.splits() == ("train", "validation", "test")
 
 
+def test_the_published_log_is_the_same_as_a_file_of_it(tmp_path, shared_data):
+    folder = shared_data("sasrec_video")
+    made = InteractionsConfig(data_dir=str(tmp_path), cache_dir=str(tmp_path / "c"))
+    logs = [
+        store.origin(dataclasses.replace(made, source=source), source).log
+        for source in ("sasrec_video", f"{folder}/Video.txt.gz")
+    ]
+    for name, x in vars(logs[0]).items():
+        np.testing.assert_array_equal(x, getattr(logs[1], name), name)
+    assert (len(logs[0].users), len(logs[0].items)) == (31_013, 23_715)
+    assert len(logs[0].ids) == 287_107
+
+
 def test_an_example_may_be_all_of_a_user(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"item": [3, 1, 2]}\n{"item": [3, 1, 1]}\n')
