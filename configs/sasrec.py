@@ -1,6 +1,5 @@
 """SASRec: which item comes next (Kang & McAuley 2018)."""
 
-
 from triform.configs.schema import (
     CheckpointConfig,
     EvaluationConfig,
