@@ -55,12 +55,11 @@ class Sampler:
     """A workdir as a function: requests -> outputs, one each, in order.
 
     A language model continues, an encoder-decoder writes, a classifier gives label and
-    probabilities, a tagger the tags of words; a masked model fills [MASK]; a recommender
-    lists the items that come next, 10 or decode.top_k. A request is a text, a mapping
-    with the columns of training, or an image: a path, Pillow's or an array. `decode`
-    replaces settings of config.decode: method="sample", temperature=0.8. `rerank` is a
-    workdir that scores pairs of texts and pictures: of several samples the best come
-    first.
+    probabilities, a tagger the tags of words; a masked model fills [MASK]; of items the
+    next ones are listed, 10 or decode.top_k. A request is a text, a mapping with the
+    columns of training, or an image: a path, Pillow's or an array. `decode` replaces
+    settings of config.decode: method="sample", temperature=0.8. `rerank` is a workdir
+    that scores pairs of texts and pictures: of several samples the best come first.
     """
 
     def __init__(

@@ -3,8 +3,8 @@
     python benchmarks/recommend.py table [--workdir=runs/sasrec] [--split=test]
     python benchmarks/recommend.py picture --workdir=runs/sasrec --output=FILE.png
 
-table: popularity, a first-order Markov chain and the runs, a line each. picture: the
-first run's validation over its training, and all of them by protocol (needs
+table: popularity, a first-order Markov chain and the runs, a line each. picture: that,
+and the first run's validation over its training beside bars of all (needs
 matplotlib). The data are those of the first run, else of configs/sasrec.py. Popularity
 counts training items; the chain counts which item followed which in training, and where
 that leaves ties the popular item comes first.
@@ -123,13 +123,14 @@ def scored(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
     return found
 
 
-def table(args: argparse.Namespace) -> None:
-    """A table in Markdown."""
-    names = [*(f"sampled_{x}" for x in SHOWN), *SHOWN]
+def table(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
+    """A table in Markdown; the metrics by name."""
+    names, found = [*(f"sampled_{x}" for x in SHOWN), *SHOWN], scored(args)
     print(f"| {args.split} | {' | '.join(names)} |")
     print(f"|---|{'---|' * len(names)}")
-    for name, row in scored(args).items():
+    for name, row in found.items():
         print(f"| {name} | {' | '.join(f'{row[x]:.4f}' for x in names)} |")
+    return found
 
 
 def picture(args: argparse.Namespace) -> None:
@@ -145,7 +146,7 @@ def picture(args: argparse.Namespace) -> None:
         left.plot(*zip(*points, strict=True), label=key)
     left.set(xlabel="step", title="validation", ylim=0)
     left.legend()
-    found = scored(args)
+    found = table(args)
     for i, (name, row) in enumerate(found.items()):
         where = np.arange(4) + i / (len(found) + 1)
         keys = ("sampled_hr_10", "sampled_ndcg_10", "hr_10", "ndcg_10")
