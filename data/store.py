@@ -118,7 +118,8 @@ def origin(config: Any, source: str) -> Source:
     )
     cache = os.path.join(cache_root(config), "files")
     reading = Reading(columns, config.txt_example, config.held_out, cache)
-    return sources.source(source, config.data_dir, config.manual_dir, reading)
+    found = sources.source(source, config.data_dir, config.manual_dir, reading)
+    return config.opened(source, found, cache)
 
 
 def location(config: Any, source: str) -> str:

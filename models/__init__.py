@@ -20,6 +20,7 @@ from triform.models.language_model import LanguageModel, LanguageModelConfig
 from triform.models.lora import LoRA, LoRAConfig
 from triform.models.piano_roll import PianoRoll, PianoRollConfig
 from triform.models.protein import ProteinConfig
+from triform.models.recommender import Recommender, RecommenderConfig
 from triform.models.text_to_image import TextToImage, TextToImageConfig
 from triform.models.vision import VisionConfig
 
@@ -37,6 +38,7 @@ MODELS = {
     TextToImageConfig: TextToImage,
     ContrastiveConfig: Contrastive,
     PianoRollConfig: PianoRoll,
+    RecommenderConfig: Recommender,
 }
 
 

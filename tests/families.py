@@ -17,6 +17,7 @@ from triform.models import (
     LoRAConfig,
     PianoRollConfig,
     ProteinConfig,
+    RecommenderConfig,
     TextToImageConfig,
     VisionConfig,
 )
@@ -191,6 +192,10 @@ OTHERS = {
         num_codes=13,
         text_len=6,
         grid=3,
+    ),
+    "sasrec": RecommenderConfig(trunk(**LEARNED, norm_position="pre"), VOCAB),
+    "bert4rec": RecommenderConfig(
+        trunk(**LEARNED), VOCAB, causal=False, scale=False, output_layer=True
     ),
     "contrastive": ContrastiveConfig(
         trunk(**LEARNED, norm_position="pre"),

@@ -32,6 +32,8 @@ LONG = {
     "tests/test_placements.py::test_every_placement": "compiles for every placement",
     "tests/test_profile.py::test_a_run_is_profiled": "a training",
     "tests/test_progress.py::test_the_lock": "a process",
+    "tests/test_recommendation.py::test_the_published": "a corpus is prepared",
+    "tests/test_recommendation_run.py": "a training",
     "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
     "tests/test_stores.py::test_a_run_killed": "processes",
     "tests/test_start.py": "processes",

@@ -42,6 +42,7 @@ class Requests:
     gives: ClassVar[tuple[str, ...]] = ("text", "score")  # fields of an answer
     example: ClassVar[str] = "..."  # of a command line
     output: ClassVar[str] = ""  # its flag, where an answer needs a file
+    most: int = 10  # entries of an answer that is a list
 
     def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
         self.config, self.codecs, self.sizes = config, codecs, sizes
