@@ -12,7 +12,9 @@ from PIL import Image
 from triform import evaluate, generate, tasks, train, trained_codecs, workdir
 from triform.configs import contrastive, dalle, dvae
 from triform.configs.schema import update
-from triform.data.datasets import dataset
+from triform.data.batch import zeros
+from triform.data.datasets import EVALUATION, dataset
+from triform.data.datasets.base import Epoch
 from triform.input_pipeline import Split, TrainBatches
 from triform.runtime.errors import DataError, UserError
 from triform.tasks import Context, ImageCodingConfig
@@ -241,6 +243,36 @@ def test_captions_are_left_out_in_training_only(runs, pictures):
     item = batches.ids(0)[1][0]
     codes = codecs["codes"].encode([split.dataset.example(item)["image"]])
     np.testing.assert_array_equal(first["codes"][0], codes[0])
+
+
+def test_a_model_without_texts_is_evaluated_without(runs, pictures):
+    config = short(dalle, pictures, **{"data.codes": runs[0]})
+    config.data.text_dropout = 1.0
+    config, codecs = train.resolve(config)
+    split = Split.open(config.data, codecs, "validation", config.model.sizes())
+    for _, batch in split.batches.evaluation():
+        assert (batch["text_segments"].sum(1) == batch["code_weights"].max(1)).all()
+
+
+def test_mirrored_codes_are_those_of_mirrored_images_in_training_only(runs, pictures):
+    config = short(dalle, pictures, **{"data.codes": runs[0], "data.flip": True})
+    config, codecs = train.resolve(config)
+    split = Split.open(config.data, codecs, "train", config.model.sizes())
+    images = [split.dataset.example(i)["image"] for i in range(8)]
+    plain = codecs["codes"].encode(images)
+    mirrored = codecs["codes"].encode([image[:, ::-1] for image in images])
+    item = int(np.argmax((plain != mirrored).any(1)))
+    both = {tuple(plain[item]), tuple(mirrored[item])}
+    assert len(both) == 2
+
+    def written(epochs):
+        batch = zeros(split.dataset.spec, {"B": 1, "S": 16, "L": 16})
+        for epoch in epochs:
+            split.dataset.write(batch, 0, item, epoch)
+            yield tuple(batch["codes"][0])
+
+    assert {*written(Epoch(0, n, train=True) for n in range(20))} == both
+    assert {*written([EVALUATION])} == {tuple(plain[item])}
 
 
 def test_the_objective_of_codes_is_the_formula():

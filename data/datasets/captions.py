@@ -82,8 +82,10 @@ class ImageCodesConfig(CaptionsConfig):
     max_len: int = 16  # positions of a caption, the start among them
     codes: str = ""  # the workdir of a discrete VAE
     grid: int = 0  # codes a side, as that run has them
-    # Share of captions that are left out in training: what guidance needs.
+    # Share of captions that are left out in training: what guidance needs. 1: always,
+    # also in evaluation, a model of pictures alone.
     text_dropout: float = 0.1
+    flip: bool = False  # in training, every other time the codes of the mirrored image
 
     def spec(self) -> Spec:
         """Tokens and codes, and which positions are real."""
@@ -153,7 +155,9 @@ class Captions(Dataset):
         def write(folder: str, parts: str) -> None:
             path, array = os.path.join(folder, f"{name}.npy"), None
             for start in counted(
-                range(0, total, CHUNK), f"{name} of images", -(-total // CHUNK)
+                range(0, total, CHUNK),
+                f"{name.replace('_', ' ')} of images",
+                -(-total // CHUNK),
             ):
                 stop = min(start + CHUNK, total)
                 rows = item([read_image(self, i) for i in range(start, stop)])
@@ -317,16 +321,28 @@ class ImageCodes(Captions):
                 "set it to that"
             )
         keys = [codec.digest()]
+
+        def mirrored(images: list[np.ndarray]) -> np.ndarray:
+            return codec.encode([image[:, ::-1] for image in images])
+
+        self._mirrored = None
+        if config.flip and split == config.train_split:
+            self._mirrored = self._cached("mirrored_codes", keys, mirrored)
         self._codes = self._cached("codes", keys, codec.encode)
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
-        """In training some captions are left out."""
-        ids = self.tokens[item]
-        dropped = self.config.text_dropout if epoch.train else 0.0
-        if dropped and epoch.rng(item).random() < dropped:
-            ids = ids[:0]
-        write_text(batch, row, ids, self.tok.start)
-        batch["codes"][row], batch["code_weights"][row] = self._codes[item], 1
+        """In training some captions are left out, and some images mirrored."""
+        ids, codes = self.tokens[item], self._codes
+        dropout = self.config.text_dropout
+        if epoch.train:
+            rng = epoch.rng(item)
+            left_out = rng.random() < dropout
+            if self._mirrored is not None and rng.random() < 0.5:
+                codes = self._mirrored
+        else:
+            left_out = dropout == 1
+        write_text(batch, row, ids[:0] if left_out else ids, self.tok.start)
+        batch["codes"][row], batch["code_weights"][row] = codes[item], 1
 
     def preview(self, batch: Batch) -> str:
         """The first row's caption and codes."""
