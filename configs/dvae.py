@@ -53,7 +53,7 @@ VARIANTS = {
     },
     # 32 x 32 pixels in colour, 8 x 8 codes.
     "emoji": {
-        **lasting(2500),
+        **lasting(1500),
         "model": {"num_codes": 256, "width": 32, "stages": 2, "blocks": 1},
         "data": {
             "source": "noto_emoji",

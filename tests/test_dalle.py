@@ -9,13 +9,14 @@ import pytest
 from laws import flat
 from PIL import Image
 
-from triform import evaluate, generate, tasks, train, trained_codecs, workdir
+from triform import evaluate, generate, models, tasks, train, trained_codecs, workdir
 from triform.configs import contrastive, dalle, dvae
 from triform.configs.schema import update
 from triform.data.batch import zeros
 from triform.data.datasets import EVALUATION, dataset
 from triform.data.datasets.base import Epoch
 from triform.input_pipeline import Split, TrainBatches
+from triform.models import DiscreteVAEConfig
 from triform.runtime.errors import DataError, UserError
 from triform.tasks import Context, ImageCodingConfig
 from triform.tasks.code_use import CodesUsed, UsePerplexity, histogram
@@ -304,6 +305,23 @@ def test_the_objective_of_codes_is_the_formula():
     assert halves == pytest.approx([6.6 / 192 / 2, 6.6 / 192, 6.6 / 192])
     heat = [float(task.temperature(step)) for step in (3, 7, 99)]
     assert heat == pytest.approx([(1 + 1 / 16) / 2, 1 / 16, 1 / 16])
+
+
+def test_the_picture_of_a_model_is_the_peak_of_its_distribution():
+    """Model and task move pixels by the same margin."""
+    config = DiscreteVAEConfig(image_size=4, channels=1, num_codes=5, width=4, stages=1)
+    image = np.random.default_rng(0).random((2, 4, 4, 1)).astype(np.float32)
+    module, rng = models.build(config), jax.random.key(0)
+    outputs, _ = module.init_with_output(rng, {"image": image})
+    task = tasks.build(ImageCodingConfig(), None)
+
+    def nats(moved):
+        """Of the model's own picture, under its distribution moved by so much."""
+        location = outputs["location"] + moved
+        found = task.predict({**outputs, "location": location}, outputs)
+        return found["loss"]
+
+    assert (nats(0.0) < nats(0.01)).all() and (nats(0.0) < nats(-0.01)).all()
 
 
 def test_the_use_of_codes_is_counted_over_all_batches():

@@ -12,10 +12,9 @@ from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.datasets import augment
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
-from triform.data.datasets.images import pixels
-from triform.data.datasets.requests import Item, Requests
+from triform.data.datasets.images import opened, pixels, scaling
+from triform.data.datasets.requests import Item, Requests, as_text
 from triform.data.progress import counted
-from triform.data.sources import pictures
 from triform.data.store import Feature
 from triform.runtime import paths
 from triform.runtime.errors import DataError
@@ -208,8 +207,8 @@ def write_caption(batch: Batch, row: int, ids: np.ndarray, end: int) -> None:
 
 def write_image(config: Any, batch: Batch, row: int, image: np.ndarray) -> None:
     """An image uint8 [size, size, channels], normalised."""
-    mean, std = np.float32(config.mean), np.float32(config.std)
-    np.divide(image / np.float32(255) - mean, std, out=batch["image"][row])
+    scale, shift = scaling(config)
+    np.add(image * scale, shift, out=batch["image"][row])
     batch["row_weights"][row] = 1
 
 
@@ -228,10 +227,8 @@ class Pairs(Requests):
     def read(self, request: Any) -> Item:
         """Tokens, and the image as a square."""
         (text, image), notes = self.values(request)
-        if isinstance(image, str | os.PathLike):
-            image = pictures.decoded(os.fspath(image))
-        ids = self.tok.encode_batch([text])[0]
-        return Item([ids, square(self.config, pixels(image))], text, notes)
+        ids = self.tok.encode_batch([as_text(text)])[0]
+        return Item([ids, square(self.config, opened(image))], text, notes)
 
     def size(self, item: Item) -> int:
         """There is one shape."""
@@ -275,13 +272,9 @@ class Prompts(Requests):
             (text, image), notes = self.values({**request, "image": image})
         else:
             (text, *_), notes = self.values({"text": request, "image": None})
-        if not isinstance(text, str):
-            raise DataError(f"{text!r:.40} is no text; quote it")
-        parts = [self.tok.encode_batch([text])[0].astype(np.int32)]
+        parts = [self.tok.encode_batch([as_text(text)])[0].astype(np.int32)]
         if image is not None:
-            if isinstance(image, str | os.PathLike):
-                image = pictures.decoded(os.fspath(image))
-            parts.append(self.codecs["codes"].encode([pixels(image)])[0])
+            parts.append(self.codecs["codes"].encode([opened(image)])[0])
         return Item(parts, text, notes)
 
     def checked(self, item: Item) -> Item:

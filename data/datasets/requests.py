@@ -132,10 +132,7 @@ class Requests:
     def texts(self, request: Any) -> tuple[list[str], list[str]]:
         """The same, of columns that must be texts."""
         found, notes = self.values(request)
-        for value in found:
-            if not isinstance(value, str):
-                raise DataError(f"{value!r:.40} is no text; quote it")
-        return found, notes
+        return [*map(as_text, found)], notes
 
     def labelled(self, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The answer of a model that gives a row one label, or a number."""
@@ -148,6 +145,13 @@ class Requests:
             "score": float(shares[best]),
             "probabilities": dict(zip(names, map(float, shares), strict=False)),
         }
+
+
+def as_text(value: Any) -> str:
+    """The value; DataError if it is no text."""
+    if not isinstance(value, str):
+        raise DataError(f"{value!r:.40} is no text; quote it")
+    return value
 
 
 def _column(request: Mapping[str, Any], field: str, name: str) -> Any:
