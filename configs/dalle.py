@@ -50,7 +50,7 @@ VARIANTS = {
         },
     },
     "emoji": {
-        **lasting(1200),
+        **lasting(900),
         "model.trunk": {
             "num_layers": 4,
             "d_model": 128,
@@ -64,6 +64,7 @@ VARIANTS = {
             "codes": "runs/dvae_emoji",
             "grid": 8,
             "batch_size": 32,
+            "flip": True,
         },
     },
     # A folder of pictures with metadata.csv: --config.data.source=FOLDER.

@@ -211,6 +211,17 @@ def test_pictures_are_written_as_a_grid_and_ranked(runs, pictures, tmp_path):
         generate.Sampler(runs[0], guidance=2.0)
 
 
+def test_a_command_that_is_printed_names_what_it_needs(runs, pictures):
+    for config in map(workdir.open_config, runs):
+        command = workdir.request_command(config, workdir="w")
+        assert command.endswith(" --output=out.png")
+    labels = dvae.get_config("smoke")
+    labels.data.label = "label"
+    assert "--output" not in workdir.request_command(labels, workdir="w")
+    pairs = workdir.request_command(contrastive.get_config("smoke"), workdir="w")
+    assert pairs.endswith(r" --input=$'a caption\tpicture.png'")
+
+
 def test_mistakes_are_one_line(runs, pictures):
     config = short(dalle, pictures, **{"data.codes": ""})
     with pytest.raises(UserError, match="data.codes='': name the workdir"):

@@ -222,7 +222,11 @@ class Pairs(Requests):
     """Captions with pictures: {"text": ..., "image": path or array}."""
 
     columns, gives = ("text", "image"), ("score",)
-    example = "a caption"
+
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """With a tab between them, in quotes in which shells know it."""
+        return r"--input=$'a caption\tpicture.png'"
 
     def read(self, request: Any) -> Item:
         """Tokens, and the image as a square."""
@@ -263,6 +267,11 @@ class Prompts(Requests):
 
     columns, axis, gives = ("text", "image"), "S", ("image", "score")
     example = "a caption"
+
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """Images that are given back need a file."""
+        return f"{super().flags(config)} --output=out.png"
 
     def read(self, request: Any) -> Item:
         """Tokens, and the codes of the image if there is one."""

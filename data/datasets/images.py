@@ -104,6 +104,11 @@ class Pictures(Requests):
         if not config.label:
             self.gives = ("image",)
 
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """Images that are given back need a file."""
+        return super().flags(config) + ("" if config.label else " --output=out.png")
+
     def read(self, request: Any) -> Item:
         """The image as it is in evaluation."""
         value = request

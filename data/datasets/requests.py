@@ -75,6 +75,11 @@ class Requests:
         """'data.max_len=64': the setting that bounds a request."""
         return f"data.max_len={self.config.max_len}"
 
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """The flags of generate.py with which a request can be tried."""
+        return f'--input="{cls.example}"'
+
     # What all share
 
     @classmethod
@@ -116,7 +121,8 @@ class Requests:
             if not request.strip():
                 found = [""] * len(names)
             if len(found) < len(names):
-                raise DataError("expected two texts with a tab between them")
+                wanted = " and ".join(names)
+                raise DataError(f"expected {wanted} with a tab between them")
         else:
             raise DataError(
                 f"{type(request).__name__} {request!r:.40} is no request; give a text "
