@@ -40,7 +40,7 @@ SPARSE = ("row", "column", "row", "row")
 VARIANTS = {
     "digits": lasting(1200),
     "mnist": {
-        **lasting(4000),
+        **lasting(2000),
         "data": {
             "source": "captioned_mnist",
             "train_split": "train[:55000]",

@@ -14,7 +14,7 @@ from triform.data.datasets import augment
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
 from triform.data.datasets.images import opened, pixels, scaling
 from triform.data.datasets.requests import Item, Requests, as_text
-from triform.data.progress import counted
+from triform.data.progress import Bar
 from triform.data.store import Feature
 from triform.runtime import paths
 from triform.runtime.errors import DataError
@@ -153,17 +153,15 @@ class Captions(Dataset):
 
         def write(folder: str, parts: str) -> None:
             path, array = os.path.join(folder, f"{name}.npy"), None
-            for start in counted(
-                range(0, total, CHUNK),
-                f"{name.replace('_', ' ')} of images",
-                -(-total // CHUNK),
-            ):
-                stop = min(start + CHUNK, total)
-                rows = item([read_image(self, i) for i in range(start, stop)])
-                if array is None:
-                    shape = (total, *rows.shape[1:])
-                    array = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
-                array[start:stop] = rows
+            with Bar(f"{name.replace('_', ' ')} of images", total) as bar:
+                for start in range(0, total, CHUNK):
+                    stop = min(start + CHUNK, total)
+                    rows = item([read_image(self, i) for i in range(start, stop)])
+                    if array is None:
+                        shape = (total, *rows.shape[1:])
+                        array = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
+                    array[start:stop] = rows
+                    bar.update(stop - start)
 
         keys = [config.image, *keys]
         folder = store.cached(config, name, config.source, self.split, keys, write)
