@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> schema.ExperimentConfig:
     """Variants: '' (minutes on 2 cores), 'smoke'."""
     trunk = schema.TransformerConfig(num_layers=4, d_model=96, num_heads=4, d_ff=384)
     trunk.max_len, trunk.positions, trunk.norm_position = 0, "learned", "pre"
+    trunk.init = "normal"
     config = schema.ExperimentConfig(
         model=schema.VisionConfig(
             trunk, image_size=0, patch_size=4, channels=0, num_labels=-1
@@ -32,10 +33,9 @@ def get_config(variant: str = "") -> schema.ExperimentConfig:
             channels=3,
             batch_size=64,
             crop="pad",
-            flip=True,
         ),
         optim=schema.OptimConfig(
-            "adamw", 1e-3, "cosine", warmup_steps=100, clip_norm=1.0
+            "adamw", 2e-3, "cosine", warmup_steps=200, clip_norm=1.0
         ),
         evaluation=schema.EvaluationConfig(every=500, metrics=()),
         checkpoint=schema.CheckpointConfig(500, metric="eval/accuracy", mode="max"),

@@ -246,6 +246,7 @@ def work() -> None:
     jobs = sys.stdin.buffer
     saved, columns = pickle.load(jobs)
     tok = text.load(saved)
+    tok.expect_corpus()
     while True:
         try:
             path, examples = pickle.load(jobs)

@@ -51,8 +51,9 @@ def _chip(name, kind, memory, bfloat16, tf32, float32, bandwidth) -> Chip:
 
 # NVIDIA's data sheets of each product, figures "with sparsity" halved; of the GeForce
 # cards its Ampere GA102 and Ada whitepapers, float32 accumulation. Google's pages
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Only H100, v5e and v6e were compared with
-# these pages; the other rows still have to be. The first kind that matches counts.
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. H100, v5e and v6e were compared with these
+# pages; B200, A100-40GB, RTX3090, RTX4090 and v4, in part, with others that quote them;
+# the rest still has to be. The first kind that matches counts.
 # name, device_kind, memory GB, bfloat16, tf32, float32 TFLOP/s, bandwidth GB/s
 CHIPS = (
     _chip("B200", "B200", 180, 2250, 1125, 75, 8000),
