@@ -64,6 +64,7 @@ VARIANTS = {
             "codes": "runs/dvae_emoji",
             "grid": 8,
             "batch_size": 32,
+            "token_dropout": 0.3,
             "flip": True,
         },
     },

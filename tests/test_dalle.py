@@ -266,6 +266,27 @@ def test_a_model_without_texts_is_evaluated_without(runs, pictures):
         assert (batch["text_segments"].sum(1) == batch["code_weights"].max(1)).all()
 
 
+def test_tokens_are_left_out_in_training_only(runs, pictures):
+    config = short(dalle, pictures, **{"data.codes": runs[0]})
+    config.data.token_dropout, config.data.text_dropout = 0.5, 0.0
+    config, codecs = train.resolve(config)
+    split = Split.open(config.data, codecs, "train", config.model.sizes())
+    whole = split.dataset.tokens[0].tolist()
+
+    def written(epoch):
+        batch = zeros(split.dataset.spec, {"B": 1, "S": 16, "L": 16})
+        split.dataset.write(batch, 0, 0, epoch)
+        return batch["text"][0][batch["text_segments"][0] > 0].tolist()[1:]
+
+    assert written(EVALUATION) == whole
+    found = [written(Epoch(0, n, train=True)) for n in range(100)]
+    share = np.mean([len(ids) for ids in found]) / len(whole)
+    assert 0.35 < share < 0.65
+    for ids in found:  # what is kept is in order
+        rest = iter(whole)
+        assert all(i in rest for i in ids)
+
+
 def test_mirrored_codes_are_those_of_mirrored_images_in_training_only(runs, pictures):
     config = short(dalle, pictures, **{"data.codes": runs[0], "data.flip": True})
     config, codecs = train.resolve(config)

@@ -84,6 +84,9 @@ class ImageCodesConfig(CaptionsConfig):
     # Share of captions that are left out in training: what guidance needs. 1: always,
     # also in evaluation, a model of pictures alone.
     text_dropout: float = 0.1
+    # Share of a caption's tokens that are left out in training, each by itself: of few
+    # pictures a model learns which one has a name, not what its words mean.
+    token_dropout: float = 0.0
     flip: bool = False  # in training, every other time the codes of the mirrored image
 
     def spec(self) -> Spec:
@@ -112,7 +115,8 @@ class ImageCodesConfig(CaptionsConfig):
         """Raises ValueError with the value, the rule and the fix."""
         super().validate()
         rule = "must lie in [0, 1]; 0: none is left out"
-        self.require(0 <= self.text_dropout <= 1, "text_dropout", rule)
+        for name in ("text_dropout", "token_dropout"):
+            self.require(0 <= getattr(self, name) <= 1, name, rule)
         rule = "must be at least 1: the codes a side of the discrete VAE"
         self.require(self.grid >= 1, "grid", rule)
 
@@ -331,17 +335,18 @@ class ImageCodes(Captions):
         self._codes = self._cached("codes", keys, codec.encode)
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
-        """In training some captions are left out, and some images mirrored."""
-        ids, codes = self.tokens[item], self._codes
-        dropout = self.config.text_dropout
+        """In training captions or parts of them are left out, and images mirrored."""
+        ids, codes, config = self.tokens[item], self._codes, self.config
         if epoch.train:
             rng = epoch.rng(item)
-            left_out = rng.random() < dropout
+            kept = rng.random() >= config.text_dropout
             if self._mirrored is not None and rng.random() < 0.5:
                 codes = self._mirrored
+            if config.token_dropout:
+                ids = ids[rng.random(len(ids)) >= config.token_dropout]
         else:
-            left_out = dropout == 1
-        write_text(batch, row, ids[:0] if left_out else ids, self.tok.start)
+            kept = config.text_dropout < 1
+        write_text(batch, row, ids if kept else ids[:0], self.tok.start)
         batch["codes"][row], batch["code_weights"][row] = codes[item], 1
 
     def preview(self, batch: Batch) -> str:
