@@ -129,15 +129,15 @@ class Observer:
         step = max(self._steps.values(), key=lambda s: sum(forecast.compiled_bytes(s)))
         lines = [
             f"memory a device: predicted {shown(found.total())}, compiled "
-            f"{shown(sum(forecast.compiled_bytes(step)))}, measured "
-            f"{shown(self._measured) if self._measured else 'not'}"
+            f"{shown(sum(forecast.compiled_bytes(step)))}"
         ]
+        if self._measured:
+            lines[0] += f", measured {shown(self._measured)}"
         seconds = forecast.seconds(found, self._on)
-        told = f"{seconds:.4f} s ({self._on.utilisation:.0%} of the peak)"
-        pace = self._progress.pace()
-        lines.append(
-            f"a step: predicted {told if seconds else 'not'}, measured {pace:.4f} s"
-        )
+        told = f"predicted {seconds:.4f} s ({self._on.utilisation:.0%} of the peak)"
+        if not seconds:
+            told = "not predicted, since the peak of this device is unknown"
+        lines.append(f"a step: {told}; measured {self._progress.pace():.4f} s")
         size = _bytes_below(str(checkpointer.directory), checkpointer.latest())
         lines.append(
             f"a checkpoint: predicted {shown(found.checkpoint)}, measured {shown(size)}"

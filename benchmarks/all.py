@@ -29,6 +29,7 @@ RUNS = {
     "decode sample": ("decode.py --model=small --method=sample", 2),
     "decode translation": ("decode.py --model=translation", 2),
     "lora": ("lora.py", 3),
+    "memory": ("memory.py", 7),
     "packed_sweep": ("packed_sweep.py --rounds=1 --steps=200", 2),
     "attention": ("attention.py --lengths=1024,4096,16384 --rounds=1", 12),
 }

@@ -22,7 +22,7 @@ from triform.data.sources import Column, Reading, Source
 from triform.runtime import paths
 from triform.runtime.errors import DataError
 
-LAYOUT = "v4"  # of the arrays; another one makes other cache entries
+LAYOUT = "v5"  # of the arrays; another one makes other cache entries
 DAY = 86_400  # seconds
 # Names that nobody else gives: a cache may lie among other people's folders.
 STAGED, PARTS = "triform-part-", "triform-parts-"
