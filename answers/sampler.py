@@ -56,12 +56,12 @@ class Sampler:
     """A workdir as a function: requests -> outputs, one each, in order.
 
     A language model continues, an encoder-decoder writes, a classifier gives label and
-    probabilities, a tagger the tags of words; a masked model fills [MASK]; music is
-    continued or filled in. A request is a text, a mapping with the columns of training,
-    an image (a path, Pillow's or an array) or music (a path or Music). `decode`
-    replaces settings of config.decode: method="sample", temperature=0.8. `rerank` is a
-    workdir that scores pairs of texts and pictures: of several samples the best come
-    first.
+    probabilities, a tagger the tags of words; a masked model fills [MASK]; of items the
+    next ones are listed, 10 or decode.top_k; music is continued or filled in. A request
+    is a text, a mapping with the columns of training, an image (a path, Pillow's or an
+    array) or music (a path or Music). `decode` replaces settings of config.decode:
+    method="sample", temperature=0.8. `rerank` is a workdir that scores pairs of texts
+    and pictures: of several samples the best come first.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Sampler:
         self.codecs: Mapping[str, Codec] = self.run.codecs
         experiment = self.experiment
         self.kind = datasets.requests(config.data, self.codecs, experiment.sizes)
+        self.kind.most = config.decode.top_k or self.kind.most
         self.writes = config.model.generates()
         self.continues = self.writes and self.kind.continues
         self.draws = self.writes and "image" in self.kind.gives

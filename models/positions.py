@@ -3,6 +3,7 @@
 To add one: its functions here and a row in POSITIONS; trunk.positions names it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -108,10 +109,16 @@ def rotary_frequencies(config: TransformerConfig) -> tuple[np.ndarray, float]:
     return mixed, rope.attention or 0.1 * math.log(rope.factor) + 1
 
 
-def rotation(config: TransformerConfig, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines float32 [B, L, 1, E / 2] of positions int32 [B, L]."""
+def rotation(
+    config: TransformerConfig, positions: Array, stored: str = "float32"
+) -> tuple[Array, Array]:
+    """Cosines and sines float32 [B, L, 1, E / 2] of positions int32 [B, L].
+
+    Frequencies are rounded to the dtype `stored`.
+    """
     rates, factor = rotary_frequencies(config)
-    angles = positions[..., None, None].astype(jnp.float32) * rates.astype(np.float32)
+    rates = rates.astype(np.float32).astype(jnp.dtype(stored)).astype(np.float32)
+    angles = positions[..., None, None].astype(jnp.float32) * rates
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
@@ -223,8 +230,8 @@ def _relative_keys(config: TransformerConfig, query: Array, mask: Mask) -> Array
     return RelativeKeys(config, name="relative_keys")(query, mask)
 
 
-def _rotary(config: TransformerConfig, mask: Mask) -> Relative:
-    return Relative(rotation=rotation(config, mask.q_positions))
+def _rotary(config: TransformerConfig, mask: Mask, stored: str = "float32") -> Relative:
+    return Relative(rotation=rotation(config, mask.q_positions, stored))
 
 
 def _relative(config: TransformerConfig, mask: Mask) -> Relative:
@@ -254,6 +261,9 @@ POSITIONS = {
     "sinusoidal": Scheme(embed=_sinusoidal),
     "learned": Scheme(embed=_learned),
     "rotary": Scheme(attend=_rotary),
+    # Of weights that were trained with frequencies in this dtype (ESM-2).
+    "rotary_float16": Scheme(attend=functools.partial(_rotary, stored="float16")),
+    "rotary_bfloat16": Scheme(attend=functools.partial(_rotary, stored="bfloat16")),
     "relative": Scheme(attend=_relative, biased=True),
     "relative_keys": Scheme(score=_relative_keys, biased=True),
     "learned_relative_keys": Scheme(embed=_learned, score=_relative_keys, biased=True),

@@ -17,6 +17,12 @@ from triform.tasks.prediction import (
     TokenPredictionConfig,
 )
 from triform.tasks.pretraining import Pretraining, PretrainingConfig
+from triform.tasks.recommendation import (
+    ItemPrediction,
+    ItemPredictionConfig,
+    SampledItems,
+    SampledItemsConfig,
+)
 from triform.tasks.regression import Regression, RegressionConfig
 from triform.tasks.text_to_image import (
     TextToImagePrediction,
@@ -31,10 +37,12 @@ __all__ = [
     "Context",
     "FramePredictionConfig",
     "ImageCodingConfig",
+    "ItemPredictionConfig",
     "LabelDistillationConfig",
     "MatchingConfig",
     "PretrainingConfig",
     "RegressionConfig",
+    "SampledItemsConfig",
     "Task",
     "TextToImagePredictionConfig",
     "TokenPredictionConfig",
@@ -53,6 +61,8 @@ TASKS: dict[type, type[Task]] = {
     ImageCodingConfig: ImageCoding,
     TextToImagePredictionConfig: TextToImagePrediction,
     MatchingConfig: Matching,
+    SampledItemsConfig: SampledItems,
+    ItemPredictionConfig: ItemPrediction,
     LabelDistillationConfig: LabelDistillation,
     FramePredictionConfig: FramePrediction,
 }

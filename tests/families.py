@@ -16,6 +16,8 @@ from triform.models import (
     LanguageModelConfig,
     LoRAConfig,
     PianoRollConfig,
+    ProteinConfig,
+    RecommenderConfig,
     TextToImageConfig,
     VisionConfig,
 )
@@ -127,6 +129,20 @@ ENCODERS = {
         trunk(**LEARNED), VOCAB, masked_head=False, num_tags=3, num_labels=0
     ),
     "relative encoder": EncoderConfig(trunk(**T5), VOCAB, num_types=0),
+    "esm": ProteinConfig(
+        trunk(positions="rotary_float16", norm_position="pre", ffn="gelu"),
+        VOCAB,
+        num_labels=2,
+        mask_id=5,
+    ),
+    "embedded masks": ProteinConfig(
+        trunk(**LEARNED),
+        VOCAB,
+        masked_head=False,
+        num_tags=3,
+        mask_id=5,
+        masked_share=0.0,
+    ),
     "relative keys encoder": EncoderConfig(
         trunk(positions="relative_keys", max_len=6), VOCAB, num_types=0
     ),
@@ -176,6 +192,10 @@ OTHERS = {
         num_codes=13,
         text_len=6,
         grid=3,
+    ),
+    "sasrec": RecommenderConfig(trunk(**LEARNED, norm_position="pre"), VOCAB),
+    "bert4rec": RecommenderConfig(
+        trunk(**LEARNED), VOCAB, causal=False, scale=False, output_layer=True
     ),
     "contrastive": ContrastiveConfig(
         trunk(**LEARNED, norm_position="pre"),

@@ -22,6 +22,12 @@ from triform.data.datasets.captions import (
 from triform.data.datasets.causal_lm import CausalLM, CausalLMConfig
 from triform.data.datasets.conversations import Conversations, ConversationsConfig
 from triform.data.datasets.images import Images, ImagesConfig
+from triform.data.datasets.interactions import (
+    Interactions,
+    InteractionsConfig,
+    MaskedInteractions,
+    MaskedInteractionsConfig,
+)
 from triform.data.datasets.masked_lm import MaskedLM, MaskedLMConfig
 from triform.data.datasets.music import (
     MusicInpainting,
@@ -56,7 +62,9 @@ __all__ = [
     "FramesConfig",
     "ImageCodesConfig",
     "ImagesConfig",
+    "InteractionsConfig",
     "Item",
+    "MaskedInteractionsConfig",
     "MaskedLMConfig",
     "MixtureConfig",
     "MusicInpaintingConfig",
@@ -88,6 +96,8 @@ DATASETS = {
     MusicTokensConfig: MusicTokens,
     MusicInpaintingConfig: MusicInpainting,
     FramesConfig: Frames,
+    InteractionsConfig: Interactions,
+    MaskedInteractionsConfig: MaskedInteractions,
 }
 
 

@@ -291,7 +291,11 @@ class Openings(Requests):
     """Openings to go on with: a MIDI file, Music, or '' for none."""
 
     gives, example = ("music", "score"), "opening.mid"
-    output = " --output=music.mid"
+
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """Music needs a file."""
+        return f"{super().flags(config)} --output=music.mid"
 
     def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
         super().__init__(config, codecs, sizes)

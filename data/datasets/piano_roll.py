@@ -55,7 +55,11 @@ class FrameOpenings(Requests):
     """Openings of piano rolls: a MIDI file, Music, or '' for none."""
 
     gives, example = ("music", "score"), "opening.mid"
-    output = " --output=music.mid"
+
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """Music needs a file."""
+        return f"{super().flags(config)} --output=music.mid"
 
     def read(self, request: Any) -> Item:
         """Frames after a silent one, as no piece begins."""

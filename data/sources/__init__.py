@@ -44,6 +44,7 @@ BUILDERS = (
     *("multi30k_translate", "tinyshakespeare", "wikitext2", "classic_books"),
     *("clinc150", "mr_sentiment", "movie_reviews", "flip_ss3", "mnist"),
     *("captioned_mnist", "noto_emoji", "jsb_chorales", "jsb_chorales_quarter"),
+    "sasrec_video",
 )
 
 

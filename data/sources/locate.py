@@ -22,6 +22,7 @@ TABLES = {
     ".tsv": "tsv",
     ".parquet": "arrow",
     ".arrow": "arrow",
+    **dict.fromkeys((".fasta", ".fa", ".faa"), "fasta"),
 }
 TEXTS = (".txt", ".text")
 PICTURES = (
@@ -112,7 +113,7 @@ def find(source: str, txt_example: str, columns: Sequence[str]) -> Found:
             f"such as '{os.path.join(root, '*' + suffix(tables[0]))}'"
         )
     if tables:
-        files = [File((path,), TABLES[suffix(path)]) for path in tables]
+        files = _tables(tables)
     elif texts:
         files = _aligned(texts, columns) or [
             File((path,), txt_example) for path in texts
@@ -216,6 +217,42 @@ def _aligned(listed: Sequence[str], columns: Sequence[str]) -> list[File]:
     return [
         File(tuple(group.values()), "aligned", tuple(group))
         for group in groups.values()
+    ]
+
+
+def _tables(listed: Sequence[str]) -> list[File]:
+    """Tables; to a FASTA file NAME.fasta belong NAME.COLUMN.fasta, NAME.csv, NAME.tsv.
+
+    DataError for a table beside FASTA files that belongs to none.
+    """
+    stems = {
+        os.path.splitext(plain_name(path))[0]: path
+        for path in listed
+        if TABLES[suffix(path)] == "fasta"
+    }
+    labels: dict[str, list[tuple[str, str]]] = {path: [] for path in stems.values()}
+    for stem, path in stems.items():
+        parent, column = os.path.splitext(stem)
+        if column and parent in stems:
+            labels[stems[parent]].append((path, column[1:]))
+            del labels[path]
+    for path in listed if stems else ():
+        stem = os.path.splitext(plain_name(path))[0]
+        if path in stems.values():
+            continue
+        if stem not in stems or TABLES[suffix(path)] not in ("csv", "tsv"):
+            raise DataError(
+                f"{path}: beside FASTA files only their labels are read, as .csv or "
+                ".tsv of the same name; rename it or move it away"
+            )
+        labels[stems[stem]].append((path, ""))
+    if not stems:
+        return [File((path,), TABLES[suffix(path)]) for path in listed]
+    return [
+        File(
+            (path, *(p for p, _ in more)), "fasta", ("sequence", *(c for _, c in more))
+        )
+        for path, more in labels.items()
     ]
 
 

@@ -20,6 +20,7 @@ from triform.data.sources.movie_reviews import MovieReviews
 from triform.data.sources.mr_sentiment import MrSentiment
 from triform.data.sources.multi30k import Multi30kTranslate
 from triform.data.sources.noto_emoji import NotoEmoji
+from triform.data.sources.sasrec_video import SasrecVideo
 from triform.data.sources.tinyshakespeare import TinyShakespeare
 from triform.data.sources.wikitext2 import WikiText2
 from triform.runtime import paths
@@ -39,6 +40,7 @@ BUILDERS = {
     "noto_emoji": NotoEmoji,
     "jsb_chorales": JsbChorales,
     "jsb_chorales_quarter": JsbChoralesQuarter,
+    "sasrec_video": SasrecVideo,
 }
 
 # Records per bulk read: one call per record costs four times as much.
