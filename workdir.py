@@ -81,7 +81,7 @@ def request_command(config: ExperimentConfig, **flags: str) -> str:
     kind = DATASETS[type(config.data)].requests
     if not kind.answers():
         return ""
-    return f'{commands.line("generate", **flags)} --input="{kind.example}"'
+    return f"{commands.line('generate', **flags)} {kind.flags(config.data)}"
 
 
 def open_config(workdir: str) -> ExperimentConfig:

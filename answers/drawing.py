@@ -1,6 +1,5 @@
 """Pictures that a model writes as codes, after a text."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,8 +34,7 @@ class Drawing:
 
     def __init__(self, experiment: Experiment, codecs: Mapping[str, Codec]):
         config, self.experiment = experiment.config.decode, experiment
-        self.codec, model = codecs["codes"], experiment.model
-        apply = functools.partial(model.apply)
+        self.codec, apply = codecs["codes"], experiment.model.apply
         grid, weight = self.codec.grid, config.guidance
         if weight != 1 and config.method == "beam" and config.beam_size > 1:
             raise UserError(

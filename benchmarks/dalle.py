@@ -1,29 +1,33 @@
 """What a trained DALL-E draws and how well its texts fit: numbers of docs/dalle.md.
 
     python benchmarks/dalle.py digits --workdir=runs/dalle_digits \
-        --classifier=runs/vit_digits [--samples=20] [--guidance=2] [--temperature=1]
+        --classifier=runs/vit_digits [--samples=20] [--guidance=2] [--temperature=1] \
+        [--rerank=runs/contrastive_digits --of=8]
     python benchmarks/dalle.py likelihood --workdir=runs/dalle_emoji [--blind=DIR]
     python benchmarks/dalle.py retrieval --workdir=runs/dalle_emoji
     python benchmarks/dalle.py grid --workdir=runs/dalle_emoji --output=grid.png
 
 digits: every phrasing of every digit is drawn, and the pictures are classified by a ViT
-that has seen no drawn picture. likelihood: nats per code of held-out pictures, with
-their captions, without, and by the frequencies of codes in training. retrieval: of all
-held-out pictures without skin tones, how likely is each under each name. grid: the
-first 32 of these names, the first sample of each.
+that has seen no drawn picture; ranked, each is the best of 8. likelihood: nats per code
+of held-out pictures, with their captions, without, and by the frequencies of codes in
+training. retrieval: of all held-out pictures without skin tones, how likely is each
+under each name. grid: the first 32 of these names, of each the first sample and, small,
+the picture.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from triform import Sampler, evaluate
 from triform import workdir as workdirs
-from triform.answers.output import picture_grid
 from triform.data import batch as batches
 from triform.data.datasets import EVALUATION
+from triform.data.datasets.augment import to_pillow, with_channels
 from triform.data.sources.phrases import DIGITS, HANDWRITTEN
 from triform.input_pipeline import Split
 
@@ -36,8 +40,7 @@ def digits(args: argparse.Namespace) -> None:
     classifier, right = Sampler(args.classifier), {}
     for label, name in enumerate(DIGITS):
         texts = [phrase.format(name) for phrase in HANDWRITTEN]
-        drawn = sampler(texts, num_samples=args.samples, seed=args.seed)
-        images = [x.image for output in drawn for x in output.samples]
+        images = drawn(sampler, texts, args)
         found = [answer.label for answer in classifier(images, batch_size=64)]
         right[name] = np.array([str(x) == str(label) for x in found])
         print(f"  {name:6} {right[name].mean():.1%} of {len(found)}", flush=True)
@@ -48,7 +51,22 @@ def digits(args: argparse.Namespace) -> None:
 def drawing(args: argparse.Namespace) -> Sampler:
     """The sampler of a workdir, with the settings that are given."""
     settings = {"temperature": args.temperature, "guidance": args.guidance}
-    return Sampler(args.workdir, **settings)
+    return Sampler(args.workdir, rerank=args.rerank, **settings)
+
+
+def drawn(
+    sampler: Sampler, texts: Sequence[str], args: argparse.Namespace
+) -> list[np.ndarray]:
+    """args.samples pictures of each text; ranked, each is the best of args.of."""
+    if not args.rerank:
+        outputs = sampler(texts, num_samples=args.samples, seed=args.seed)
+        return [x.image for output in outputs for x in output.samples or [output]]
+    outputs = [
+        output
+        for seed in range(args.seed, args.seed + args.samples)
+        for output in sampler(texts, num_samples=args.of, seed=seed)
+    ]
+    return [output.image for output in outputs]
 
 
 class Likelihood:
@@ -169,35 +187,58 @@ TEXTS = ("text", "text_segments")
 
 
 def grid(args: argparse.Namespace) -> None:
-    """A PNG of the first 32 held-out names, and a list of these."""
+    """A PNG of the first 32 held-out names: the first sample, and what it should be."""
     sampler = drawing(args)
     run = sampler.run
-    sizes = run.experiment.sizes
-    split = Split.open(run.config.data, run.codecs, args.split, sizes)
-    names = [split.dataset.example(i)[run.config.data.text] for i in bare(split)[:32]]
+    config, sizes = run.config.data, run.experiment.sizes
+    split = Split.open(config, run.codecs, args.split, sizes)
+    examples = [split.dataset.example(i) for i in bare(split)[:32]]
+    names = [x[config.text] for x in examples]
     images = [x.image for x in sampler(names, seed=args.seed)]
-    with open(args.output, "wb") as f:
-        f.write(picture_grid([*rows(images, 8)]))
-    for line in rows(names, 8):
-        print("; ".join(line))
+    pairs = [
+        (image, np.asarray(x[config.image]))
+        for image, x in zip(images, examples, strict=True)
+    ]
+    labelled(pairs, names).save(args.output, optimize=True)
+    print(f"{args.output}: of each name the first sample, right of it the picture")
 
 
-def rows(values: list, wide: int) -> Iterator[list]:
-    """Rows of so many."""
-    return (values[i : i + wide] for i in range(0, len(values), wide))
+SIDE, WIDE, LINE = 64, 8, 11  # pixels of a picture, pairs in a row, pixels of a line
+
+
+def labelled(
+    pairs: Sequence[Sequence[np.ndarray]], names: Sequence[str]
+) -> Image.Image:
+    """Pairs of pictures, the first sharp and the second half as large, with names."""
+    font, width, height = ImageFont.load_default(LINE), SIDE * 7 // 4, SIDE + 3 * LINE
+    rows = -(-len(names) // WIDE)
+    sheet = Image.new("RGB", (WIDE * width, rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (pair, name) in enumerate(zip(pairs, names, strict=True)):
+        left, top = i % WIDE * width, i // WIDE * height
+        for image, side, x, y in zip(
+            pair, (SIDE, SIDE // 2), (0, SIDE + 4), (0, SIDE // 2), strict=True
+        ):
+            shown = to_pillow(with_channels(image, 3))
+            shown = shown.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left + x, top + y))
+        lines = "\n".join(textwrap.wrap(name, 19)[:2])
+        pen.multiline_text((left, top + SIDE), lines, "black", font, spacing=0)
+    return sheet.quantize(64)
 
 
 def main() -> None:
     """Reads the arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=WHAT)
-    for name in ("workdir", "classifier", "blind", "output"):
+    for name in ("workdir", "classifier", "blind", "rerank", "output"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--split", default="test")
-    for name in ("samples", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=20 * (name == "samples"))
-    for name, value in (("guidance", 2.0), ("temperature", 1.0)):
-        parser.add_argument(f"--{name}", type=float, default=value)
+    parser.add_argument("--samples", type=int, default=20, help="of each text")
+    parser.add_argument("--of", type=int, default=8, help="drawn for one ranked first")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
     args = parser.parse_args()
     WHAT[args.what](args)
 

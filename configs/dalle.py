@@ -40,7 +40,7 @@ SPARSE = ("row", "column", "row", "row")
 VARIANTS = {
     "digits": lasting(1200),
     "mnist": {
-        **lasting(4000),
+        **lasting(2000),
         "data": {
             "source": "captioned_mnist",
             "train_split": "train[:55000]",
@@ -50,7 +50,7 @@ VARIANTS = {
         },
     },
     "emoji": {
-        **lasting(1200),
+        **lasting(900),
         "model.trunk": {
             "num_layers": 4,
             "d_model": 128,
@@ -64,6 +64,8 @@ VARIANTS = {
             "codes": "runs/dvae_emoji",
             "grid": 8,
             "batch_size": 32,
+            "token_dropout": 0.3,
+            "flip": True,
         },
     },
     # A folder of pictures with metadata.csv: --config.data.source=FOLDER.

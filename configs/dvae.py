@@ -42,7 +42,7 @@ VARIANTS = {
     "digits": lasting(2500),
     # 28 x 28 pixels, 7 x 7 codes.
     "mnist": {
-        **lasting(4000),
+        **lasting(1500),
         "model": {"num_codes": 128, "width": 16, "stages": 2, "blocks": 1},
         "data": {
             "source": "captioned_mnist",

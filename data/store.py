@@ -22,7 +22,7 @@ from triform.data.sources import Column, Reading, Source
 from triform.runtime import paths
 from triform.runtime.errors import DataError
 
-LAYOUT = "v4"  # of the arrays; another one makes other cache entries
+LAYOUT = "v5"  # of the arrays; another one makes other cache entries
 DAY = 86_400  # seconds
 # Names that nobody else gives: a cache may lie among other people's folders.
 STAGED, PARTS = "triform-part-", "triform-parts-"
@@ -118,7 +118,8 @@ def origin(config: Any, source: str) -> Source:
     )
     cache = os.path.join(cache_root(config), "files")
     reading = Reading(columns, config.txt_example, config.held_out, cache)
-    return sources.source(source, config.data_dir, config.manual_dir, reading)
+    found = sources.source(source, config.data_dir, config.manual_dir, reading)
+    return config.opened(source, found, cache)
 
 
 def location(config: Any, source: str) -> str:

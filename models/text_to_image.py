@@ -175,12 +175,13 @@ class TextToImage(nn.Module):
     def _embed(self, ids: Array, positions: Array) -> Array:
         """[B, L, D] of codes, or rows of the table, at positions [B or 1, L]."""
         config = self.config
-        place = positions - config.text_len  # among the codes; negative: text
-        text = (place < 0)[..., None]
-        x = self.embedding(jnp.where(place < 0, ids, ids + self.first_code))
-        row, column = jnp.divmod(jnp.maximum(place, 0), config.grid)
-        added = self.row_positions(row) + self.column_positions(column)
-        return x + jnp.where(text, self.text_positions(positions), added)
+        index = positions - config.text_len  # among the codes; negative: text
+        is_text = index < 0
+        x = self.embedding(jnp.where(is_text, ids, ids + self.first_code))
+        row, column = jnp.divmod(jnp.maximum(index, 0), config.grid)
+        of_codes = self.row_positions(row) + self.column_positions(column)
+        of_text = self.text_positions(positions)
+        return x + jnp.where(is_text[..., None], of_text, of_codes)
 
 
 class Table(nn.Module):
@@ -194,7 +195,8 @@ class Table(nn.Module):
         """[B, L, D] of positions [B, L]; those outside get the nearest."""
         init, dtype = nn.initializers.normal(0.02), jnp.dtype(self.config.dtype)
         table = nn.Embed(
-            *(self.size, self.config.d_model),
+            num_embeddings=self.size,
+            features=self.config.d_model,
             dtype=dtype,
             embedding_init=init,
             name="table",

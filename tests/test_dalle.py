@@ -9,11 +9,14 @@ import pytest
 from laws import flat
 from PIL import Image
 
-from triform import evaluate, generate, tasks, train, trained_codecs, workdir
+from triform import evaluate, generate, models, tasks, train, trained_codecs, workdir
 from triform.configs import contrastive, dalle, dvae
 from triform.configs.schema import update
-from triform.data.datasets import dataset
+from triform.data.batch import zeros
+from triform.data.datasets import EVALUATION, dataset
+from triform.data.datasets.base import Epoch
 from triform.input_pipeline import Split, TrainBatches
+from triform.models import DiscreteVAEConfig
 from triform.runtime.errors import DataError, UserError
 from triform.tasks import Context, ImageCodingConfig
 from triform.tasks.code_use import CodesUsed, UsePerplexity, histogram
@@ -208,6 +211,17 @@ def test_pictures_are_written_as_a_grid_and_ranked(runs, pictures, tmp_path):
         generate.Sampler(runs[0], guidance=2.0)
 
 
+def test_a_command_that_is_printed_names_what_it_needs(runs, pictures):
+    for config in map(workdir.open_config, runs):
+        command = workdir.request_command(config, workdir="w")
+        assert command.endswith(" --output=out.png")
+    labels = dvae.get_config("smoke")
+    labels.data.label = "label"
+    assert "--output" not in workdir.request_command(labels, workdir="w")
+    pairs = workdir.request_command(contrastive.get_config("smoke"), workdir="w")
+    assert pairs.endswith(r" --input=$'a caption\tpicture.png'")
+
+
 def test_mistakes_are_one_line(runs, pictures):
     config = short(dalle, pictures, **{"data.codes": ""})
     with pytest.raises(UserError, match="data.codes='': name the workdir"):
@@ -243,6 +257,57 @@ def test_captions_are_left_out_in_training_only(runs, pictures):
     np.testing.assert_array_equal(first["codes"][0], codes[0])
 
 
+def test_a_model_without_texts_is_evaluated_without(runs, pictures):
+    config = short(dalle, pictures, **{"data.codes": runs[0]})
+    config.data.text_dropout = 1.0
+    config, codecs = train.resolve(config)
+    split = Split.open(config.data, codecs, "validation", config.model.sizes())
+    for _, batch in split.batches.evaluation():
+        assert (batch["text_segments"].sum(1) == batch["code_weights"].max(1)).all()
+
+
+def test_tokens_are_left_out_in_training_only(runs, pictures):
+    config = short(dalle, pictures, **{"data.codes": runs[0]})
+    config.data.token_dropout, config.data.text_dropout = 0.5, 0.0
+    config, codecs = train.resolve(config)
+    split = Split.open(config.data, codecs, "train", config.model.sizes())
+    whole = split.dataset.tokens[0].tolist()
+
+    def written(epoch):
+        batch = zeros(split.dataset.spec, {"B": 1, "S": 16, "L": 16})
+        split.dataset.write(batch, 0, 0, epoch)
+        return batch["text"][0][batch["text_segments"][0] > 0].tolist()[1:]
+
+    assert written(EVALUATION) == whole
+    found = [written(Epoch(0, n, train=True)) for n in range(100)]
+    share = np.mean([len(ids) for ids in found]) / len(whole)
+    assert 0.35 < share < 0.65
+    for ids in found:  # what is kept is in order
+        rest = iter(whole)
+        assert all(i in rest for i in ids)
+
+
+def test_mirrored_codes_are_those_of_mirrored_images_in_training_only(runs, pictures):
+    config = short(dalle, pictures, **{"data.codes": runs[0], "data.flip": True})
+    config, codecs = train.resolve(config)
+    split = Split.open(config.data, codecs, "train", config.model.sizes())
+    images = [split.dataset.example(i)["image"] for i in range(8)]
+    plain = codecs["codes"].encode(images)
+    mirrored = codecs["codes"].encode([image[:, ::-1] for image in images])
+    item = int(np.argmax((plain != mirrored).any(1)))
+    both = {tuple(plain[item]), tuple(mirrored[item])}
+    assert len(both) == 2
+
+    def written(epochs):
+        batch = zeros(split.dataset.spec, {"B": 1, "S": 16, "L": 16})
+        for epoch in epochs:
+            split.dataset.write(batch, 0, item, epoch)
+            yield tuple(batch["codes"][0])
+
+    assert {*written(Epoch(0, n, train=True) for n in range(20))} == both
+    assert {*written([EVALUATION])} == {tuple(plain[item])}
+
+
 def test_the_objective_of_codes_is_the_formula():
     """Logit-Laplace (A.3) and KL to uniform, and their schedules."""
     rng = np.random.default_rng(0)
@@ -272,6 +337,23 @@ def test_the_objective_of_codes_is_the_formula():
     assert halves == pytest.approx([6.6 / 192 / 2, 6.6 / 192, 6.6 / 192])
     heat = [float(task.temperature(step)) for step in (3, 7, 99)]
     assert heat == pytest.approx([(1 + 1 / 16) / 2, 1 / 16, 1 / 16])
+
+
+def test_the_picture_of_a_model_is_the_peak_of_its_distribution():
+    """Model and task move pixels by the same margin."""
+    config = DiscreteVAEConfig(image_size=4, channels=1, num_codes=5, width=4, stages=1)
+    image = np.random.default_rng(0).random((2, 4, 4, 1)).astype(np.float32)
+    module, rng = models.build(config), jax.random.key(0)
+    outputs, _ = module.init_with_output(rng, {"image": image})
+    task = tasks.build(ImageCodingConfig(), None)
+
+    def nats(moved):
+        """Of the model's own picture, under its distribution moved by so much."""
+        location = outputs["location"] + moved
+        found = task.predict({**outputs, "location": location}, outputs)
+        return found["loss"]
+
+    assert (nats(0.0) < nats(0.01)).all() and (nats(0.0) < nats(-0.01)).all()
 
 
 def test_the_use_of_codes_is_counted_over_all_batches():

@@ -31,7 +31,6 @@ __all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
 
 SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
 MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
-KEPT_WORDS = 1 << 18  # words whose ids are kept while a corpus is encoded
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars", "residues")
 BY_CHARACTER = ("chars", "residues")  # whose words are single characters
 
@@ -80,12 +79,6 @@ class HuggingFaceTokenizer(Tokenizer):
         core.no_truncation()
         if isinstance(core.model, models.WordPiece):
             self.joiner = core.model.continuing_subword_prefix
-
-    def expect_corpus(self) -> None:
-        """Keeps the ids of more words than the library does by itself, 10,000."""
-        resize = getattr(self.core.model, "_resize_cache", None)
-        if resize is not None:  # models without merges have no cache
-            resize(KEPT_WORDS)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         """Encoded in parallel."""

@@ -12,10 +12,9 @@ from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.datasets import augment
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
-from triform.data.datasets.images import pixels
-from triform.data.datasets.requests import Item, Requests
-from triform.data.progress import counted
-from triform.data.sources import pictures
+from triform.data.datasets.images import opened, pixels, scaling
+from triform.data.datasets.requests import Item, Requests, as_text
+from triform.data.progress import Bar
 from triform.data.store import Feature
 from triform.runtime import paths
 from triform.runtime.errors import DataError
@@ -82,8 +81,13 @@ class ImageCodesConfig(CaptionsConfig):
     max_len: int = 16  # positions of a caption, the start among them
     codes: str = ""  # the workdir of a discrete VAE
     grid: int = 0  # codes a side, as that run has them
-    # Share of captions that are left out in training: what guidance needs.
+    # Share of captions that are left out in training: what guidance needs. 1: always,
+    # also in evaluation, a model of pictures alone.
     text_dropout: float = 0.1
+    # Share of a caption's tokens that are left out in training, each by itself: of few
+    # pictures a model learns which one has a name, not what its words mean.
+    token_dropout: float = 0.0
+    flip: bool = False  # in training, every other time the codes of the mirrored image
 
     def spec(self) -> Spec:
         """Tokens and codes, and which positions are real."""
@@ -111,7 +115,8 @@ class ImageCodesConfig(CaptionsConfig):
         """Raises ValueError with the value, the rule and the fix."""
         super().validate()
         rule = "must lie in [0, 1]; 0: none is left out"
-        self.require(0 <= self.text_dropout <= 1, "text_dropout", rule)
+        for name in ("text_dropout", "token_dropout"):
+            self.require(0 <= getattr(self, name) <= 1, name, rule)
         rule = "must be at least 1: the codes a side of the discrete VAE"
         self.require(self.grid >= 1, "grid", rule)
 
@@ -152,15 +157,15 @@ class Captions(Dataset):
 
         def write(folder: str, parts: str) -> None:
             path, array = os.path.join(folder, f"{name}.npy"), None
-            for start in counted(
-                range(0, total, CHUNK), f"{name} of images", -(-total // CHUNK)
-            ):
-                stop = min(start + CHUNK, total)
-                rows = item([read_image(self, i) for i in range(start, stop)])
-                if array is None:
-                    shape = (total, *rows.shape[1:])
-                    array = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
-                array[start:stop] = rows
+            with Bar(f"{name.replace('_', ' ')} of images", total) as bar:
+                for start in range(0, total, CHUNK):
+                    stop = min(start + CHUNK, total)
+                    rows = item([read_image(self, i) for i in range(start, stop)])
+                    if array is None:
+                        shape = (total, *rows.shape[1:])
+                        array = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
+                    array[start:stop] = rows
+                    bar.update(stop - start)
 
         keys = [config.image, *keys]
         folder = store.cached(config, name, config.source, self.split, keys, write)
@@ -204,8 +209,8 @@ def write_caption(batch: Batch, row: int, ids: np.ndarray, end: int) -> None:
 
 def write_image(config: Any, batch: Batch, row: int, image: np.ndarray) -> None:
     """An image uint8 [size, size, channels], normalised."""
-    mean, std = np.float32(config.mean), np.float32(config.std)
-    np.divide(image / np.float32(255) - mean, std, out=batch["image"][row])
+    scale, shift = scaling(config)
+    np.add(image * scale, shift, out=batch["image"][row])
     batch["row_weights"][row] = 1
 
 
@@ -219,15 +224,17 @@ class Pairs(Requests):
     """Captions with pictures: {"text": ..., "image": path or array}."""
 
     columns, gives = ("text", "image"), ("score",)
-    example = "a caption"
+
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """With a tab between them, in quotes in which shells know it."""
+        return r"--input=$'a caption\tpicture.png'"
 
     def read(self, request: Any) -> Item:
         """Tokens, and the image as a square."""
         (text, image), notes = self.values(request)
-        if isinstance(image, str | os.PathLike):
-            image = pictures.decoded(os.fspath(image))
-        ids = self.tok.encode_batch([text])[0]
-        return Item([ids, square(self.config, pixels(image))], text, notes)
+        ids = self.tok.encode_batch([as_text(text)])[0]
+        return Item([ids, square(self.config, opened(image))], text, notes)
 
     def size(self, item: Item) -> int:
         """There is one shape."""
@@ -263,6 +270,11 @@ class Prompts(Requests):
     columns, axis, gives = ("text", "image"), "S", ("image", "score")
     example = "a caption"
 
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """Images that are given back need a file."""
+        return f"{super().flags(config)} --output=out.png"
+
     def read(self, request: Any) -> Item:
         """Tokens, and the codes of the image if there is one."""
         image = None
@@ -271,13 +283,9 @@ class Prompts(Requests):
             (text, image), notes = self.values({**request, "image": image})
         else:
             (text, *_), notes = self.values({"text": request, "image": None})
-        if not isinstance(text, str):
-            raise DataError(f"{text!r:.40} is no text; quote it")
-        parts = [self.tok.encode_batch([text])[0].astype(np.int32)]
+        parts = [self.tok.encode_batch([as_text(text)])[0].astype(np.int32)]
         if image is not None:
-            if isinstance(image, str | os.PathLike):
-                image = pictures.decoded(os.fspath(image))
-            parts.append(self.codecs["codes"].encode([pixels(image)])[0])
+            parts.append(self.codecs["codes"].encode([opened(image)])[0])
         return Item(parts, text, notes)
 
     def checked(self, item: Item) -> Item:
@@ -317,16 +325,29 @@ class ImageCodes(Captions):
                 "set it to that"
             )
         keys = [codec.digest()]
+
+        def mirrored(images: list[np.ndarray]) -> np.ndarray:
+            return codec.encode([image[:, ::-1] for image in images])
+
+        self._mirrored = None
+        if config.flip and split == config.train_split:
+            self._mirrored = self._cached("mirrored_codes", keys, mirrored)
         self._codes = self._cached("codes", keys, codec.encode)
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
-        """In training some captions are left out."""
-        ids = self.tokens[item]
-        dropped = self.config.text_dropout if epoch.train else 0.0
-        if dropped and epoch.rng(item).random() < dropped:
-            ids = ids[:0]
-        write_text(batch, row, ids, self.tok.start)
-        batch["codes"][row], batch["code_weights"][row] = self._codes[item], 1
+        """In training captions or parts of them are left out, and images mirrored."""
+        ids, codes, config = self.tokens[item], self._codes, self.config
+        if epoch.train:
+            rng = epoch.rng(item)
+            kept = rng.random() >= config.text_dropout
+            if self._mirrored is not None and rng.random() < 0.5:
+                codes = self._mirrored
+            if config.token_dropout:
+                ids = ids[rng.random(len(ids)) >= config.token_dropout]
+        else:
+            kept = config.text_dropout < 1
+        write_text(batch, row, ids if kept else ids[:0], self.tok.start)
+        batch["codes"][row], batch["code_weights"][row] = codes[item], 1
 
     def preview(self, batch: Batch) -> str:
         """The first row's caption and codes."""

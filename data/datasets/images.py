@@ -104,6 +104,11 @@ class Pictures(Requests):
         if not config.label:
             self.gives = ("image",)
 
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """Images that are given back need a file."""
+        return super().flags(config) + ("" if config.label else " --output=out.png")
+
     def read(self, request: Any) -> Item:
         """The image as it is in evaluation."""
         value = request
@@ -111,11 +116,8 @@ class Pictures(Requests):
             (value,), _ = self.values(request)
         if isinstance(value, str) and not value.strip():
             return Item([], value)
-        if isinstance(value, str | os.PathLike):
-            image, shown = pictures.decoded(os.fspath(value)), os.fspath(value)
-        else:
-            image, shown = pixels(value), "image"
-        return Item([in_evaluation(self.config, image)], shown)
+        shown = os.fspath(value) if isinstance(value, str | os.PathLike) else "image"
+        return Item([in_evaluation(self.config, opened(value))], shown)
 
     def size(self, item: Item) -> int:
         """There is one shape."""
@@ -155,8 +157,17 @@ def pixels(image: Any) -> np.ndarray:
     return array
 
 
-def scaling(config: ImagesConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift): x / 255 normalised is x * scale + shift."""
+def opened(image: Any) -> np.ndarray:
+    """The same, or of the file whose path it is."""
+    if isinstance(image, str | os.PathLike):
+        return pictures.decoded(os.fspath(image))
+    return pixels(image)
+
+
+def scaling(config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift) of a config with mean and std: pixels of [0, 255] are normalised
+    by x * scale + shift.
+    """
     mean, std = np.float32(config.mean), np.float32(config.std)
     return 1 / (255 * std), -mean / std
 

@@ -41,6 +41,7 @@ class Requests:
     continues: ClassVar[bool] = False  # what is written goes on with the request
     gives: ClassVar[tuple[str, ...]] = ("text", "score")  # fields of an answer
     example: ClassVar[str] = "..."  # of a command line
+    most: int = 10  # entries of an answer that is a list
 
     def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
         self.config, self.codecs, self.sizes = config, codecs, sizes
@@ -74,6 +75,11 @@ class Requests:
     def limit(self) -> str:
         """'data.max_len=64': the setting that bounds a request."""
         return f"data.max_len={self.config.max_len}"
+
+    @classmethod
+    def flags(cls, config: Any) -> str:
+        """The flags of generate.py with which a request can be tried."""
+        return f'--input="{cls.example}"'
 
     # What all share
 
@@ -116,7 +122,8 @@ class Requests:
             if not request.strip():
                 found = [""] * len(names)
             if len(found) < len(names):
-                raise DataError("expected two texts with a tab between them")
+                wanted = " and ".join(names)
+                raise DataError(f"expected {wanted} with a tab between them")
         else:
             raise DataError(
                 f"{type(request).__name__} {request!r:.40} is no request; give a text "
@@ -132,10 +139,7 @@ class Requests:
     def texts(self, request: Any) -> tuple[list[str], list[str]]:
         """The same, of columns that must be texts."""
         found, notes = self.values(request)
-        for value in found:
-            if not isinstance(value, str):
-                raise DataError(f"{value!r:.40} is no text; quote it")
-        return found, notes
+        return [*map(as_text, found)], notes
 
     def labelled(self, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The answer of a model that gives a row one label, or a number."""
@@ -148,6 +152,13 @@ class Requests:
             "score": float(shares[best]),
             "probabilities": dict(zip(names, map(float, shares), strict=False)),
         }
+
+
+def as_text(value: Any) -> str:
+    """The value; DataError if it is no text."""
+    if not isinstance(value, str):
+        raise DataError(f"{value!r:.40} is no text; quote it")
+    return value
 
 
 def _column(request: Mapping[str, Any], field: str, name: str) -> Any:

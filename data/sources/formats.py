@@ -17,10 +17,11 @@ from triform.data.sources import fasta
 from triform.data.sources.streams import LONGEST, Lines, opened, plain_name
 from triform.runtime.errors import DataError
 
-TXT_EXAMPLES = ("file", "passage", "line")
+TXT_EXAMPLES = ("file", "passage", "line", "choice")
 PASSAGE = 16_384  # characters: a passage ends with the line that reaches them
 WHOLE = LONGEST  # characters: a longer file is read as several documents
 TEXT = "text"  # the column of text files
+CHOICE = ("user", "item", "time")  # the columns of text files of choices
 
 Position = tuple[int, ...]  # lines (or rows) read, then bytes read of every file
 Numbered = Iterator[tuple[int, dict[str, Any]]]
@@ -126,6 +127,24 @@ def _joined(lines: Lines, limit: int) -> Numbered:
 def _lines(lines: Sequence[Lines], file: File) -> Numbered:
     for line in lines[0]:
         yield lines[0].number, {TEXT: line.removesuffix("\n")}
+
+
+def _choices(lines: Sequence[Lines], file: File) -> Numbered:
+    """'user item' or 'user item time' a line, all alike; blank ones are left out."""
+    count = 0
+    for line in lines[0]:
+        words = line.split()
+        if not words:
+            continue
+        count = count or len(words)
+        if len(words) != count or count not in (2, 3):
+            raise DataError(
+                f"{file.where(lines[0].number)}: has {len(words)} words where "
+                f"{count if count in (2, 3) else '2 or 3'} are expected: "
+                f"{' '.join(CHOICE[: min(count, 3)])}; correct the line, or give a "
+                "table with a header"
+            )
+        yield lines[0].number, dict(zip(CHOICE, words, strict=False))
 
 
 def _aligned(lines: Sequence[Lines], file: File) -> Numbered:
@@ -319,6 +338,7 @@ FORMATS = {
     "file": Format(_whole, longest=LONGEST),
     "passage": Format(_passages, longest=LONGEST),
     "line": Format(_lines),
+    "choice": Format(_choices),
     "aligned": Format(_aligned),
     "fasta": Format(_fasta),
     "csv": Format(_csv),

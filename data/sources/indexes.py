@@ -278,6 +278,8 @@ def kind_of(value: str | int | float) -> str:
         return "int" if isinstance(value, int) else "float"
     if INTEGER.fullmatch(value):
         return "int"
+    if value.isdecimal():  # "007" is a name: as a number it would be that of "7"
+        return "text"
     try:
         float(value)
     except ValueError:
