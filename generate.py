@@ -7,6 +7,8 @@ python generate.py --workdir=DIR --input_file=in.csv --output=out.jsonl
 python generate.py --workdir=DIR --chat
 python generate.py --workdir=runs/dalle_digits --input="a handwritten seven"
     --num_samples=16 --guidance=2 --output=grid.png
+python generate.py --workdir=runs/music --input=opening.mid --num_samples=8
+    --output=bach.mid
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ from absl import flags
 
 from triform.answers import chat, inputs
 from triform.answers.inputs import Asked
+from triform.answers.music_files import MusicFiles
 from triform.answers.output import JsonLines, Output, PictureFile
 from triform.answers.sampler import Sampler
 from triform.models.decode import METHODS
@@ -36,6 +39,11 @@ SAME = (
     *("max_tokens", "num_samples", "seed", "batch_size", "stop", "scores", "strict"),
     *("image", "rerank"),
 )
+# What a model gives that needs files of its own: its name, their ending, their writer.
+FILES = {
+    "image": ("images", ".png", PictureFile),
+    "music": ("music", ".mid", MusicFiles),
+}
 NEWS = 20.0  # seconds between two lines on standard error while a file is written
 
 
@@ -138,6 +146,18 @@ def answered(
         yield waiting.pop(0), output
 
 
+def check_output(sampler: Sampler, workdir: str, output: str, kind: type) -> None:
+    """UserError if what writes --output is not for what the model gives."""
+    for field, (name, end, own) in FILES.items():
+        given = field in sampler.gives
+        if given != (kind is own):
+            what = f"gives {'' if given else 'no '}{name}"
+            raise UserError(
+                f"--output={output}: {workdir} {what}; a file of {name}, and only "
+                f"such, ends in {end}; name another"
+            )
+
+
 def main(argv: list[str]) -> None:
     """One answer for every input: a line, a row of --output, or live text."""
     flag = flags.FLAGS
@@ -150,16 +170,11 @@ def main(argv: list[str]) -> None:
         raise UserError("--chat: it runs on one process; leave out the others")
     asked, size = requests(flag)
     path = paths.absolute(flag.output) if flag.output else ""
-    kind = PictureFile if path.endswith(".png") else JsonLines
+    kind = next((x for _, end, x in FILES.values() if path.endswith(end)), JsonLines)
     file = kind(path, flag.overwrite) if path and group.is_first else None
     rerank = paths.absolute(flag.rerank) if flag.rerank else ""
     sampler = Sampler(workdir, flag.checkpoint, rerank, **given)
-    if ("image" in sampler.gives) != (kind is PictureFile):
-        what = "gives images" if "image" in sampler.gives else "gives no images"
-        raise UserError(
-            f"--output={flag.output}: {workdir} {what}; a file of images, and only "
-            "such, ends in .png; name another"
-        )
+    check_output(sampler, workdir, flag.output, kind)
     method = sampler.config.decode.method if sampler.writes else sampler.gives[0]
     log = sys.stderr if group.is_first else sys.stdout  # which says nothing
     print(f"{workdir}: {sampler.run.which}, {method}", file=log)
@@ -205,19 +220,25 @@ def define() -> None:
     """Defines the flags."""
     flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
     flags.DEFINE_multi_string(
-        "input", None, "A text or an image's path, repeatable; none: standard input."
+        "input",
+        None,
+        "A text, or the path of an image or of a .mid; repeatable; none: "
+        "standard input.",
     )
     flags.DEFINE_multi_string(
         "input_file",
         None,
         "A file with an input a line, a table (JSONL, CSV, TSV, Parquet) with the "
-        "columns of training, an image or a folder of images; repeatable.",
+        "columns of training, an image, a .mid, or a folder of such; repeatable.",
     )
     flags.DEFINE_bool(
         "chat", False, "Keep a conversation; a line /reset begins another."
     )
     flags.DEFINE_string(
-        "output", "", "A new file: one JSON object per input, or pictures as .png."
+        "output",
+        "",
+        "A new file: one JSON object per input, or pictures as .png, or "
+        "music as .mid (of several NAME_1.mid and so on, and NAME.png).",
     )
     flags.DEFINE_bool("overwrite", False, "Replace --output if it is there.")
     flags.DEFINE_bool("strict", False, "Refuse an input that would be cut or changed.")
@@ -226,7 +247,7 @@ def define() -> None:
     flags.DEFINE_integer("max_tokens", 256, "Tokens written, at most.", lower_bound=1)
     flags.DEFINE_multi_string("stop", None, "A text ends before this; repeatable.")
     flags.DEFINE_integer(
-        "num_samples", 1, "Texts, or pictures, for each input.", lower_bound=1
+        "num_samples", 1, "Texts, pictures or pieces for each input.", lower_bound=1
     )
     flags.DEFINE_string(
         "image", "", "A picture whose upper half is kept, the rest drawn for --input."

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
+from triform.data.music import SUFFIXES as MIDI
 from triform.data.sources.files import read_rows
 from triform.data.sources.locate import PICTURES, TABLES, suffix
 from triform.data.sources.streams import BOM, opened
@@ -64,8 +65,9 @@ def of_stdin() -> Iterator[Asked]:
 
 
 def of_file(path: str) -> Iterator[Asked]:
-    """The requests of a file, by the end of its name: rows of a table, an image, else
-    one a line; the images of a folder. UserError if there is no such file.
+    """The requests of a file, by the end of its name: rows of a table, an image or a
+    piece of music, else one a line; the images or the music of a folder. UserError if
+    there is no such file.
     """
     full = paths.absolute(path)
     if os.path.isdir(full):
@@ -73,7 +75,7 @@ def of_file(path: str) -> Iterator[Asked]:
     if not os.path.isfile(full):
         raise UserError(f"--input_file={path}: no such file; name one, or a folder")
     kind = suffix(full)
-    if kind in PICTURES:
+    if kind in (*PICTURES, *MIDI):
         return iter([Asked(full, path)])
     if kind in TABLES and kind not in ROWS:
         return (Asked(row, where) for where, row in read_rows(full))
@@ -85,10 +87,12 @@ def _folder(full: str, path: str) -> Iterator[Asked]:
         os.path.join(folder, name)
         for folder, _, names in os.walk(full)
         for name in names
-        if name.lower().endswith(PICTURES)
+        if name.lower().endswith((*PICTURES, *MIDI))
     )
     if not found:
-        raise UserError(f"--input_file={path}: a folder without images; name a file")
+        raise UserError(
+            f"--input_file={path}: a folder without images and music; name a file"
+        )
     return (Asked(name, name) for name in found)
 
 

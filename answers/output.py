@@ -12,6 +12,7 @@ from PIL import Image
 
 from triform.data.codecs.tokenizer import well_formed
 from triform.data.lines import one_line
+from triform.data.music import Music
 from triform.runtime import files
 from triform.runtime.errors import UserError
 
@@ -32,7 +33,10 @@ class Output:
     tags: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     # Of every [MASK] the likeliest tokens with their probabilities.
     filled: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    # Items that come next, best first, with their probabilities.
+    items: dict[str, float] = dataclasses.field(default_factory=dict)
     image: np.ndarray | None = None  # uint8 [h, w, c]
+    music: Music | None = None  # with the opening that it goes on with
     samples: list["Output"] = dataclasses.field(default_factory=list)  # if several
     warnings: tuple[str, ...] = ()  # "cut: 131 of 700 tokens left out"
 
@@ -40,6 +44,9 @@ class Output:
         """The answer in one line, after the prompt that it continues."""
         if self.tags:
             return one_line(" ".join(f"{word}/{tag}" for word, tag in self.tags))
+        if self.items:
+            shown = (f"{name} ({x:.4g})" for name, x in self.items.items())
+            return one_line("  ".join(shown))
         if self.label is not None:
             return one_line(str(self.label))
         return one_line(self.prompt + self.text)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from triform import workdir as workdirs
+from triform.answers.composing import COMPOSERS
 from triform.answers.drawing import Drawing, best_first
 from triform.answers.inputs import Asked, chunks
 from triform.answers.output import Output
@@ -55,11 +56,12 @@ class Sampler:
     """A workdir as a function: requests -> outputs, one each, in order.
 
     A language model continues, an encoder-decoder writes, a classifier gives label and
-    probabilities, a tagger the tags of words; a masked model fills [MASK]. A request is
-    a text, a mapping with the columns of training, or an image: a path, Pillow's or an
-    array. `decode` replaces settings of config.decode: method="sample",
-    temperature=0.8. `rerank` is a workdir that scores pairs of texts and pictures: of
-    several samples the best come first.
+    probabilities, a tagger the tags of words; a masked model fills [MASK]; of items the
+    next ones are listed, 10 or decode.top_k; music is continued or filled in. A request
+    is a text, a mapping with the columns of training, an image (a path, Pillow's or an
+    array) or music (a path or Music). `decode` replaces settings of config.decode:
+    method="sample", temperature=0.8. `rerank` is a workdir that scores pairs of texts
+    and pictures: of several samples the best come first.
     """
 
     def __init__(
@@ -78,10 +80,12 @@ class Sampler:
         self.codecs: Mapping[str, Codec] = self.run.codecs
         experiment = self.experiment
         self.kind = datasets.requests(config.data, self.codecs, experiment.sizes)
+        self.kind.most = config.decode.top_k or self.kind.most
         self.writes = config.model.generates()
         self.continues = self.writes and self.kind.continues
         self.draws = self.writes and "image" in self.kind.gives
-        texts = self.writes and not self.draws
+        self.composes = "music" in self.kind.gives
+        texts = self.writes and not self.draws and not self.composes
         self.gives = ("text", "score") if texts else self.kind.gives
         self.ranker = Sampler(rerank) if rerank else None
         self._check_pictures(workdir)
@@ -100,6 +104,8 @@ class Sampler:
             config.decode.method = "greedy"
         if self.continues:
             self.continuation = Continuation(experiment, self.codecs["text"])
+        elif self.composes:
+            self.composer = COMPOSERS[type(self.kind)](experiment, self.kind)
         elif self.draws:
             self.drawing = Drawing(experiment, self.codecs)
         elif not self.writes:
@@ -207,7 +213,7 @@ class Sampler:
     def _check_samples(self, how: Options) -> None:
         if how.num_samples == 1:
             return
-        if not self.writes:
+        if not self.writes and not self.composes:
             raise UserError(
                 f"num_samples={how.num_samples}: model="
                 f"{type(self.config.model).__name__} writes no text; set 1"
@@ -235,6 +241,9 @@ class Sampler:
         if all(item.empty for item in items):
             return [Output(warnings=tuple(notes)) for _, notes in read]
         copies = [item for item in items for _ in range(how.num_samples)]
+        if self.composes:
+            outputs = self.composer(self.run.variables, copies, numbers, how)
+            return self._joined(outputs, [notes for _, notes in read], items, how)
         batch, left_out = self.kind.batch(copies, len(numbers))
         for i, (one, item) in enumerate(zip(asked, items, strict=True)):
             if left := left_out[i * how.num_samples]:

@@ -24,7 +24,7 @@ from triform.data.codecs.pieces import pieces
 from triform.data.codecs.text import Tokenizer
 from triform.runtime.errors import DataError
 
-PART = 16 << 20  # characters of a part
+PART = 4 << 20  # characters of a part: few, so that all processes end together
 EXAMPLES = 1 << 18  # of a part, at most
 BATCH = 1 << 16  # characters encoded at once: what they take fits into a core's cache
 # Characters that are encoded as one text: of longer ones tokenizers take memory and
@@ -246,7 +246,6 @@ def work() -> None:
     jobs = sys.stdin.buffer
     saved, columns = pickle.load(jobs)
     tok = text.load(saved)
-    tok.expect_corpus()
     while True:
         try:
             path, examples = pickle.load(jobs)

@@ -22,7 +22,7 @@ from triform.data.sources import Column, Reading, Source
 from triform.runtime import paths
 from triform.runtime.errors import DataError
 
-LAYOUT = "v4"  # of the arrays; another one makes other cache entries
+LAYOUT = "v5"  # of the arrays; another one makes other cache entries
 DAY = 86_400  # seconds
 # Names that nobody else gives: a cache may lie among other people's folders.
 STAGED, PARTS = "triform-part-", "triform-parts-"
@@ -112,13 +112,14 @@ class TokenStore:
 def origin(config: Any, source: str) -> Source:
     """A source, with the folders that a config names and what it reads of files."""
     columns = tuple(
-        Column(f.field, f.name, f.is_text)
+        Column(f.field, f.name, f.is_text, divided=f.divide is each)
         for f in config.features()
         if f.source == source
     )
     cache = os.path.join(cache_root(config), "files")
     reading = Reading(columns, config.txt_example, config.held_out, cache)
-    return sources.source(source, config.data_dir, config.manual_dir, reading)
+    found = sources.source(source, config.data_dir, config.manual_dir, reading)
+    return config.opened(source, found, cache)
 
 
 def location(config: Any, source: str) -> str:

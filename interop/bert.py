@@ -18,7 +18,7 @@ SIZES = (
     settings.equal("trunk.norm_eps", "layer_norm_eps", 1e-12),
     settings.preset("trunk.init", "normal"),
 )
-NAMES = ("Bert", "Roberta", "Longformer")
+NAMES = ("Bert", "Roberta", "Longformer", "Esm")
 
 
 def _settings(name: str, vocab_size: int) -> tuple[settings.Setting, ...]:
@@ -113,8 +113,8 @@ def architecture(config: EncoderConfig, name: str) -> dict[str, Any]:
     return {"architectures": [f"{name}For{kind}"], **names}
 
 
-def limits(config: EncoderConfig, name: str) -> list[str]:
-    """What transformers' heads and embeddings cannot express."""
+def head_limits(config: EncoderConfig, name: str) -> list[str]:
+    """What transformers' heads cannot express."""
     counts: tuple[int, ...] = ()
     if config.num_tags or (config.masked_head and name != "Bert"):
         counts = (0,)
@@ -125,7 +125,12 @@ def limits(config: EncoderConfig, name: str) -> list[str]:
         table.append(settings.fixed("pool", "token"))
     if config.masked_head and name != "Bert":
         table.append(settings.fixed("trunk.ffn", "gelu"))
-    found = settings.obstacles(table, config)
+    return settings.obstacles(table, config)
+
+
+def limits(config: EncoderConfig, name: str) -> list[str]:
+    """What transformers' heads and embeddings cannot express."""
+    found = head_limits(config, name)
     if name == "Longformer":
         found += _local_obstacles(config.trunk)
     if not config.num_types:

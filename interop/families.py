@@ -5,6 +5,7 @@ from typing import Any
 
 from triform.interop import settings
 from triform.interop.bert import BERT, LONGFORMER, ROBERTA
+from triform.interop.esm import ESM
 from triform.interop.gpt2 import GPT2
 from triform.interop.llama import LLAMA, MISTRAL, QWEN2
 from triform.interop.mapping import Family
@@ -14,7 +15,10 @@ from triform.interop.vit import VIT
 from triform.runtime.errors import UserError
 
 # The first that fits is what a model of ours becomes.
-_ORDER = (BERT, ROBERTA, LONGFORMER, GPT2, LLAMA, MISTRAL, QWEN2, T5, MARIAN, VIT)
+_ORDER = (
+    *(BERT, ROBERTA, LONGFORMER, ESM, GPT2, LLAMA, MISTRAL, QWEN2, T5, MARIAN),
+    VIT,
+)
 FAMILIES = {family.model_type: family for family in _ORDER}
 
 

@@ -126,6 +126,10 @@ class Family:
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
     heads: tuple[str, ...] = ()  # how names of tensors beside the base model begin
     ignored: str = r"$^"  # regular expression of buffers that are no parameters
+    left_out: str = r"$^"  # of tensors without a counterpart; an import says so
+    # Buffers that follow from our config, {name: values}: they are written, and `read`
+    # looks at those that are stored.
+    constants: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
     renamed: tuple[tuple[str, str], ...] = ()  # old names: expression, replacement
     # Our modules that files of the base model lack: freshly initialised.
     fresh: tuple[str, ...] = ()

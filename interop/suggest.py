@@ -16,6 +16,7 @@ from triform.models import (
     EncoderDecoderConfig,
     LanguageModelConfig,
     LoRAConfig,
+    ProteinConfig,
     VisionConfig,
 )
 from triform.models.decode import DecodeConfig
@@ -48,6 +49,12 @@ def _encoder(config: EncoderConfig) -> tuple[Any, Any]:
     return SequenceClassificationConfig(**rows), ClassificationConfig()
 
 
+def _protein(config: ProteinConfig) -> tuple[Any, Any]:
+    data, task = _encoder(config)
+    data.tokenizer.kind = "residues"
+    return data, task
+
+
 def _language_model(config: LanguageModelConfig) -> tuple[Any, Any]:
     length = min(config.longest()["L"], LENGTH)
     return CausalLMConfig(max_len=length), TokenPredictionConfig(0.0)
@@ -68,6 +75,7 @@ def _vision(config: VisionConfig) -> tuple[Any, Any]:
 # config type: fn(config) -> (data, task)
 SUGGESTED = {
     EncoderConfig: _encoder,
+    ProteinConfig: _protein,
     LanguageModelConfig: _language_model,
     EncoderDecoderConfig: _encoder_decoder,
     VisionConfig: _vision,

@@ -76,6 +76,9 @@ def bring(source: str, workdir: str, hf: Mapping[str, Any]) -> str:
         model = os.path.join(workdir, MODEL)
         shutil.copyfile(os.path.join(source, PIECES), model)
         known["sentinels"] = _sentinels(model, read_json(source, CONFIG))
+    alphabet = CLASSES.get(hf["model_type"]) in ALPHABETS
+    if alphabet and ALPHABET in there and JSON not in there:
+        tokenizer.library(_lines(source)).save(os.path.join(workdir, JSON))
     known |= _template(source, hf)
     write_json(workdir, tokenizer.SIDECAR, known)
     path = tokenizer.find(workdir)
@@ -132,7 +135,11 @@ CLASSES = {
     "longformer": "RobertaTokenizer",
     "t5": "T5Tokenizer",
     "marian": "MarianTokenizer",
+    "esm": "EsmTokenizer",
 }
+# Those that read an alphabet, one token a line, and have no tokenizer.json.
+ALPHABETS = ("EsmTokenizer",)
+ALPHABET = "vocab.txt"
 
 
 def template(folder: str, hf: Mapping[str, Any]) -> Framing | None:
@@ -181,6 +188,9 @@ def _of_class(folder: str, hf: Mapping[str, Any], name: str) -> Framing:
         return [] if i is None else [i]
 
     eos = token("eos", "</s>")
+    if name == "EsmTokenizer":
+        cls, eos = token("cls", "<cls>"), token("eos", "<eos>")
+        return around(cls, eos, eos)
     if name == "BertTokenizer":
         cls, sep = token("cls", "[CLS]"), token("sep", "[SEP]")
         return around(cls, sep, sep, second=1)
@@ -210,10 +220,7 @@ def _ends(source: str, hf: Mapping[str, Any]) -> list[int]:
 
 def _vocabulary(source: str) -> dict[str, int]:
     """{token: id} of whatever vocabulary a folder has."""
-    found = {}
-    if os.path.exists(path := os.path.join(source, "vocab.txt")):
-        with open(path, encoding="utf-8-sig") as f:
-            found |= {token.rstrip("\n"): i for i, token in enumerate(f)}
+    found = {token: i for i, token in enumerate(_lines(source))}
     found |= read_json(source, "vocab.json")
     content = read_json(source, JSON)
     pieces = content.get("model", {}).get("vocab", {})
@@ -222,6 +229,15 @@ def _vocabulary(source: str) -> dict[str, int]:
     found |= pieces
     found |= {x["content"]: x["id"] for x in content.get("added_tokens", ())}
     return found if content else found | _model_pieces(source)
+
+
+def _lines(folder: str) -> list[str]:
+    """The tokens of a vocab.txt; [] without one."""
+    path = os.path.join(folder, ALPHABET)
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8-sig") as f:
+        return [token.rstrip("\n") for token in f]
 
 
 def _model_pieces(source: str) -> dict[str, int]:
@@ -272,6 +288,7 @@ def give(
         with open(os.path.join(target, JSON), "wb") as f:
             f.write(content)
         _describe(target, tok, config, types)
+        _as_alphabet(target, tok, family)
     found = tok.specials
     return {
         "pad_token_id": found.pad,
@@ -318,6 +335,20 @@ def _describe(
         if i is not None and i < len(tok.pieces):
             settings[f"{role}_token"] = tok.pieces[i]
     write_json(target, CONFIG, settings)
+
+
+def _as_alphabet(target: str, tok: Tokenizer, family: Family) -> None:
+    """Writes what a class of ALPHABETS reads, if the family has such and it fits."""
+    name = CLASSES.get(family.model_type, "")
+    if name not in ALPHABETS:
+        return
+    ours = read_json(target, JSON)
+    theirs = json.loads(tokenizer.library(tok.pieces).to_str())
+    if any(ours[k] != theirs[k] for k in ("normalizer", "pre_tokenizer", "model")):
+        return
+    with open(os.path.join(target, ALPHABET), "w", encoding="utf-8") as f:
+        f.write("\n".join(tok.pieces))
+    write_json(target, CONFIG, read_json(target, CONFIG) | {"tokenizer_class": name})
 
 
 def _remove(folder: str, names: Iterable[str]) -> None:

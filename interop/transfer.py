@@ -2,7 +2,9 @@
 
 import collections
 import fnmatch
+import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -39,6 +41,7 @@ class Import:
             known: name
             for known, name in names.items()
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
+            or re.search(self.family.left_out, known)
         }
         self.ignored = sorted(dropped.values())
         weights.names = {k: v for k, v in names.items() if k not in dropped}
@@ -78,7 +81,8 @@ class Import:
             for entry in absent
             if not all(path.split("/")[0] in fresh for path, _ in entry.elements)
         ]
-        left = [n for k, n in stored.items() if k not in expected and k not in copies]
+        known = {*expected, *copies, *self.family.constants(self.config)}
+        left = [name for key, name in stored.items() if key not in known]
         lines = []
         if left:
             lines.append(f"unknown to this model: {', '.join(sorted(left))}")
@@ -170,7 +174,12 @@ def tensors(
         return values
 
     found = entries(family, config, parameters(config, family.reads))
-    return [
+    kinds = {kind: name for name, kind in DTYPES.items()}
+    constants = [
+        Tensor(name, x.shape, kinds[x.dtype], functools.partial(np.asarray, x))
+        for name, x in family.constants(config).items()
+    ]
+    return constants + [
         Tensor(entry.name, entry.shape(), odd.get(entry.name, dtype), make(entry))
         for entry in found
     ]

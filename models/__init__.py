@@ -18,6 +18,9 @@ from triform.models.encoder import Encoder, EncoderConfig
 from triform.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from triform.models.language_model import LanguageModel, LanguageModelConfig
 from triform.models.lora import LoRA, LoRAConfig
+from triform.models.piano_roll import PianoRoll, PianoRollConfig
+from triform.models.protein import ProteinConfig
+from triform.models.recommender import Recommender, RecommenderConfig
 from triform.models.text_to_image import TextToImage, TextToImageConfig
 from triform.models.vision import VisionConfig
 
@@ -26,6 +29,7 @@ MODELS = {
     EncoderDecoderConfig: EncoderDecoder,
     LanguageModelConfig: LanguageModel,
     EncoderConfig: Encoder,
+    ProteinConfig: Encoder,
     VisionConfig: Encoder,
     LoRAConfig: LoRA,
     DistillationConfig: Distillation,
@@ -33,6 +37,8 @@ MODELS = {
     DiscreteVAEConfig: DiscreteVAE,
     TextToImageConfig: TextToImage,
     ContrastiveConfig: Contrastive,
+    PianoRollConfig: PianoRoll,
+    RecommenderConfig: Recommender,
 }
 
 

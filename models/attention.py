@@ -10,7 +10,7 @@ from triform.models.algorithms import ALGORITHMS, has_globals
 from triform.models.config import TransformerConfig
 from triform.models.layers import dense
 from triform.models.mask import Mask
-from triform.models.positions import Relative, rotate
+from triform.models.positions import POSITIONS, Relative, rotate
 
 Array = jax.Array
 
@@ -66,6 +66,9 @@ class Attention(nn.Module):
             "dropout": cfg.attention_dropout,
         }
         query = rotated(project(x, cfg.num_heads, "query"))
+        score = POSITIONS[cfg.positions].score
+        if relative is not None and score is not None:
+            options["bias"] = score(cfg, query, mask)
         if source is None:
             seen = cache.key.astype(dtype), cache.value.astype(dtype)
             out = attend(query, *seen, mask, **options)

@@ -202,10 +202,10 @@ class TransformerConfig:
             "must be even with positions='sinusoidal' (sine and cosine halves)",
         )
         require(
-            self.positions != "rotary" or self.head_width() % 2 == 0,
+            not self.positions.startswith("rotary") or self.head_width() % 2 == 0,
             "head_dim",
             f"the width of a head, {self.head_width()}, must be even with "
-            "positions='rotary', which rotates pairs of channels",
+            f"positions={self.positions!r}, which rotates pairs of channels",
         )
 
     def _validate_attention(self, require: Callable[[bool, str, str], None]) -> None:

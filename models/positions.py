@@ -1,8 +1,9 @@
-"""Position encodings: sinusoidal and learned tables, rotary, T5's relative bias.
+"""Position encodings: sinusoidal and learned tables, rotary, and relative ones.
 
 To add one: its functions here and a row in POSITIONS; trunk.positions names it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -108,10 +109,16 @@ def rotary_frequencies(config: TransformerConfig) -> tuple[np.ndarray, float]:
     return mixed, rope.attention or 0.1 * math.log(rope.factor) + 1
 
 
-def rotation(config: TransformerConfig, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines float32 [B, L, 1, E / 2] of positions int32 [B, L]."""
+def rotation(
+    config: TransformerConfig, positions: Array, stored: str = "float32"
+) -> tuple[Array, Array]:
+    """Cosines and sines float32 [B, L, 1, E / 2] of positions int32 [B, L].
+
+    Frequencies are rounded to the dtype `stored`.
+    """
     rates, factor = rotary_frequencies(config)
-    angles = positions[..., None, None].astype(jnp.float32) * rates.astype(np.float32)
+    rates = rates.astype(np.float32).astype(jnp.dtype(stored)).astype(np.float32)
+    angles = positions[..., None, None].astype(jnp.float32) * rates
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
@@ -164,8 +171,67 @@ class RelativeBias(nn.Module):
         return jnp.moveaxis(jnp.take(table, which, axis=0), -1, 1)
 
 
-def _rotary(config: TransformerConfig, mask: Mask) -> Relative:
-    return Relative(rotation=rotation(config, mask.q_positions))
+class RelativeKeys(nn.Module):
+    """Scores of queries with a learned vector a head and distance.
+
+    Shaw et al. 2018, 3.2, on keys, each layer and head with its own (Huang et al. 2018,
+    3.4). Distances from max_len on share the vector of max_len - 1. Parameters:
+    embedding [max_len or, of both directions, 2 max_len - 1, H, E].
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, query: Array, mask: Mask) -> Array:
+        """float32 [B, H, L, S] of query [B, L, H, E] and all keys of the mask."""
+        config, farthest = self.config, self.config.max_len - 1
+        width = config.head_width()
+        count = farthest + 1 + (0 if mask.causal else farthest)
+        init = nn.initializers.normal(width**-0.5)
+        table = self.param("embedding", init, (count, config.num_heads, width))
+        length, causal = query.shape[1], mask.causal
+        # Distance to a key, from the farthest before to the farthest after.
+        own = mask.aligned and mask.kv_positions.shape[1] == length
+        if own:
+            distances = np.arange(1 - length, 1 if causal else length)
+            which = np.clip(distances + farthest, 0, count - 1)
+            table = jnp.take(table, which, axis=0)
+        scores = jnp.einsum(
+            "blhe,rhe->bhlr",
+            query * config.scale(),
+            table.astype(query.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if own:
+            return skewed(scores, causal)
+        distance = mask.kv_positions[:, None, :] - mask.q_positions[:, :, None]
+        which = jnp.clip(distance + farthest, 0, count - 1)[:, None]
+        shape = *scores.shape[:3], which.shape[-1]
+        return jnp.take_along_axis(scores, jnp.broadcast_to(which, shape), -1)
+
+
+def skewed(scores: Array, causal: bool) -> Array:
+    """[B, H, L, L] by key of scores [B, H, L, R] by distance, ascending.
+
+    R is L, up to distance 0, where keys after a query are not seen (what stands there
+    means nothing), else 2 L - 1. Nothing is gathered: rows of another length begin at
+    other places (Huang et al. 2018, 3.4.1).
+    """
+    *rows, length, count = scores.shape
+    if causal:
+        padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(1, 0)])
+        return padded.reshape(*rows, length + 1, length)[..., 1:, :]
+    padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, 1)])
+    flat = padded.reshape(*rows, length * (count + 1))[..., : length * count]
+    return flat.reshape(*rows, length, count)[..., length - 1 :]
+
+
+def _relative_keys(config: TransformerConfig, query: Array, mask: Mask) -> Array:
+    return RelativeKeys(config, name="relative_keys")(query, mask)
+
+
+def _rotary(config: TransformerConfig, mask: Mask, stored: str = "float32") -> Relative:
+    return Relative(rotation=rotation(config, mask.q_positions, stored))
 
 
 def _relative(config: TransformerConfig, mask: Mask) -> Relative:
@@ -183,7 +249,11 @@ class Scheme(NamedTuple):
     embed: Callable[[TransformerConfig, Array, jnp.dtype], Array] | None = None
     # fn(config, mask) -> Relative, once for all blocks of a stack. Likewise.
     attend: Callable[[TransformerConfig, Mask], Relative] | None = None
-    biased: bool = False  # `attend` gives a bias: keys must stay in their columns
+    # fn(config, query [B, L, H, E], mask) -> [B, H, L, S], added to the scores: in
+    # every layer with parameters of its own.
+    score: Callable[[TransformerConfig, Array, Mask], Array] | None = None
+    # `attend` or `score` gives a bias: keys must stay in their columns.
+    biased: bool = False
 
 
 # A name in trunk.positions -> scheme.
@@ -191,6 +261,11 @@ POSITIONS = {
     "sinusoidal": Scheme(embed=_sinusoidal),
     "learned": Scheme(embed=_learned),
     "rotary": Scheme(attend=_rotary),
+    # Of weights that were trained with frequencies in this dtype (ESM-2).
+    "rotary_float16": Scheme(attend=functools.partial(_rotary, stored="float16")),
+    "rotary_bfloat16": Scheme(attend=functools.partial(_rotary, stored="bfloat16")),
     "relative": Scheme(attend=_relative, biased=True),
+    "relative_keys": Scheme(score=_relative_keys, biased=True),
+    "learned_relative_keys": Scheme(embed=_learned, score=_relative_keys, biased=True),
     "none": Scheme(),
 }

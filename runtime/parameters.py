@@ -25,6 +25,7 @@ ROWS: Rows = (
     (r"patches/kernel$", "height width channels > embed"),
     (r"(^|/)token$", "one one embed"),
     (r"relative_bias/embedding$", "buckets heads"),
+    (r"relative_keys/embedding$", "distances heads head"),
     (r"positions/table/embedding$", "positions embed"),
     (r"embedding$", "vocab embed"),
     (r"head/kernel$", "embed > vocab"),

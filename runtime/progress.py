@@ -21,6 +21,9 @@ from triform.runtime.units import scaled
 SOON = 2.0  # seconds after which a stage says that it has begun
 WIDE = 109  # characters of a progress line, at most
 QUIET = 20.0  # seconds between lines, at most
+# Made now: tqdm imports for it, and in a thread that may meet TFDS's lazy imports,
+# which replace those of all threads for a while.
+tqdm.get_lock()
 
 
 class Heartbeat:

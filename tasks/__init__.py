@@ -7,6 +7,7 @@ from flax import linen as nn
 from triform.tasks.autoencoding import Autoencoding, AutoencodingConfig
 from triform.tasks.base import Context, Task
 from triform.tasks.distillation import LabelDistillation, LabelDistillationConfig
+from triform.tasks.frames import FramePrediction, FramePredictionConfig
 from triform.tasks.image_coding import ImageCoding, ImageCodingConfig
 from triform.tasks.matching import Matching, MatchingConfig
 from triform.tasks.prediction import (
@@ -16,6 +17,12 @@ from triform.tasks.prediction import (
     TokenPredictionConfig,
 )
 from triform.tasks.pretraining import Pretraining, PretrainingConfig
+from triform.tasks.recommendation import (
+    ItemPrediction,
+    ItemPredictionConfig,
+    SampledItems,
+    SampledItemsConfig,
+)
 from triform.tasks.regression import Regression, RegressionConfig
 from triform.tasks.text_to_image import (
     TextToImagePrediction,
@@ -28,11 +35,14 @@ __all__ = [
     "AutoencodingConfig",
     "ClassificationConfig",
     "Context",
+    "FramePredictionConfig",
     "ImageCodingConfig",
+    "ItemPredictionConfig",
     "LabelDistillationConfig",
     "MatchingConfig",
     "PretrainingConfig",
     "RegressionConfig",
+    "SampledItemsConfig",
     "Task",
     "TextToImagePredictionConfig",
     "TokenPredictionConfig",
@@ -51,7 +61,10 @@ TASKS: dict[type, type[Task]] = {
     ImageCodingConfig: ImageCoding,
     TextToImagePredictionConfig: TextToImagePrediction,
     MatchingConfig: Matching,
+    SampledItemsConfig: SampledItems,
+    ItemPredictionConfig: ItemPrediction,
     LabelDistillationConfig: LabelDistillation,
+    FramePredictionConfig: FramePrediction,
 }
 
 

@@ -23,7 +23,7 @@ class Regression(Task):
 
     fields, needs = ("label", "label_weights"), ("label",)
     numbers = ("label",)
-    reports = ("loss", "pearson")
+    reports = ("loss", "pearson", "spearman")
 
     def weights(self, batch: Batch) -> Scalars:
         """The number of real rows."""
@@ -41,8 +41,19 @@ class Regression(Task):
         return {"loss": loss, "number": number, "true_number": batch["label"]}
 
     def score(self, rows: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Pearson's correlation; NaN where one side does not vary."""
-        return {"pearson": correlation(rows["number"], rows["true_number"])}
+        """Pearson's and Spearman's correlation; NaN where one side does not vary."""
+        found, true = rows["number"], rows["true_number"]
+        return {
+            "pearson": correlation(found, true),
+            "spearman": correlation(ranks(found), ranks(true)),
+        }
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """float64 [N]: ranks of the numbers x [N], from 1; equal ones share theirs."""
+    _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[which]
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:

@@ -15,6 +15,9 @@ from triform.models import (
     EncoderDecoderConfig,
     LanguageModelConfig,
     LoRAConfig,
+    PianoRollConfig,
+    ProteinConfig,
+    RecommenderConfig,
     TextToImageConfig,
     VisionConfig,
 )
@@ -61,6 +64,17 @@ DECODERS = {
         **LLAMA, scan_layers=True, rope=RopeConfig(10_000.0, "yarn", 4.0, 8)
     ),
     "relative, windows": lm(**T5, windows=(2, 0)),
+    "relative keys": lm(
+        positions="relative_keys", norm_position="pre", ffn="gelu", max_len=6
+    ),
+    "relative keys, scanned, grouped": lm(
+        **{**SIZES, "num_layers": 4, "num_heads": 4, "max_len": 16},
+        positions="learned_relative_keys",
+        norm_position="pre",
+        scan_layers=True,
+        num_kv_heads=2,
+        windows=(3, 0),
+    ),
     "performer": lm(**LLAMA, **PERFORMER),
     "performer, scanned, grouped": lm(
         **{**LEARNED, "norm_position": "pre", "scan_layers": True},
@@ -115,6 +129,23 @@ ENCODERS = {
         trunk(**LEARNED), VOCAB, masked_head=False, num_tags=3, num_labels=0
     ),
     "relative encoder": EncoderConfig(trunk(**T5), VOCAB, num_types=0),
+    "esm": ProteinConfig(
+        trunk(positions="rotary_float16", norm_position="pre", ffn="gelu"),
+        VOCAB,
+        num_labels=2,
+        mask_id=5,
+    ),
+    "embedded masks": ProteinConfig(
+        trunk(**LEARNED),
+        VOCAB,
+        masked_head=False,
+        num_tags=3,
+        mask_id=5,
+        masked_share=0.0,
+    ),
+    "relative keys encoder": EncoderConfig(
+        trunk(positions="relative_keys", max_len=6), VOCAB, num_types=0
+    ),
 }
 VISIONS = {
     "vit": VisionConfig(
@@ -162,6 +193,10 @@ OTHERS = {
         text_len=6,
         grid=3,
     ),
+    "sasrec": RecommenderConfig(trunk(**LEARNED, norm_position="pre"), VOCAB),
+    "bert4rec": RecommenderConfig(
+        trunk(**LEARNED), VOCAB, causal=False, scale=False, output_layer=True
+    ),
     "contrastive": ContrastiveConfig(
         trunk(**LEARNED, norm_position="pre"),
         trunk(**LEARNED, norm_position="pre"),
@@ -171,6 +206,9 @@ OTHERS = {
         channels=1,
         width=5,
     ),
+    "piano roll": PianoRollConfig(
+        trunk(positions="learned_relative_keys", norm_position="pre"), num_keys=5
+    ),
 }
 FAMILIES = {**DECODERS, **T5S, **ENCODERS, **VISIONS, **ADAPTED, **OTHERS}
 
@@ -178,7 +216,7 @@ FAMILIES = {**DECODERS, **T5S, **ENCODERS, **VISIONS, **ADAPTED, **OTHERS}
 def batch_of(config, rows=3, seed=0):
     """A batch that the config's model can read, every row full."""
     rng = np.random.default_rng(seed)
-    sizes, batch = {"B": rows, "L": LENGTH, "S": LENGTH, **config.axes()}, {}
+    sizes, batch = dict.fromkeys("LST", LENGTH) | {"B": rows, **config.axes()}, {}
     for name, (axes, dtype) in config.reads().items():
         shape = [sizes[a] for a in axes]
         if dtype == "float32":

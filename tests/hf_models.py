@@ -19,6 +19,7 @@ from triform.models import (
     EncoderConfig,
     EncoderDecoderConfig,
     LoRAConfig,
+    ProteinConfig,
     VisionConfig,
 )
 
@@ -45,6 +46,8 @@ T5 = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2
 T5 |= {"num_heads": 4, "decoder_start_token_id": 0}
 VIT = {k: v for k, v in BERT.items() if k[0] not in "vm"} | {"image_size": 12}
 VIT |= {"patch_size": 4, "num_labels": 5}
+ESM = BERT | {"max_position_embeddings": 128, "position_embedding_type": "rotary"}
+ESM |= {"token_dropout": True, "mask_token_id": 32, "pad_token_id": 1}
 MARIAN = {"vocab_size": VOCAB, "d_model": 16, "max_position_embeddings": 128}
 MARIAN |= {"pad_token_id": VOCAB - 1, "decoder_start_token_id": VOCAB - 1}
 MARIAN |= {
@@ -97,6 +100,15 @@ CASES = {
         "LongformerForTokenClassification",
         LONGFORMER
         | {"num_hidden_layers": 3, "attention_window": [12, 4, 6], "num_labels": 5},
+    ),
+    "esm": ("EsmForMaskedLM", ESM),
+    "esm-label": (
+        "EsmForSequenceClassification",
+        ESM | {"num_labels": 1, "layer_norm_eps": 1e-5, "rope_theta": 100.0},
+    ),
+    "esm-tags": (
+        "EsmForTokenClassification",
+        ESM | {"num_labels": 5, "token_dropout": False, "num_hidden_layers": 3},
     ),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2-untied": (
@@ -276,7 +288,10 @@ def both(model, config, params) -> list[tuple[np.ndarray, np.ndarray]]:
         batch = {"encoder_inputs": tokens, "encoder_segments": real, "inputs": targets}
         return [(theirs.numpy(), ours(config, params, batch)["targets"])]
     batch = {"inputs": tokens, "segments": real}
-    if isinstance(inner, EncoderConfig):
+    if isinstance(inner, ProteinConfig):
+        tokens[0, ::3] = inner.mask_id
+        given["input_ids"] = tokens.astype(np.int64)
+    elif isinstance(inner, EncoderConfig):
         kinds = np.random.default_rng(1).integers(0, inner.num_types, tokens.shape)
         given["token_type_ids"], batch["token_type_ids"] = kinds, kinds.astype(np.int32)
         if inner.trunk.attention == "local":  # its classifier does so unasked

@@ -41,6 +41,7 @@ FACTS = {
         ("sequence", "ss3", "mask"),
         {"train": 9_712, "validation": 1_080, "test": 364},
     ),
+    "sasrec_video": (("user", "item"), {"train": 31_013}),
 }
 # Corpus -> small files of ours, and examples of every split.
 FLIP = "id\tsplit\tsequence\tss3\tmask\n"
@@ -293,6 +294,7 @@ SMALL = {
             "c\ttest\tK\tC\t0\n".encode()
         )
     },
+    "sasrec_video": {"Video.txt.gz": gzip.compress(b"7 3\n7 1\n2 3\n")},
 }
 
 
@@ -399,6 +401,12 @@ def test_wikitext2_cuts_at_titles_only(tmp_path, alone):
             "ss3.tsv.xz",
             lzma.compress(f"{FLIP}a\ttrain\tMK\n".encode()),
             "is not a table of id, split, sequence, ss3, mask",
+        ),
+        (
+            "sasrec_video",
+            "Video.txt.gz",
+            gzip.compress(b"1 2\n1 2 3\n"),
+            "line 2: must hold a user and an item",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and value in FACTS else "",

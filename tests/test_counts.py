@@ -120,6 +120,12 @@ def test_sizes_are_the_published_ones(name):
 
 # (config file, variant): parameters, as its header has them.
 COUNTS = {
+    ("esm2", "8m"): 7_512_353,
+    ("esm2", "35m"): 33_501_153,
+    ("esm2", "150m"): 148_139_553,
+    ("esm2", "650m"): 651_042_593,
+    ("esm2", "3b"): 2_839_004_193,
+    ("esm2", "15b"): 15_129_098_273,
     ("gpt2", "small"): 124_439_808,
     ("gpt2", "medium"): 354_823_168,
     ("gpt2", "large"): 774_030_080,

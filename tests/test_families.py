@@ -60,6 +60,15 @@ CHANGED = {
         "pool": "mean",
     },
     "tagger": {"num_tags": 4},
+    "esm": {
+        "vocab_size": 13,
+        "masked_head": False,
+        "num_labels": 3,
+        "pool": "mean",
+        "mask_id": 6,
+        "masked_share": 0.2,
+    },
+    "embedded masks": {"num_tags": 4, "num_types": 2, "position_offset": 1},
     "vit": {"patch_size": 6, "num_labels": 4, "pool": "mean", "channels": 2},
     "vit, mean": {"image_size": 16},
     "lora": {
@@ -94,6 +103,8 @@ CHANGED = {
         "dtype": "bfloat16",
     },
     "dalle": {"vocab_size": 13, "num_codes": 14, "text_len": 5, "grid": 2},
+    "piano roll": {"num_keys": 7},
+    "sasrec": {"num_items": 13, "causal": False, "scale": False, "output_layer": True},
     "contrastive": {
         "text": trunk(),
         "image": trunk(positions="learned", num_layers=1),
@@ -214,9 +225,10 @@ def test_prompts_of_any_padding_are_continued_alike(name):
 
 
 PACKED = (
-    *("gpt2", "llama", "mistral", "relative, windows", "t5", "t5 v1.1"),
-    *("patterns, parallel", "parallel pairs"),
-    *("bert", "roberta", "tagger", "relative encoder"),
+    *("gpt2", "llama", "mistral", "relative, windows", "relative keys", "t5"),
+    *("t5 v1.1", "patterns, parallel", "parallel pairs", "bert", "roberta"),
+    *("tagger", "relative encoder", "relative keys encoder", "esm", "sasrec"),
+    "bert4rec",
 )
 
 
@@ -230,8 +242,9 @@ def test_packed_equals_separate(packed, name):
     else:
         batch["segments"] = real_positions(*lengths)
     apply, variables = applied(config), {"params": init(config, batch)}
-    separate = apply(variables, batch)["targets"]
-    logits = apply(variables, packed(batch, lengths, sources))["targets"][0]
+    key = next(iter(config.outputs()))
+    separate = apply(variables, batch)[key]
+    logits = apply(variables, packed(batch, lengths, sources))[key][0]
     expected = np.concatenate([separate[r, :n] for r, n in enumerate(lengths)])
     np.testing.assert_allclose(logits[:-1], expected, **CLOSE)
     assert np.isfinite(logits).all()
@@ -240,7 +253,8 @@ def test_packed_equals_separate(packed, name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("gpt2", "llama", "relative, windows", "t5", "bert", "vit"),
+        *("gpt2", "llama", "relative, windows", "relative keys", "t5", "bert"),
+        "vit",
         *("patterns, parallel", "parallel pairs", "lora"),
     ],
 )
@@ -270,7 +284,7 @@ def test_restacking_layers_is_undone(windows):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "llama", "relative, windows", "t5", "patterns, parallel"]
+    "name", ["gpt2", "llama", "relative, windows", "t5", "patterns, parallel", "sasrec"]
 )
 def test_a_future_token_cannot_change_the_past(name):
     config = FAMILIES[name]
@@ -279,7 +293,8 @@ def test_a_future_token_cannot_change_the_past(name):
     inputs = batch["inputs"]
     for t in range(LENGTH):  # row t differs from the last row from position t on
         inputs[t, t:] = (inputs[t, t:] + 1) % VOCAB
-    logits = applied(config)({"params": init(config, batch)}, batch)["targets"]
+    found = applied(config)({"params": init(config, batch)}, batch)
+    logits = found[next(iter(config.outputs()))]
     for t in range(LENGTH):
         np.testing.assert_allclose(logits[t, :t], logits[-1, :t], rtol=0, atol=1e-6)
         assert (np.abs(logits[t, t:] - logits[-1, t:]).max(-1) > 1e-4).all()

@@ -90,7 +90,7 @@ ROWS = {
         ("data.store",),
         ("data.encoding",),
         ("data.codecs*", "data.sources*", "data.batch"),
-        ("data.progress", "data.lines"),
+        ("data.progress", "data.lines", "data.music"),
     ),
 }
 # (module, what a function of it imports): why not at the top.
@@ -98,6 +98,7 @@ LATE = {
     ("data.sources.files", "triform.data.sources"): "pyarrow costs 0.2 s",
     ("data.sources.formats", "triform.data.sources"): "pyarrow costs 0.2 s",
     ("data.sources.streams", "pyarrow"): "0.2 s, which zstandard alone needs",
+    ("data.music", "mido"): "an extra",
     ("data.sources", "triform.data.sources.tfds_source"): "TFDS costs 0.5 s",
     ("data.sources.digits", "sklearn.datasets"): "it costs 2 s",
     ("models.algorithms.flash", "jax.experimental.pallas.ops.tpu"): "TPUs only",

@@ -11,6 +11,8 @@ from triform.data.datasets import (
     CausalLMConfig,
     ImageCodesConfig,
     ImagesConfig,
+    InteractionsConfig,
+    MaskedInteractionsConfig,
     MaskedLMConfig,
     Seq2SeqConfig,
     SequenceClassificationConfig,
@@ -25,6 +27,7 @@ from triform.models import (
     EncoderConfig,
     EncoderDecoderConfig,
     LanguageModelConfig,
+    RecommenderConfig,
     TextToImageConfig,
     VisionConfig,
 )
@@ -36,10 +39,12 @@ from triform.tasks import (
     AutoencodingConfig,
     ClassificationConfig,
     ImageCodingConfig,
+    ItemPredictionConfig,
     LabelDistillationConfig,
     MatchingConfig,
     PretrainingConfig,
     RegressionConfig,
+    SampledItemsConfig,
     TextToImagePredictionConfig,
     TokenPredictionConfig,
     TokenRegressionConfig,
@@ -119,6 +124,18 @@ SYSTEMS = {
         ),
         TextToImagePredictionConfig(),
         ImageCodesConfig(**TEXT, grid=2),
+    ),
+    "sasrec": (
+        RecommenderConfig(trunk(**LEARNED), VOCAB),
+        SampledItemsConfig(),
+        InteractionsConfig(**TEXT, negatives=2),
+    ),
+    "bert4rec": (
+        RecommenderConfig(
+            trunk(**LEARNED), VOCAB, causal=False, scale=False, output_layer=True
+        ),
+        ItemPredictionConfig(label_smoothing=0.1),
+        MaskedInteractionsConfig(**TEXT),
     ),
     "distillation": (
         # The teacher's dropout is off, or no two runs would agree.

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import time
 
 import jax.numpy as jnp
@@ -138,3 +140,9 @@ def test_flops_are_told_with_their_share_of_the_peak_on_one_line(run, capsys):
     # Of one step they are not known: nothing is said.
     fast.update(999_999, measured(), 10, 0)
     assert "train/flops_per_second" not in fast.update(10**6, measured(), 10, 5)
+
+
+def test_the_lock_of_lines_is_there_before_a_thread_writes():
+    """tqdm imports for it, which another thread's lazy imports may intercept."""
+    code = "from triform.runtime import progress; assert progress.tqdm._lock"
+    subprocess.run([sys.executable, "-c", code], check=True)

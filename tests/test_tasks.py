@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from triform import models, tasks
 from triform.runtime.metrics import CalibrationError, Mean, values
@@ -372,7 +373,7 @@ def test_a_distribution_of_labels_is_the_expectation_over_them(train):
     assert assess(TRAINED, logits, certain, train)[1] == pytest.approx(plain, rel=1e-6)
 
 
-def test_regression_is_squared_error_and_pearsons_correlation():
+def test_regression_is_squared_error_and_two_correlations():
     rng = np.random.default_rng(0)
     label = rng.uniform(0, 5, 40).astype(np.float32)
     found = (0.5 * label + rng.standard_normal(40)).astype(np.float32)
@@ -393,6 +394,10 @@ def test_regression_is_squared_error_and_pearsons_correlation():
     far = {k: x.astype(np.float64) + 1e6 for k, x in rows.items()}
     assert task.score(far)["pearson"] == pytest.approx(pearson, abs=1e-9)
     assert_parts_add_up(RegressionConfig(), logits, batch, True)
+    # Ranks alone count; equal numbers share theirs.
+    some = {"number": np.exp(rows["number"]), "true_number": rows["true_number"] // 1}
+    expected = scipy.stats.spearmanr(*some.values()).statistic
+    assert task.score(some)["spearman"] == pytest.approx(expected, abs=1e-12)
     # Without spread there is no correlation.
     flat = rows | {"number": np.full(counted.sum(), 2.0, np.float32)}
     assert math.isnan(task.score(flat)["pearson"])

@@ -341,7 +341,7 @@ NAMES = [
 def test_smoke(name, tmp_path, cache, shared_data, monkeypatch):
     """The smoke variant of every config trains, evaluates, saves and scores."""
     data = importlib.import_module(f"triform.configs.{name}").get_config("smoke").data
-    read = data.features() if hasattr(data, "features") else (data,)
+    read = data.features() or (data,)
     for source in {part.source for part in read} & BUILDERS.keys():
         shared_data(BUILDERS[source].folder)
     monkeypatch.setenv("TFDS_DATA_DIR", str(cache / "tfds"))

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from laws import flat, update
 from PIL import Image
-from test_placements import LENGTH, ROWS, SYSTEMS, TRAINED, batch_of, experiment
+from test_placements import (
+    LENGTH,
+    ROWS,
+    SYSTEMS,
+    TRAINED,
+    VOCAB,
+    batch_of,
+    experiment,
+)
 
 from triform import evaluate, train, workdir
 from triform.configs import autoencoder_mnist, bert_finetune, distill_mr_sentiment
@@ -33,6 +41,7 @@ EXACT = {
     "autoencoder": {"task.latent_penalty": 1e-5},
     "distillation": {"task.label_share": 0.0},
     "discrete vae": {"task.kl_weight": 0.0},
+    "bert4rec": {"task.label_smoothing": 0.0},
 }
 
 
@@ -54,6 +63,8 @@ def exact(name):
             x[real] = 1
         elif key == "masked_positions":  # each once
             x[real] = np.arange(LENGTH)[-x.shape[1] :]
+        elif key == "negatives":  # others than the targets
+            x[real] = (batch["targets"][real][..., None] + 1) % VOCAB
         elif key in ("inputs", "encoder_inputs", "text"):  # no two rows begin alike
             x[real, 0] = np.arange(ROWS)[real]
     return made, batch

@@ -35,6 +35,10 @@ class Classes:
         """Number of a class; -1 if there is none of that name."""
         return self._numbers.get(name, self._folded.get(name.casefold(), -1))
 
+    def exact(self, names: Sequence[str]) -> np.ndarray:
+        """int32 [N] of names, to the letter; -1 for what is no class."""
+        return np.array([self._numbers.get(name, -1) for name in names], np.int32)
+
     def holds(self, names: Sequence[str]) -> bool:
         """Are all of these names of classes here?"""
         return all(self.number(name) >= 0 for name in names)

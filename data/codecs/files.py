@@ -34,6 +34,7 @@ def build(config: Any, sizes: Mapping[str, int], earlier: str = "") -> dict[str,
             codecs["text"] = _build_tokenizer(config, sizes["vocab_size"])
         path = config.tokenizer.path or earlier or config.tokenizer.kind
         _require_rows(codecs["text"], sizes["vocab_size"], path)
+        _require_mask(codecs["text"], sizes)
     if hasattr(config, "template"):
         path = config.tokenizer.path
         folder = os.path.dirname(path) if path else earlier
@@ -69,6 +70,16 @@ def _require_rows(tok: Tokenizer, rows: int, path: str) -> None:
         raise DataError(
             f"model.vocab_size={rows}: the tokenizer {path} has {tok.vocab_size} "
             "ids; raise it to at least that"
+        )
+
+
+def _require_mask(tok: Tokenizer, sizes: Mapping[str, int]) -> None:
+    """DataError if a model that knows its mask token knows another one."""
+    known = sizes.get("mask_id", tok.mask)
+    if known != tok.mask:
+        fix = "set it to that" if tok.mask is not None else "take another tokenizer"
+        raise DataError(
+            f"model.mask_id={known}: the tokenizer's mask token is {tok.mask}; {fix}"
         )
 
 

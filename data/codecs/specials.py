@@ -17,7 +17,7 @@ NAMES = {
     "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
     "unk": ("<unk>", "[UNK]"),
     "bos": ("<s>", "<bos>", "<|begin_of_text|>"),
-    "cls": ("[CLS]",),
+    "cls": ("[CLS]", "<cls>"),
     "sep": ("[SEP]",),
     "mask": ("[MASK]", "<mask>"),
 }
@@ -67,8 +67,11 @@ def recognise(pieces: Sequence[str], **known) -> Specials:
         role: next((ids[n] for n in names if n in ids), None)
         for role, names in NAMES.items()
     }
-    if "<mask>" in ids:  # RoBERTa, BART: the ends of a text are these
-        found |= {"cls": ids.get("<s>"), "sep": ids.get("</s>")}
+    if "<mask>" in ids:  # RoBERTa and BART, ESM: the ends of a text are these
+        found |= {
+            "cls": ids.get("<s>", found["cls"]),
+            "sep": ids.get("</s>", ids.get("<eos>")),
+        }
     sentinels = itertools.takewhile(
         ids.__contains__, map("<extra_id_{}>".format, range(len(ids)))
     )

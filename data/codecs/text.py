@@ -15,6 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from triform.data.codecs.framing import from_processor
 from triform.data.codecs.pieces import pieces
+from triform.data.codecs.residues import ALPHABET, library
 from triform.data.codecs.specials import (
     EOS,
     PAD,
@@ -30,15 +31,17 @@ __all__ = ["Specials", "Stream", "Tokenizer", "well_formed"]
 
 SPACE = "\u2581"  # stands for a space in pieces of SentencePiece and its like
 MOST_BYTES = 1 << 20  # of a line, when a unigram model is trained
-KEPT_WORDS = 1 << 18  # words whose ids are kept while a corpus is encoded
-KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars")
+KINDS = ("bpe", "wordpiece", "unigram", "bytes", "chars", "residues")
+BY_CHARACTER = ("chars", "residues")  # whose words are single characters
 
 
 @dataclasses.dataclass
 class TokenizerConfig:
     """How text becomes ids. Its size is the model's vocab_size."""
 
-    kind: str = "bpe"  # trained subwords, or bytes or characters as they are
+    # Trained subwords, or bytes or characters as they are; or the fixed alphabet of
+    # protein language models (codecs/residues.py).
+    kind: str = "bpe"
     lowercase: bool = False  # cannot be undone: decoded text is lower-case too
     path: str = ""  # an existing tokenizer.json or .model, instead of training one
     corpora: tuple[str, ...] = ()  # 'source:feature' to train on besides the data
@@ -48,6 +51,11 @@ class TokenizerConfig:
         if self.kind not in KINDS:
             raise ValueError(
                 f"data.tokenizer.kind={self.kind!r}: expected one of {', '.join(KINDS)}"
+            )
+        if self.lowercase and self.kind == "residues":
+            raise ValueError(
+                "data.tokenizer.lowercase=True: the alphabet of residues has capitals "
+                "only; set it to False"
             )
         if not all(isinstance(x, str) and ":" in x for x in self.corpora):
             raise ValueError(
@@ -71,12 +79,6 @@ class HuggingFaceTokenizer(Tokenizer):
         core.no_truncation()
         if isinstance(core.model, models.WordPiece):
             self.joiner = core.model.continuing_subword_prefix
-
-    def expect_corpus(self) -> None:
-        """Keeps the ids of more words than the library does by itself, 10,000."""
-        resize = getattr(self.core.model, "_resize_cache", None)
-        if resize is not None:  # models without merges have no cache
-            resize(KEPT_WORDS)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         """Encoded in parallel."""
@@ -206,6 +208,8 @@ def train(
     """
     if config.kind == "bytes":
         return ByteTokenizer(config.lowercase, specials)
+    if config.kind == "residues":
+        return residues()
     names = [*SPECIALS, *specials]
     if config.kind == "unigram":
         return _train_unigram(config, texts, vocab_size, names)
@@ -312,6 +316,11 @@ def _sentencepiece(**options) -> None:
             f"model.vocab_size={options['vocab_size']}: sentencepiece cannot train "
             f"that ({str(error).splitlines()[-1]}); raise it or use another kind"
         ) from error
+
+
+def residues(pieces: Sequence[str] = ALPHABET) -> Tokenizer:
+    """The tokenizer of an alphabet of residues; ids are those of EsmTokenizer."""
+    return HuggingFaceTokenizer(library(pieces), recognise(pieces))
 
 
 def load(path: str) -> Tokenizer:

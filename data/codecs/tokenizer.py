@@ -99,9 +99,6 @@ class Tokenizer:
         """One int32 array per text, literally."""
         return self.encode(texts)
 
-    def expect_corpus(self) -> None:
-        """Takes some memory to encode much text faster; the ids stay the same."""
-
     def prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids that a language model is to continue, one int32 array per text.
 

@@ -22,7 +22,20 @@ from triform.data.datasets.captions import (
 from triform.data.datasets.causal_lm import CausalLM, CausalLMConfig
 from triform.data.datasets.conversations import Conversations, ConversationsConfig
 from triform.data.datasets.images import Images, ImagesConfig
+from triform.data.datasets.interactions import (
+    Interactions,
+    InteractionsConfig,
+    MaskedInteractions,
+    MaskedInteractionsConfig,
+)
 from triform.data.datasets.masked_lm import MaskedLM, MaskedLMConfig
+from triform.data.datasets.music import (
+    MusicInpainting,
+    MusicInpaintingConfig,
+    MusicTokens,
+    MusicTokensConfig,
+)
+from triform.data.datasets.piano_roll import Frames, FramesConfig
 from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.seq2seq import Corpus, MixtureConfig, Seq2Seq, Seq2SeqConfig
 from triform.data.datasets.sequence_classification import (
@@ -46,11 +59,16 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "Epoch",
+    "FramesConfig",
     "ImageCodesConfig",
     "ImagesConfig",
+    "InteractionsConfig",
     "Item",
+    "MaskedInteractionsConfig",
     "MaskedLMConfig",
     "MixtureConfig",
+    "MusicInpaintingConfig",
+    "MusicTokensConfig",
     "Requests",
     "Seq2SeqConfig",
     "SequenceClassificationConfig",
@@ -75,6 +93,11 @@ DATASETS = {
     ImagesConfig: Images,
     CaptionedImagesConfig: CaptionedImages,
     ImageCodesConfig: ImageCodes,
+    MusicTokensConfig: MusicTokens,
+    MusicInpaintingConfig: MusicInpainting,
+    FramesConfig: Frames,
+    InteractionsConfig: Interactions,
+    MaskedInteractionsConfig: MaskedInteractions,
 }
 
 

@@ -12,6 +12,7 @@ from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets.requests import Requests, framing
+from triform.data.sources import Source
 from triform.data.sources.formats import TXT_EXAMPLES
 from triform.data.store import Feature
 from triform.runtime import paths
@@ -32,7 +33,8 @@ class DataConfig:
     # A file, folder or pattern, or several with commas between; or the name of an
     # embedded source, one of ours, or a public one of TFDS.
     source: str = "cldr"
-    txt_example: str = "file"  # of text files an example is a file, passage or line
+    # Of text files an example is a file, passage, line or choice (formats.CHOICE).
+    txt_example: str = "file"
     held_out: float = 0.05  # share of files for validation, and for test, if none is
     train_split: str = "train"  # what is trained on
     eval_split: str = "validation"  # scored while training; see evaluation.every
@@ -68,6 +70,12 @@ class DataConfig:
     def features(self) -> tuple[Feature, ...]:
         """What is read of every example, besides images."""
         return ()
+
+    def opened(self, name: str, found: Source, cache: str) -> Source:
+        """A source as this kind of data reads it: with examples and splits of its own,
+        if it has such. What is made of it may be kept in the folder `cache`.
+        """
+        return found
 
     def make_absolute(self) -> None:
         """Makes paths absolute, so that the config means the same from any folder."""

@@ -41,6 +41,7 @@ class Requests:
     continues: ClassVar[bool] = False  # what is written goes on with the request
     gives: ClassVar[tuple[str, ...]] = ("text", "score")  # fields of an answer
     example: ClassVar[str] = "..."  # of a command line
+    most: int = 10  # entries of an answer that is a list
 
     def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
         self.config, self.codecs, self.sizes = config, codecs, sizes

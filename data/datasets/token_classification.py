@@ -9,6 +9,7 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
+from triform.data.codecs.text import BY_CHARACTER
 from triform.data.codecs.tokenizer import well_formed
 from triform.data.datasets.base import TARGETS, Dataset, Epoch, labels
 from triform.data.datasets.requests import Item, Requests
@@ -71,7 +72,7 @@ class Tagged(Requests):
     """Words, each of which a model gives a tag.
 
     A text is divided at spaces, or into its characters if the tokenizer is one of
-    characters.
+    characters or residues.
     """
 
     columns, gives = ("tokens",), ("tags",)
@@ -82,7 +83,7 @@ class Tagged(Requests):
             request = {"tokens": request}
         (value,), notes = self.values(request)
         if isinstance(value, str):
-            by_character = self.config.tokenizer.kind == "chars"
+            by_character = self.config.tokenizer.kind in BY_CHARACTER
             value = list(value.strip()) if by_character else value.split()
         words = [well_formed(str(word)) for word in each(value)]
         ids = self.tok.encode_batch(words)

@@ -17,6 +17,7 @@ from triform.data.sources.base import (
     local_copy,
 )
 from triform.data.sources.files import FileSource
+from triform.data.sources.midi_files import MidiSource
 from triform.data.sources.pictures import PictureSource
 
 __all__ = [
@@ -42,7 +43,8 @@ SOURCES: dict[str, Callable[[str, str, str, Reading], Source]] = {
 BUILDERS = (
     *("multi30k_translate", "tinyshakespeare", "wikitext2", "classic_books"),
     *("clinc150", "mr_sentiment", "movie_reviews", "flip_ss3", "mnist"),
-    *("captioned_mnist", "noto_emoji"),
+    *("captioned_mnist", "noto_emoji", "jsb_chorales", "jsb_chorales_quarter"),
+    "sasrec_video",
 )
 
 
@@ -78,7 +80,7 @@ def source(
         texts = [c.name for c in reading.columns if c.is_text]
         found = locate.find(name, reading.txt_example, texts)
         kind = PictureSource if found.pictures else FileSource
-        return kind(name, found, reading)
+        return (MidiSource if found.midi else kind)(name, found, reading)
     # Not at the top: TFDS costs half a second, some 50 MB and a long list of
     # dependencies, which training on an embedded source need not pay.
     from triform.data.sources.tfds_source import TfdsSource

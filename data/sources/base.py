@@ -55,6 +55,7 @@ class Column:
     key: str  # of the config: 'label' of data.label
     name: str
     is_text: bool = True  # else labels: numbers or names
+    divided: bool = False  # of labels: a text has one in each of its characters
 
 
 @dataclasses.dataclass(frozen=True)

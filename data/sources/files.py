@@ -64,7 +64,7 @@ class FileSource(Divided):
     def index(self) -> Index:
         """What a pass over all files found, once for every content."""
         folder = self.reading.cache
-        labels = sorted(c.name for c in self.columns if not c.is_text)
+        labels = sorted((c.name, c.divided) for c in self.columns if not c.is_text)
         name = f"index-{self._digest(self.files, labels)}.npz"
         path = os.path.join(folder, name) if folder else ""
         found = Index.load(path) if path else None
@@ -137,7 +137,10 @@ class FileSource(Divided):
             if column.is_text:
                 values[column.name] = indexes.cleaned(value)
             else:
-                kind = self.index.kinds[column.name]
+                kind, value = (
+                    self.index.kinds[column.name],
+                    indexes.divided(value, column),
+                )
                 values[column.name] = indexes.converted(value, kind)
         return values
 

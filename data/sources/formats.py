@@ -13,13 +13,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from triform.data.sources.streams import LONGEST, Lines, opened
+from triform.data.sources import fasta
+from triform.data.sources.streams import LONGEST, Lines, opened, plain_name
 from triform.runtime.errors import DataError
 
-TXT_EXAMPLES = ("file", "passage", "line")
+TXT_EXAMPLES = ("file", "passage", "line", "choice")
 PASSAGE = 16_384  # characters: a passage ends with the line that reaches them
 WHOLE = LONGEST  # characters: a longer file is read as several documents
 TEXT = "text"  # the column of text files
+CHOICE = ("user", "item", "time")  # the columns of text files of choices
 
 Position = tuple[int, ...]  # lines (or rows) read, then bytes read of every file
 Numbered = Iterator[tuple[int, dict[str, Any]]]
@@ -39,7 +41,7 @@ class File:
 
     paths: tuple[str, ...]
     format: str  # a key of FORMATS, or 'arrow'
-    columns: tuple[str, ...] = ()  # of aligned files, one a path
+    columns: tuple[str, ...] = ()  # of aligned files and FASTA's labels, one a path
     split: str = ""  # which split its name says; '': none
 
     @property
@@ -127,6 +129,24 @@ def _lines(lines: Sequence[Lines], file: File) -> Numbered:
         yield lines[0].number, {TEXT: line.removesuffix("\n")}
 
 
+def _choices(lines: Sequence[Lines], file: File) -> Numbered:
+    """'user item' or 'user item time' a line, all alike; blank ones are left out."""
+    count = 0
+    for line in lines[0]:
+        words = line.split()
+        if not words:
+            continue
+        count = count or len(words)
+        if len(words) != count or count not in (2, 3):
+            raise DataError(
+                f"{file.where(lines[0].number)}: has {len(words)} words where "
+                f"{count if count in (2, 3) else '2 or 3'} are expected: "
+                f"{' '.join(CHOICE[: min(count, 3)])}; correct the line, or give a "
+                "table with a header"
+            )
+        yield lines[0].number, dict(zip(CHOICE, words, strict=False))
+
+
 def _aligned(lines: Sequence[Lines], file: File) -> Numbered:
     """One row a line number; blank lines count."""
     while True:
@@ -145,6 +165,54 @@ def _unequal(lines: Sequence[Lines]) -> DataError:
             pass
     counts = " and ".join(f"{one.path} has {one.number:,} lines" for one in lines)
     return DataError(f"{counts}: line n of each must say the same; correct the files")
+
+
+# Sequences
+
+
+def _fasta(lines: Sequence[Lines], file: File) -> Numbered:
+    """Records, each with the labels that the other paths have for its id.
+
+    A path with a column is FASTA, whose texts are the column's values; else a table.
+    """
+    first, *others = lines
+    labels = [
+        _labels(one, column)
+        for one, column in zip(others, file.columns[1:], strict=True)
+    ]
+    return _labelled(first, others, labels)
+
+
+def _labels(lines: Lines, column: str) -> dict[str, dict[str, Any]]:
+    """{id: values}."""
+    if column:
+        return {
+            header.split()[0]: {column: text}
+            for _, header, text in fasta.records(lines)
+        }
+    table, found = File((lines.path,), "tsv"), {}
+    delimiter = "\t" if plain_name(lines.path).lower().endswith(".tsv") else ","
+    for number, row in _separated(lines, table, delimiter):
+        name = row.pop("id", None)
+        if name is None or name in found:
+            rule = "has no column 'id'" if name is None else f"has {name!r} twice"
+            raise DataError(f"{table.where(number)}: {rule}; correct the labels")
+        found[name] = row
+    return found
+
+
+def _labelled(
+    lines: Lines, others: Sequence[Lines], labels: Sequence[dict[str, dict[str, Any]]]
+) -> Numbered:
+    for number, row in fasta.sequences(lines):
+        for one, known in zip(others, labels, strict=True):
+            if row["id"] not in known:
+                raise DataError(
+                    f"{lines.path}, line {number}: {row['id']!r} is not in {one.path}; "
+                    "add its labels or remove the record"
+                )
+            row |= known[row["id"]]
+        yield number, row
 
 
 # Tables
@@ -270,7 +338,9 @@ FORMATS = {
     "file": Format(_whole, longest=LONGEST),
     "passage": Format(_passages, longest=LONGEST),
     "line": Format(_lines),
+    "choice": Format(_choices),
     "aligned": Format(_aligned),
+    "fasta": Format(_fasta),
     "csv": Format(_csv),
     "tsv": Format(_tsv),
     "jsonl": Format(_jsonl),

@@ -228,6 +228,7 @@ class Labels:
 
     def add(self, value: Any, row: Row, file: File) -> None:
         """Takes the labels of a row; DataError if one is missing or is neither."""
+        value = divided(value, self.column)
         for x in value if isinstance(value, list) else [value]:
             key = type(x), x if isinstance(x, str | int | float) else None
             if key in self.seen:
@@ -277,6 +278,8 @@ def kind_of(value: str | int | float) -> str:
         return "int" if isinstance(value, int) else "float"
     if INTEGER.fullmatch(value):
         return "int"
+    if value.isdecimal():  # "007" is a name: as a number it would be that of "7"
+        return "text"
     try:
         float(value)
     except ValueError:
@@ -285,6 +288,11 @@ def kind_of(value: str | int | float) -> str:
 
 
 CONVERT = {"int": int, "float": float, "bool": bool, "text": str}
+
+
+def divided(value: Any, column: Column) -> Any:
+    """The value of a row; a text that has a label in each character as a list."""
+    return list(value) if column.divided and isinstance(value, str) else value
 
 
 def converted(value: Any, kind: str) -> Any:

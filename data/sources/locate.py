@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
+from triform.data.music import SUFFIXES as MIDI
 from triform.data.sources.formats import File
 from triform.data.sources.streams import plain_name
 from triform.runtime import paths
@@ -21,6 +22,7 @@ TABLES = {
     ".tsv": "tsv",
     ".parquet": "arrow",
     ".arrow": "arrow",
+    **dict.fromkeys((".fasta", ".fa", ".faa"), "fasta"),
 }
 TEXTS = (".txt", ".text")
 PICTURES = (
@@ -37,7 +39,8 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     "test": "test",
 }
-KNOWN = (*TEXTS, *TABLES, *PICTURES)
+KINDS = ("table", "text", "picture", "midi", "other")  # what files are
+KNOWN = (*TEXTS, *TABLES, *PICTURES, *MIDI)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Found:
 
     files: tuple[File, ...] = ()  # of rows
     pictures: tuple[File, ...] = ()  # one a picture, or the tables that name them
+    midi: tuple[File, ...] = ()  # one a piece of music
     root: str = ""  # what names of splits and classes are relative to
 
 
@@ -94,12 +98,14 @@ def find(source: str, txt_example: str, columns: Sequence[str]) -> Found:
     if len(parts) > 1 or not os.path.isdir(root):
         root = os.path.commonpath([os.path.dirname(path) for path in listed])
     named = len(listed) > 1 or os.path.isdir(parts[0])
-    kinds: dict[str, list[str]] = {"table": [], "text": [], "picture": [], "other": []}
+    kinds: dict[str, list[str]] = {x: [] for x in KINDS}
     for path in listed:
         kinds[_kind(path)].append(path)
     files, tables, texts = [], kinds["table"], kinds["text"]
     if kinds["picture"]:
         return _pictures(source, kinds, root)
+    if kinds["midi"]:
+        return _pieces(source, kinds, root, named)
     if tables and texts:
         raise DataError(
             f"{source}: holds tables ({os.path.basename(tables[0])}) and texts "
@@ -107,7 +113,7 @@ def find(source: str, txt_example: str, columns: Sequence[str]) -> Found:
             f"such as '{os.path.join(root, '*' + suffix(tables[0]))}'"
         )
     if tables:
-        files = [File((path,), TABLES[suffix(path)]) for path in tables]
+        files = _tables(tables)
     elif texts:
         files = _aligned(texts, columns) or [
             File((path,), txt_example) for path in texts
@@ -153,6 +159,8 @@ def _kind(path: str) -> str:
         return "table"
     if end in TEXTS:
         return "text"
+    if end in MIDI:
+        return "midi"
     return "picture" if end in PICTURES else "other"
 
 
@@ -212,6 +220,42 @@ def _aligned(listed: Sequence[str], columns: Sequence[str]) -> list[File]:
     ]
 
 
+def _tables(listed: Sequence[str]) -> list[File]:
+    """Tables; to a FASTA file NAME.fasta belong NAME.COLUMN.fasta, NAME.csv, NAME.tsv.
+
+    DataError for a table beside FASTA files that belongs to none.
+    """
+    stems = {
+        os.path.splitext(plain_name(path))[0]: path
+        for path in listed
+        if TABLES[suffix(path)] == "fasta"
+    }
+    labels: dict[str, list[tuple[str, str]]] = {path: [] for path in stems.values()}
+    for stem, path in stems.items():
+        parent, column = os.path.splitext(stem)
+        if column and parent in stems:
+            labels[stems[parent]].append((path, column[1:]))
+            del labels[path]
+    for path in listed if stems else ():
+        stem = os.path.splitext(plain_name(path))[0]
+        if path in stems.values():
+            continue
+        if stem not in stems or TABLES[suffix(path)] not in ("csv", "tsv"):
+            raise DataError(
+                f"{path}: beside FASTA files only their labels are read, as .csv or "
+                ".tsv of the same name; rename it or move it away"
+            )
+        labels[stems[stem]].append((path, ""))
+    if not stems:
+        return [File((path,), TABLES[suffix(path)]) for path in listed]
+    return [
+        File(
+            (path, *(p for p, _ in more)), "fasta", ("sequence", *(c for _, c in more))
+        )
+        for path, more in labels.items()
+    ]
+
+
 def _saved(folder: str) -> list[File]:
     """The files of a folder that `datasets.save_to_disk` wrote; [] of another one."""
     if os.path.exists(os.path.join(folder, SAVED)):
@@ -255,6 +299,14 @@ def _pictures(source: str, kinds: dict[str, list[str]], root: str) -> Found:
         [dataclasses.replace(f, split=_folder_split(f, root)) for f in pictures],
     )
     return Found(tuple(described), tuple(files), root)
+
+
+def _pieces(source: str, kinds: dict[str, list[str]], root: str, named: bool) -> Found:
+    """Music: tables and texts beside it tell of it, and are not read."""
+    files = [File((path,), "midi") for path in kinds["midi"]]
+    if named:
+        files = [dataclasses.replace(f, split=_split(f, root)) for f in files]
+    return Found(midi=tuple(_trained(source, files)), root=root)
 
 
 def _folder_split(file: File, root: str) -> str:

@@ -112,6 +112,10 @@ class Lines:
             text = text.removeprefix("\ufeff")
         return text[:-2] + "\n" if text.endswith("\r\n") else text
 
+    def peek(self) -> bytes:
+        """The first byte of the next line; b"" at the end."""
+        return self._stream.peek(1)[:1]
+
     def jump(self, offset: int, number: int) -> None:
         """Goes on to a position ahead."""
         skip(self._stream, offset - self.offset)

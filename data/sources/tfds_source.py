@@ -14,11 +14,13 @@ import tensorflow_datasets as tfds
 from triform.data.sources.classic_books import ClassicBooks
 from triform.data.sources.clinc150 import Clinc150
 from triform.data.sources.flip_ss3 import FlipSs3
+from triform.data.sources.jsb_chorales import JsbChorales, JsbChoralesQuarter
 from triform.data.sources.mnist import CaptionedMnist, Mnist
 from triform.data.sources.movie_reviews import MovieReviews
 from triform.data.sources.mr_sentiment import MrSentiment
 from triform.data.sources.multi30k import Multi30kTranslate
 from triform.data.sources.noto_emoji import NotoEmoji
+from triform.data.sources.sasrec_video import SasrecVideo
 from triform.data.sources.tinyshakespeare import TinyShakespeare
 from triform.data.sources.wikitext2 import WikiText2
 from triform.runtime import paths
@@ -36,6 +38,9 @@ BUILDERS = {
     "mnist": Mnist,
     "captioned_mnist": CaptionedMnist,
     "noto_emoji": NotoEmoji,
+    "jsb_chorales": JsbChorales,
+    "jsb_chorales_quarter": JsbChoralesQuarter,
+    "sasrec_video": SasrecVideo,
 }
 
 # Records per bulk read: one call per record costs four times as much.
