@@ -10,9 +10,9 @@ step 480: 3.12 nats per code of the test pictures. Of 600 pictures drawn from ca
 with a guidance of 2, 97.3 % are what was asked for in the eyes of a ViT that is right
 on 97.0 % of the test pictures (benchmarks/dalle.py). `emoji`, 900 steps in 2 min 57 s
 of CPU time (8 min 51 s): 3.330 nats per code of the test pictures, without the captions
-3.340, by the codes' frequencies 5.004; among 138 test pictures the named one has a median
-rank of 34. `12b` was counted and dry-run only: 12,292,808,448 parameters. `mnist` and
-`own` were not run.
+3.340, by the codes' frequencies 5.004; among 138 test pictures the named one has a
+median rank of 34. `12b` was counted and dry-run only: 12,292,808,448 parameters.
+`mnist` and `own` were not run.
 """
 
 import functools
