@@ -298,7 +298,7 @@ def _pictures(source: str, kinds: dict[str, list[str]], root: str) -> Found:
         source,
         [dataclasses.replace(f, split=_folder_split(f, root)) for f in pictures],
     )
-    return Found(tuple(described), tuple(files), root)
+    return Found(tuple(described), tuple(files), root=root)
 
 
 def _pieces(source: str, kinds: dict[str, list[str]], root: str, named: bool) -> Found:
