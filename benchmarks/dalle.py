@@ -222,7 +222,7 @@ def labelled(
             shown = to_pillow(with_channels(image, 3))
             shown = shown.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(shown, (left + x, top + y))
-        lines = "\n".join(textwrap.wrap(name, 19)[:2])
+        lines = "\n".join(textwrap.wrap(name, 17)[:2])
         pen.multiline_text((left, top + SIDE), lines, "black", font, spacing=0)
     return sheet.quantize(64)
 
