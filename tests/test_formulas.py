@@ -369,7 +369,7 @@ def test_parameter_names_are_stable(layer_names, name):
 def test_the_table_of_axes_knows_every_parameter(name):
     rows = (*FAMILIES[name].PARAMETERS, *ROWS)
     inputs = {"out": 2, "patches": 3}  # input axes of a kernel, else one
-    hidden = r"(query|key|value|out|up|gate|down|pooler|dense|patches)/kernel$"
+    hidden = r"(query|key|value|out|up|gate|down|pooler|dense|patches|frame)/kernel$"
     mesh = dict(zip(AXES, (1, 2, 2, 1), strict=True))
     for path, x in flat(shapes(name)).items():
         axes = axes_of(path, x.shape, rows)

@@ -409,7 +409,8 @@ def test_a_post_processor_that_cannot_be_read_is_named(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_read_where_that_is_asked_for(kind):
     tok = tokenizer.train(TokenizerConfig(kind), TEXTS, 300, ("[CLS]", "[SEP]"))
-    text, (quick, dogs) = "quick[SEP]dogs", tok.encode(["quick", "dogs"])
+    text = f"quick{tok.names[tok.sep]}dogs"
+    quick, dogs = tok.encode(["quick", "dogs"])
     assert tok.encode([text], specials=True)[0].tolist() == [*quick, tok.sep, *dogs]
     assert tok.sep not in tok.encode([text])[0]
     names = "".join(tok.names.values())

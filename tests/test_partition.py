@@ -361,6 +361,7 @@ def test_rules_are_all_needed(make_experiment):
         for fields in (
             {"positions": "learned", "ffn": "swiglu", "tie_head": False},
             {"positions": "relative", "scan_layers": True},
+            {"positions": "relative_keys"},
         )
     ]
     files = (bert_books, vit_mnist)

@@ -53,7 +53,7 @@ class InteractionsConfig(DataConfig):
         """What is read of the source."""
         names = {k: x for k, x in self.names().items() if x}
         return tuple(
-            Feature(field, self.source, name, divide=each, is_text=False)
+            Feature(field, self.source, name, divide=list, is_text=False)
             for field, name in names.items()
         )
 
