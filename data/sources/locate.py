@@ -43,7 +43,7 @@ KINDS = ("table", "text", "picture", "midi", "other")  # what files are
 KNOWN = (*TEXTS, *TABLES, *PICTURES, *MIDI)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
     """The files of a source."""
 
@@ -90,7 +90,7 @@ def find(source: str, txt_example: str, columns: Sequence[str]) -> Found:
     """
     parts = [paths.absolute(part) for part in _parts(source)]
     if len(parts) == 1 and (saved := _saved(parts[0])):
-        return Found(tuple(saved), root=parts[0])
+        return Found(files=tuple(saved), root=parts[0])
     listed = [path for part in parts for path in _listed(part)]
     if not listed:
         raise DataError(f"{source}: holds no file; put data there")
@@ -129,7 +129,7 @@ def find(source: str, txt_example: str, columns: Sequence[str]) -> Found:
         files = files or [File((path,), txt_example) for path in others]
     if named:
         files = [dataclasses.replace(f, split=_split(f, root)) for f in files]
-    return Found(tuple(_trained(source, files)), root=root)
+    return Found(files=tuple(_trained(source, files)), root=root)
 
 
 def _listed(part: str) -> list[str]:
@@ -298,7 +298,7 @@ def _pictures(source: str, kinds: dict[str, list[str]], root: str) -> Found:
         source,
         [dataclasses.replace(f, split=_folder_split(f, root)) for f in pictures],
     )
-    return Found(tuple(described), tuple(files), root=root)
+    return Found(files=tuple(described), pictures=tuple(files), root=root)
 
 
 def _pieces(source: str, kinds: dict[str, list[str]], root: str, named: bool) -> Found:
