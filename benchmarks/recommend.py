@@ -153,7 +153,8 @@ def picture(args: argparse.Namespace) -> None:
         where = np.arange(4) + i / (len(found) + 1)
         keys = ("sampled_hr_10", "sampled_ndcg_10", "hr_10", "ndcg_10")
         right.bar(where, [row[k] for k in keys], 1 / (len(found) + 1), label=name)
-    right.set_xticks(np.arange(4) + 0.3, keys, fontsize=8)
+    shown = [k.replace("sampled_", "sampled\n") for k in keys]
+    right.set_xticks(np.arange(4) + 0.3, shown, fontsize=8)
     right.set(title=args.split)
     right.legend()
     figure.savefig(args.output)
