@@ -254,11 +254,16 @@ class Experiment:
         return {}, self.task.answer(outputs, batch)
 
     def values(self, measured: Mapping[str, Any], step: int) -> dict[str, float]:
-        """{name: value} of what evaluation summed; `loss`: the objective at `step`."""
-        terms = {name: m.value() for name, m in measured["terms"].items()}
+        """{name: value} of what evaluation summed; `loss`: the objective at `step`.
+
+        A term that nothing counts for adds nothing, as in training, and has no value.
+        """
+        counted = {k: m for k, m in measured["terms"].items() if m.weight > 0}
+        counted = counted or measured["terms"]
+        terms = {name: m.value() for name, m in counted.items()}
         factors = dict.fromkeys(terms, 1.0) | dict(self.task.coefficients(step))
         found = {k: m.value() for k, m in measured.items() if k != "terms"}
-        if len(terms) > 1:
+        if len(measured["terms"]) > 1:
             found |= {f"{name}_loss": value for name, value in terms.items()}
         loss = sum(float(factors[name]) * value for name, value in terms.items())
         return found | {"loss": loss}

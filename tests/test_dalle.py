@@ -15,9 +15,11 @@ from triform.configs.schema import update
 from triform.data.batch import zeros
 from triform.data.datasets import EVALUATION, dataset
 from triform.data.datasets.base import Epoch
+from triform.experiment import Experiment
 from triform.input_pipeline import Split, TrainBatches
 from triform.models import DiscreteVAEConfig
 from triform.runtime.errors import DataError, UserError
+from triform.runtime.metrics import Mean
 from triform.tasks import Context, ImageCodingConfig
 from triform.tasks.code_use import CodesUsed, UsePerplexity, histogram
 
@@ -261,6 +263,10 @@ def test_a_model_without_texts_is_evaluated_without(runs, pictures):
     config = short(dalle, pictures, **{"data.codes": runs[0]})
     config.data.text_dropout = 1.0
     config, codecs = train.resolve(config)
+    # As in training, a mean of no token adds nothing to the objective.
+    nothing, codes = Mean(np.float32(0), np.float32(0)), Mean(np.float32(6), 2.0)
+    terms = {"terms": {"text": nothing, "code": codes}}
+    assert Experiment(config).values(terms, 0) == {"code_loss": 3.0, "loss": 3 * 7 / 8}
     split = Split.open(config.data, codecs, "validation", config.model.sizes())
     for _, batch in split.batches.evaluation():
         assert (batch["text_segments"].sum(1) == batch["code_weights"].max(1)).all()
