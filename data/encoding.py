@@ -22,6 +22,7 @@ import numpy as np
 from triform.data.codecs import text
 from triform.data.codecs.pieces import pieces
 from triform.data.codecs.text import Tokenizer
+from triform.runtime import files
 from triform.runtime.errors import DataError
 
 PART = 4 << 20  # characters of a part: few, so that all processes end together
@@ -122,10 +123,8 @@ def grouped(examples: Iterable[list[list]]) -> Iterator[list[list[list]]]:
 
 def save(path: str, arrays: Arrays) -> None:
     """Writes a part; whoever reads it sees all or nothing."""
-    unfinished = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    with open(unfinished, "wb") as f:
+    with files.replacing(path, binary=True) as f:
         np.savez(f, **arrays)
-    os.replace(unfinished, path)
 
 
 def write_parts(

@@ -79,8 +79,10 @@ def source(
     if is_path(name):
         texts = [c.name for c in reading.columns if c.is_text]
         found = locate.find(name, reading.txt_example, texts)
+        if found.midi:
+            return MidiSource(name, found, reading)
         kind = PictureSource if found.pictures else FileSource
-        return (MidiSource if found.midi else kind)(name, found, reading)
+        return kind(name, found, reading)
     # Not at the top: TFDS costs half a second, some 50 MB and a long list of
     # dependencies, which training on an embedded source need not pay.
     from triform.data.sources.tfds_source import TfdsSource

@@ -18,6 +18,7 @@ import numpy as np
 from triform.data import progress
 from triform.data.sources.base import Source
 from triform.data.sources.division import ALL, Divided
+from triform.runtime import files
 from triform.runtime.errors import DataError
 
 VERSION = "1"  # of the arrays; another one makes other files
@@ -43,10 +44,8 @@ class Log:
 
     def save(self, path: str) -> None:
         """Writes it; a reader sees all or nothing."""
-        part = f"{path}.{os.getpid()}.tmp"
-        with open(part, "wb") as f:
+        with files.replacing(path, binary=True) as f:
             np.savez(f, **vars(self))
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: str) -> "Log | None":

@@ -5,7 +5,6 @@ import bisect
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from triform.data.sources.base import Column
 from triform.data.sources.formats import File, Row
 from triform.data.sources.streams import COMPRESSED
 from triform.runtime.errors import DataError
+from triform.runtime.files import replacing
 
 # The position of one row in so many is kept: reading starts there.
 STRIDE = 256
@@ -39,10 +39,8 @@ class Index:
     def save(self, path: str) -> None:
         """Writes it; a reader sees all or nothing."""
         arrays = {k: getattr(self, k) for k in ("hashes", "empty", "starts", "marks")}
-        part = f"{path}.{os.getpid()}.tmp"
-        with open(part, "wb") as f:
+        with replacing(path, binary=True) as f:
             np.savez(f, **arrays, kinds=np.array(json.dumps(self.kinds)))
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: str) -> "Index | None":
