@@ -18,9 +18,9 @@ the ViT is right on 98.90 % of the test images.
 
 `emoji`, 900 steps, on 2 cores beside some 20 other processes: 2 min 57 s of CPU time,
 3.330 nats per code of the test pictures; with captions left out 3.340, of a model that
-was trained without them 3.339, by the codes' frequencies 5.004. Captions are worth 0.010
-+- 0.010 (standard error over figures), of figures without skin tone 0.038 +- 0.007; among
-138 test pictures the named one has a median rank of 34.
+was trained without them 3.339, by the codes' frequencies 5.004. Captions are worth
+0.010 +- 0.010 (standard error over figures), of figures without skin tone 0.038 +-
+0.007; among 138 test pictures the named one has a median rank of 34.
 
 `12b` was counted and dry-run only: 12,292,808,448 parameters. So was `own`.
 """
