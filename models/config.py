@@ -123,6 +123,9 @@ class TransformerConfig:
     dtype: str = "float32"
     # Execution
     remat: bool = False  # recompute each block's activations in the backward pass
+    # Logits of a vocabulary of so many parts of the positions after one another, in the
+    # backward pass once more: less memory, slower. 1: all at once.
+    logit_chunks: int = 1
     scan_layers: bool = False  # compile one block instead of num_layers of them
 
     def kv_heads(self) -> int:
@@ -167,7 +170,8 @@ class TransformerConfig:
             if not ok:
                 raise ValueError(f"{where}.{name}={getattr(self, name)!r}: {rule}")
 
-        for name in ("num_layers", "d_model", "num_heads", "d_ff", "max_len"):
+        names = "num_layers", "d_model", "num_heads", "d_ff", "max_len", "logit_chunks"
+        for name in names:
             require(getattr(self, name) >= 1, name, "must be at least 1")
         for name, choices in (
             ("bias", BIASES),
