@@ -20,6 +20,7 @@ ROPE_SCALINGS = {
     "yarn": ("factor", "length", "fast", "slow", "attention"),
 }
 DTYPES = ("float32", "bfloat16")
+REMAT_KEEPS = ("nothing", "products")
 POOLS = ("token", "mean")  # what represents a row: its first position, or the mean
 # Parameters with an axis over the vocabulary, and that axis.
 VOCABULARY = {
@@ -123,6 +124,9 @@ class TransformerConfig:
     dtype: str = "float32"
     # Execution
     remat: bool = False  # recompute each block's activations in the backward pass
+    # What remat stores beside a block's input: "nothing"; or "products" with kernels:
+    # then only attention's own, norms and the like are computed again.
+    remat_keeps: str = "nothing"
     # Logits of a vocabulary of so many parts of the positions after one another, in the
     # backward pass once more: less memory, slower. 1: all at once.
     logit_chunks: int = 1
@@ -178,6 +182,7 @@ class TransformerConfig:
             ("norm", NORMS),
             ("norm_position", NORM_POSITIONS),
             ("dtype", DTYPES),
+            ("remat_keeps", REMAT_KEEPS),
         ):
             rule = f"expected one of {', '.join(choices)}"
             require(getattr(self, name) in choices, name, rule)
