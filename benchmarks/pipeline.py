@@ -57,8 +57,8 @@ def compare(name: str, steps: int) -> None:
     shapes = collections.Counter(batches.ids(step)[0] for step in range(steps))
     taking = seconds_of_steps(experiment, shapes)
     print(
-        f"{name}: {1e3 * making / steps:.2f} ms a batch, {1e3 * taking / steps:.2f} ms a "
-        f"step; {taking / making:.0f} times as fast",
+        f"{name}: {1e3 * making / steps:.2f} ms a batch, {1e3 * taking / steps:.2f} ms "
+        f"a step; {taking / making:.0f} times as fast",
         flush=True,
     )
 
