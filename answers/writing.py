@@ -19,7 +19,7 @@ from triform.runtime import host
 STRETCH = 8  # tokens between two looks at what has been written
 BROKEN = "\ufffd"  # what decoders give for bytes that are no character
 # For programs that write token by token. Products are small then: what YNNPACK would
-# compute together with one is faster outside, by XLA's own loops (benchmarks/RESULTS.md).
+# compute together with one is faster outside (benchmarks/RESULTS.md).
 FUSION = "xla_cpu_experimental_ynn_fusion_type"
 SMALL_PRODUCTS = {FUSION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
