@@ -74,6 +74,7 @@ VARIANTS = {
             "eps": 1e-6,
             "weight_decay": 0.01,
             "clip_norm": 5.0,
+            "ema_decay": 0.0,
         },
     },
     "smoke": smoke,
@@ -105,6 +106,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
             warmup_steps=0,
             b2=0.98,
             eps=1e-8,
+            ema_decay=0.999,  # 4.4 epochs
         ),
         evaluation=EvaluationConfig(every=20 * EPOCH, metrics=()),
         checkpoint=CheckpointConfig(
