@@ -89,7 +89,7 @@ class Report:
                 print(f"warning: {asked.where}: {output.warnings[0]}", file=self.log)
         if self.path and time.monotonic() - self.told > NEWS:
             self.told = time.monotonic()
-            print(f"{self.path}: {self.answers} answers so far", file=self.log)
+            print(f"{self.path}: {self._counted()} so far", file=self.log)
 
     def close(self) -> None:
         """The counts."""
@@ -106,7 +106,10 @@ class Report:
                 file=self.log,
             )
         if self.path:
-            print(f"{self.path}: {self.answers} answers", file=self.log)
+            print(f"{self.path}: {self._counted()}", file=self.log)
+
+    def _counted(self) -> str:
+        return f"{self.answers} answer{'s' * (self.answers != 1)}"
 
 
 def asked_nothing(output: Output) -> bool:

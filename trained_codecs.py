@@ -101,7 +101,10 @@ def from_runs(data: Any, open_run: Callable[[str], Any]) -> dict[str, Codec]:
                 f"data.{field}='': name the workdir of a discrete VAE, which "
                 "train.py --config=configs/dvae.py makes"
             )
-        run = open_run(path)
+        try:
+            run = open_run(path)
+        except UserError as error:  # which only knows it as a workdir
+            raise type(error)(f"data.{field}: {error}") from error
         model, images = run.config.model, run.config.data
         if not isinstance(model, DiscreteVAEConfig):
             raise UserError(

@@ -10,9 +10,9 @@
 digits: every phrasing of every digit is drawn, and the pictures are classified by a ViT
 that has seen no drawn picture; ranked, each is the best of 8. likelihood: nats per code
 of held-out pictures, with their captions, without, and by the frequencies of codes in
-training. retrieval: of all held-out pictures without skin tones, how likely is each
-under each name. grid: the first 32 of these names, of each the first sample and, small,
-the picture.
+training; what captions are worth has a standard error over figures. retrieval: of all
+held-out pictures without skin tones, how likely is each under each name. grid: the
+first 32 of these names, of each the first sample and, small, the picture.
 """
 
 import argparse
@@ -137,13 +137,30 @@ def likelihood(args: argparse.Namespace) -> None:
     print(f"  uniform                {np.log(size):.4f}")
     print(f"  unigram                {unigram(codes, batch['codes']):.4f}")
     print(f"  unigram by position    {np.mean(each):.4f}")
-    print(f"  captions left out      {blind.mean():.4f}")
+    plain = {"captions left out": blind}
     if args.blind:
-        other = Likelihood(args.blind)
-        print(f"  trained without texts  {other(without_text(batch)).mean():.4f}")
+        plain["trained without texts"] = Likelihood(args.blind)(without_text(batch))
     print(f"  with captions          {with_text.mean():.4f}")
-    gain = (blind - with_text).mean()
-    print(f"  texts help by          {gain:.4f} ({gain / blind.mean():.1%})")
+    groups = figures(test)
+    for name, nats in plain.items():
+        gain = nats - with_text
+        print(
+            f"  {name:22} {nats.mean():.4f}; captions help by {gain.mean():.4f} +- "
+            f"{standard_error(gain, groups):.4f}"
+        )
+
+
+def figures(split: Split) -> np.ndarray:
+    """int64 [N]: a number for the figure of every picture."""
+    examples = (split.dataset.example(i) for i in range(len(split.dataset)))
+    names = [str(x.get("figure", i)) for i, x in enumerate(examples)]
+    return np.unique(names, return_inverse=True)[1]
+
+
+def standard_error(values: np.ndarray, groups: np.ndarray) -> float:
+    """Of the mean of values [N], which depend on each other within a group."""
+    sums = np.bincount(groups, values - values.mean())
+    return float(np.sqrt((sums**2).sum()) / len(values))
 
 
 def bare(split: Split) -> list[int]:

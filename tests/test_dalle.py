@@ -228,6 +228,9 @@ def test_mistakes_are_one_line(runs, pictures):
     config = short(dalle, pictures, **{"data.codes": ""})
     with pytest.raises(UserError, match="data.codes='': name the workdir"):
         train.resolve(config)
+    config.data.codes = f"{pictures}/nothing"
+    with pytest.raises(UserError, match="data.codes: .*nothing'?: holds no config"):
+        train.resolve(config)
     config.data.codes = runs[1]
     with pytest.raises(UserError, match="holds a TextToImageConfig; name"):
         train.resolve(config)
