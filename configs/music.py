@@ -79,7 +79,7 @@ def harmonise(config: ExperimentConfig) -> None:
         trunk, vocab_size=VoiceTokens.size, num_types=4, num_labels=0
     )
     config.data = MusicInpaintingConfig(
-        source="jsb_chorales", max_len=128, transpose=3, batch_size=24
+        source="jsb_chorales", max_len=128, transpose=3, batch_size=12
     )
 
 
@@ -88,10 +88,10 @@ VARIANTS = {
     "quarter": (
         quarter,
         lasting(3000, 15),
-        {"model.trunk": {"d_model": 128, "d_ff": 512, "dropout": 0.2}},
+        {"model.trunk": {"num_layers": 2, "dropout": 0.2}},
     ),
     "absolute": {"model.trunk.positions": "learned"},
-    "harmonise": (harmonise, lasting(1000, 5)),
+    "harmonise": (harmonise, lasting(3000, 6)),
     # A folder of .mid files: --config.data.source=FOLDER.
     "midi": (
         lasting(20_000),
@@ -123,10 +123,10 @@ VARIANTS = {
 def get_config(variant: str = "") -> ExperimentConfig:
     """Variants: '' (16ths), 'quarter', 'absolute', 'harmonise', 'midi', 'smoke'."""
     trunk = TransformerConfig(
-        num_layers=2,
-        d_model=96,
+        num_layers=3,
+        d_model=128,
         num_heads=4,
-        d_ff=384,
+        d_ff=512,
         max_len=0,
         positions="learned_relative_keys",
         norm_position="pre",
@@ -141,7 +141,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
             max_len=192,
             eval_stride=96,
             transpose=3,
-            batch_size=16,
+            batch_size=8,
         ),
         optim=OptimConfig(
             name="adamw",
@@ -157,5 +157,5 @@ def get_config(variant: str = "") -> ExperimentConfig:
         evaluation=EvaluationConfig(metrics=()),
         checkpoint=CheckpointConfig(metric="eval/loss"),
     )
-    update(config, lasting(2000, 8))
+    update(config, lasting(4000, 8))
     return vary(config, VARIANTS, variant)
