@@ -68,7 +68,7 @@ def quarter(config: ExperimentConfig) -> None:
         max_len=161,
         buckets=(65,),
         transpose=6,
-        batch_size=8,
+        batch_size=4,
     )
 
 
@@ -85,11 +85,7 @@ def harmonise(config: ExperimentConfig) -> None:
 
 VARIANTS = {
     "": {},
-    "quarter": (
-        quarter,
-        lasting(3000, 15),
-        {"model.trunk": {"num_layers": 2, "dropout": 0.2}},
-    ),
+    "quarter": (quarter, lasting(7000, 14), {"model.trunk.dropout": 0.25}),
     "absolute": {"model.trunk.positions": "learned"},
     "harmonise": (harmonise, lasting(3000, 6)),
     # A folder of .mid files: --config.data.source=FOLDER.
