@@ -403,6 +403,11 @@ def _changes(
     def flash(c: ExperimentConfig) -> list[str]:
         return trunks(c, "attention", "dot", "flash")
 
+    def logits(c: ExperimentConfig) -> list[str]:
+        if "vocab_size" not in c.model.outputs().values():
+            return []
+        return trunks(c, "logit_chunks", 1, 8)
+
     def remat(c: ExperimentConfig) -> list[str]:
         return trunks(c, "remat", False, True)
 
@@ -424,7 +429,7 @@ def _changes(
         return [f"optim.accumulate={c.optim.accumulate}"]
 
     most_is_state = sum(found.state.values()) > on.memory / 2
-    steps = [flash, remat, accumulate]
+    steps = [flash, logits, remat, accumulate]
     return [split, *steps] if most_is_state else [*steps, split]
 
 

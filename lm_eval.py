@@ -25,6 +25,7 @@ from triform.answers.writing import Draft
 from triform.data.progress import Bar
 from triform.runtime import files, launch, paths
 from triform.runtime.errors import UserError
+from triform.tasks.base import over
 
 # (strings of context and continuation, their ids)
 Pair = tuple[Any, list[int], list[int]]
@@ -67,12 +68,15 @@ class Workdir:
         self.max_length = sampler.continuation.context
         model = sampler.experiment.model
 
+        def of_targets(logits: Any, targets: Any) -> tuple:
+            logp = jax.nn.log_softmax(logits, -1)
+            chosen = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
+            return chosen, logits.argmax(-1) == targets
+
         @jax.jit
         def score(variables: Any, inputs: Any, targets: Any) -> tuple:
             logits = model.apply(variables, {"inputs": inputs})["targets"]
-            logp = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
-            chosen = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
-            return chosen, logits.argmax(-1) == targets
+            return over(logits, of_targets, targets)
 
         self._score = functools.partial(score, sampler.run.variables)
 

@@ -49,6 +49,8 @@ FIXED = (
 )
 FREE = (
     "model.trunk.remat",
+    "model.trunk.remat_keeps",
+    "model.trunk.logit_chunks",
     "model.trunk.dropout",
     "model.trunk.attention_dropout",
     "data.tokenizer.path",  # the workdir has a copy

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from triform.answers.output import Output
-from triform.answers.writing import plan, prompts, row_keys, written
+from triform.answers.writing import compiler_options, plan, prompts, row_keys, written
 from triform.data.codecs.music import LAST, MASK
 from triform.data.datasets.music import Melodies, Openings
 from triform.data.datasets.piano_roll import FrameOpenings
@@ -25,6 +25,7 @@ from triform.data.datasets.requests import Item, Requests
 from triform.data.music import Music
 from triform.experiment import Experiment
 from triform.models import decode
+from triform.models.logits import whole
 from triform.runtime.errors import UserError
 
 Array = jax.Array
@@ -48,7 +49,9 @@ class TokenComposer:
                 "--method=beam: music is continued by greedy or sample; set one of them"
             )
 
-        @functools.partial(jax.jit, static_argnames="room")
+        @functools.partial(
+            jax.jit, static_argnames="room", compiler_options=compiler_options()
+        )
         def write(
             variables: Any, batch: Any, keys: Any, before: Any, until: Any, room: int
         ) -> tuple:
@@ -127,7 +130,9 @@ class FrameComposer:
         self.context = experiment.config.model.longest()["T"]
         sample = config.method == "sample"
 
-        @functools.partial(jax.jit, static_argnames="room")
+        @functools.partial(
+            jax.jit, static_argnames="room", compiler_options=compiler_options()
+        )
         def write(variables: Any, batch: Any, keys: Any, room: int) -> tuple:
             def step(carry: tuple, number: Array) -> tuple:
                 frame, at, cache = carry
@@ -208,6 +213,7 @@ class InpaintingComposer:
 
             def conditionals(ids: Array) -> Array:
                 logits = model.apply(variables, {**batch, "inputs": ids})["targets"]
+                logits = whole(logits)
                 return jax.nn.log_softmax(jnp.where(allowed, logits, decode.NEVER))
 
             def step(i: Array, ids: Array) -> Array:

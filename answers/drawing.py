@@ -1,5 +1,6 @@
 """Pictures that a model writes as codes, after a text."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from triform.answers.output import Output
-from triform.answers.writing import row_keys
+from triform.answers.writing import compiler_options, row_keys
 from triform.data.codecs import Codec
 from triform.experiment import Experiment
 from triform.models import decode
@@ -41,7 +42,7 @@ class Drawing:
                 f"guidance={weight}: not with beams; set --method=sample or greedy"
             )
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=compiler_options())
         def draw(variables: Any, batch: Any, seed: Any, numbers: Any) -> tuple:
             def start(batch: Any) -> tuple:
                 return apply(variables, batch, method="start")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,25 @@ from triform.data.codecs import Codec
 from triform.data.codecs.text import Tokenizer
 from triform.experiment import Experiment
 from triform.models import decode
+from triform.runtime import host
 
 STRETCH = 8  # tokens between two looks at what has been written
 BROKEN = "\ufffd"  # what decoders give for bytes that are no character
+# For programs that write token by token. Products are small then: what YNNPACK would
+# compute together with one is faster outside (benchmarks/RESULTS.md).
+FUSION = "xla_cpu_experimental_ynn_fusion_type"
+SMALL_PRODUCTS = {FUSION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+def compiler_options() -> dict[str, str]:
+    """Options of jax.jit for programs that write token by token.
+
+    None where XLA_FLAGS says otherwise, or this jaxlib does not know them.
+    """
+    flag, (value,) = f"--{FUSION}", SMALL_PRODUCTS.values()
+    usual = f"{flag}={host.COMPILER_FLAGS[flag]}" in os.environ.get("XLA_FLAGS", "")
+    on_cpu = jax.default_backend() == "cpu"
+    return SMALL_PRODUCTS if on_cpu and usual and host.known(flag, value) else {}
 
 
 def row_keys(seed: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -60,7 +77,7 @@ class Targets:
         length = config.decode.max_len or experiment.longest_target()
         length = min(length, most or length)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=compiler_options())
         def generate(variables: Any, batch: Any, seed: Any, numbers: Any) -> tuple:
             def extend(*args: Any) -> tuple:
                 return model.apply(variables, *args, method="extend")
@@ -168,7 +185,12 @@ class Continuation:
             return decode.advance(config, extend, text, ends, until)
 
         self._start = jax.jit(start, static_argnums=5)
-        self._advance = jax.jit(advance, static_argnums=3, donate_argnums=1)
+        self._advance = jax.jit(
+            advance,
+            static_argnums=3,
+            donate_argnums=1,
+            compiler_options=compiler_options(),
+        )
 
     def __call__(
         self,

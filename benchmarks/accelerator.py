@@ -42,6 +42,15 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
         {"shape": "1.3b", "rows": 16, "scan": True, "remat": True},
         "",
     ),
+    "step 1.3b, remat that keeps products": (
+        {"shape": "1.3b", "rows": 16, "scan": True, "remat": True}
+        | {"remat_keeps": "products"},
+        "",
+    ),
+    "step 124m, 64 rows, logits in parts": (
+        {"shape": "124m", "rows": 64, "logit_chunks": 8},
+        "",
+    ),
     "step 124m, dot": ({"shape": "124m", "rows": 32, "attention": "dot"}, ""),
     "step 124m, not deterministic": (
         {"shape": "124m", "rows": 32},

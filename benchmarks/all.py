@@ -28,6 +28,7 @@ RUNS = {
     "decode gpt2": ("decode.py --model=gpt2 --rounds=3", 2),
     "decode sample": ("decode.py --model=small --method=sample", 2),
     "decode translation": ("decode.py --model=translation", 2),
+    "pipeline": ("pipeline.py", 4),
     "lora": ("lora.py", 3),
     "memory": ("memory.py", 7),
     "packed_sweep": ("packed_sweep.py --rounds=1 --steps=200", 2),

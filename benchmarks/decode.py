@@ -95,7 +95,11 @@ def ours(workdir: str, ids: np.ndarray, args: argparse.Namespace, end: int) -> W
     numbers = numbers.astype(np.int32)
     if args.model == "translation":
         targets = Targets(experiment, run.codecs, args.tokens)
-        batch = {"source": ids, "source_segments": np.ones_like(ids)}
+        batch = {
+            "encoder_inputs": ids,
+            "encoder_segments": np.ones_like(ids),
+            "inputs": np.zeros((len(ids), 1), np.int32),
+        }
 
         def write() -> np.ndarray:
             drafts = targets(variables, batch, numbers)

@@ -156,13 +156,13 @@ def torch_model(name: str, config: Any) -> tuple[torch.nn.Module, Callable]:
             )
         )
         return made, lambda x: F.cross_entropy(
-            made(pixel_values=x["images"].permute(0, 3, 1, 2))[0],
+            made(pixel_values=x["image"].permute(0, 3, 1, 2))[0],
             x["label"],
             label_smoothing=smoothing,
         )
     made = Translation(trunk, model.vocab_size, trunk.dropout)
     return made, lambda x: F.cross_entropy(
-        made(x["source"], x["inputs"]).flatten(0, 1),
+        made(x["encoder_inputs"], x["inputs"]).flatten(0, 1),
         x["targets"].flatten(),
         label_smoothing=smoothing,
     )

@@ -10,7 +10,7 @@ from triform.models.config import ModelConfig
 # How a trunk is computed or trained: other values have the same parameters.
 FREE = (
     *("dropout", "attention_dropout", "init", "attention", "attention_options"),
-    *("dtype", "remat", "scan_layers"),
+    *("dtype", "remat", "remat_keeps", "scan_layers", "logit_chunks"),
 )
 
 

@@ -59,6 +59,7 @@ def get_config(variant: str = "1b") -> ExperimentConfig:
         dtype="bfloat16",
         remat=True,
         scan_layers=True,
+        logit_chunks=8,
     )
     config = ExperimentConfig(
         model=LanguageModelConfig(trunk, vocab_size=128_256, tie_head=False),

@@ -57,6 +57,8 @@ EXECUTION = {
     "init": "xavier",
     "dtype": "float32",
     "remat": False,
+    "remat_keeps": "nothing",
+    "logit_chunks": 1,
     "scan_layers": False,
 }
 

@@ -70,8 +70,7 @@ class Attention(nn.Module):
         if relative is not None and score is not None:
             options["bias"] = score(cfg, query, mask)
         if source is None:
-            seen = cache.key.astype(dtype), cache.value.astype(dtype)
-            out = attend(query, *seen, mask, **options)
+            out = attend(query, *cache.read(dtype), mask, **options)
         else:
             key = rotated(project(source, cfg.kv_heads(), "key"))
             value = project(source, cfg.kv_heads(), "value")

@@ -22,25 +22,37 @@ Array = jax.Array
 
 @struct.dataclass
 class KVCache:
-    """Keys and values [B, S, K, E] of one attention layer; [N, B, S, K, E] scanned."""
+    """Keys and values of one attention layer, with a leading axis if scanned.
 
-    key: Array
-    value: Array
+    Stored as the products of one query take them: a token that is written transposes
+    none of those before it.
+    """
+
+    keys: Array  # [B, K, E, S]
+    values: Array  # [B, K, S, E]
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: str) -> "KVCache":
-        """Of keys' shape [B, S, K, E]."""
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        """For keys and values [B, S, K, E]."""
+        *lead, slots, heads, width = shape
+        return cls(
+            jnp.zeros((*lead, heads, width, slots), dtype),
+            jnp.zeros((*lead, heads, slots, width), dtype),
+        )
 
     def write(self, key: Array, value: Array, index: Array) -> "KVCache":
         """Puts key and value [B, l, K, E] into the slots index .. index + l - 1."""
-        start = (0, index, 0, 0)
+        put = jax.lax.dynamic_update_slice
+        key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         return KVCache(
-            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), start),
-            jax.lax.dynamic_update_slice(
-                self.value, value.astype(self.value.dtype), start
-            ),
+            put(self.keys, key.astype(self.keys.dtype), (0, 0, 0, index)),
+            put(self.values, value.astype(self.values.dtype), (0, 0, index, 0)),
         )
+
+    def read(self, dtype: jnp.dtype) -> tuple[Array, Array]:
+        """All keys and values, [B, S, K, E]."""
+        key, value = self.keys.astype(dtype), self.values.astype(dtype)
+        return key.transpose(0, 3, 1, 2), value.transpose(0, 2, 1, 3)
 
     def attend(
         self,
@@ -54,8 +66,7 @@ class KVCache:
     ) -> tuple[Array, "KVCache"]:
         """The new tokens in the slots from `index` on; `mask` is of all slots."""
         cache = self.write(key, value, index)
-        seen = cache.key.astype(key.dtype), cache.value.astype(value.dtype)
-        return algorithm(query, *seen, mask, **options), cache
+        return algorithm(query, *cache.read(key.dtype), mask, **options), cache
 
 
 @struct.dataclass

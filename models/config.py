@@ -20,6 +20,7 @@ ROPE_SCALINGS = {
     "yarn": ("factor", "length", "fast", "slow", "attention"),
 }
 DTYPES = ("float32", "bfloat16")
+REMAT_KEEPS = ("nothing", "products")
 POOLS = ("token", "mean")  # what represents a row: its first position, or the mean
 # Parameters with an axis over the vocabulary, and that axis.
 VOCABULARY = {
@@ -123,6 +124,12 @@ class TransformerConfig:
     dtype: str = "float32"
     # Execution
     remat: bool = False  # recompute each block's activations in the backward pass
+    # What remat stores beside a block's input: "nothing"; or "products" with kernels:
+    # then only attention's own, norms and the like are computed again.
+    remat_keeps: str = "nothing"
+    # Logits of a vocabulary of so many parts of the positions after one another, in the
+    # backward pass once more: less memory, slower. 1: all at once.
+    logit_chunks: int = 1
     scan_layers: bool = False  # compile one block instead of num_layers of them
 
     def kv_heads(self) -> int:
@@ -167,13 +174,15 @@ class TransformerConfig:
             if not ok:
                 raise ValueError(f"{where}.{name}={getattr(self, name)!r}: {rule}")
 
-        for name in ("num_layers", "d_model", "num_heads", "d_ff", "max_len"):
+        names = "num_layers", "d_model", "num_heads", "d_ff", "max_len", "logit_chunks"
+        for name in names:
             require(getattr(self, name) >= 1, name, "must be at least 1")
         for name, choices in (
             ("bias", BIASES),
             ("norm", NORMS),
             ("norm_position", NORM_POSITIONS),
             ("dtype", DTYPES),
+            ("remat_keeps", REMAT_KEEPS),
         ):
             rule = f"expected one of {', '.join(choices)}"
             require(getattr(self, name) in choices, name, rule)

@@ -165,8 +165,14 @@ def without_banned(config: DecodeConfig, logp: Array) -> Array:
 
 
 def greedy(keys: Array, logp: Array) -> Array:
-    """The likeliest token of logp [B, V]."""
-    return logp.argmax(-1).astype(jnp.int32)
+    """The likeliest token of logp [B, V]; of equal ones the first.
+
+    Not argmax: on CPUs XLA compares pairs of number and index one by one.
+    """
+    vocab = logp.shape[-1]
+    best = logp == logp.max(-1, keepdims=True)
+    first = jnp.where(best, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
+    return first.min(-1)
 
 
 def sampler(config: DecodeConfig) -> Callable[[Array, Array], Array]:

@@ -9,8 +9,9 @@ from flax import linen as nn
 
 from triform.models.cache import Cache
 from triform.models.config import ModelConfig, TransformerConfig
-from triform.models.embedding import embedding, head, tied_logits
+from triform.models.embedding import embedding
 from triform.models.frontends import Tokens, array_positions
+from triform.models.logits import Logits, head, tied_logits, whole
 from triform.models.mask import Mask
 from triform.models.positions import PositionEmbedding
 from triform.models.transformer import Stack
@@ -115,7 +116,7 @@ class EncoderDecoder(nn.Module):
         self.encoder = Stack(cfg.encoder_trunk())
         self.decoder = Stack(trunk, cross=True)
         if not cfg.tie_head:
-            self.head = head(trunk, cfg.vocab_size)
+            self.head = head(trunk, cfg.vocab_size, chunks=trunk.logit_chunks)
         if cfg.head_bias:
             self.head_bias = self.param(
                 "head_bias", nn.initializers.zeros, (cfg.vocab_size,)
@@ -187,7 +188,7 @@ class EncoderDecoder(nn.Module):
         mask = Mask.self_attention(positions, causal=True)
         memory_mask = Mask(positions, cache.memory_positions)
         x, cache = self.decoder(x, mask, memory_mask=memory_mask, cache=cache)
-        return self._logits(x), cache
+        return whole(self._logits(x)), cache
 
     def _embed_targets(self, tokens: Array, positions: Array) -> Array:
         x = self._target_table()(tokens)
@@ -200,9 +201,12 @@ class EncoderDecoder(nn.Module):
         shared = self.config.share_embeddings
         return self.frontend.embedding if shared else self.target_embedding
 
-    def _logits(self, x: Array) -> Array:
+    def _logits(self, x: Array) -> Array | Logits:
         cfg = self.config
         if cfg.embedding_scale == "head":
             x = x * jnp.asarray(cfg.trunk.d_model**-0.5, x.dtype)
-        logits = tied_logits(x, self._target_table()) if cfg.tie_head else self.head(x)
-        return logits + self.head_bias if cfg.head_bias else logits
+        bias = self.head_bias if cfg.head_bias else None
+        if cfg.tie_head:
+            chunks = cfg.trunk.logit_chunks
+            return tied_logits(x, self._target_table(), bias, chunks)
+        return self.head(x, bias=bias)

@@ -5,7 +5,8 @@ A head is a module with
     head(x [B, L, D], mask, batch, frontend) -> {output: logits}
     head.outputs() -> {output: name of the size of its last axis}
 
-Parameters are those of the model itself. Logits are float32.
+Parameters are those of the model itself. Logits are float32; those of a vocabulary
+come in parts if trunk.logit_chunks is above 1 (models/logits.py).
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from triform.models.config import TransformerConfig
-from triform.models.embedding import head, tied_logits
 from triform.models.feed_forward import FFNS
 from triform.models.layers import dense, dropout, make_norm
+from triform.models.logits import Logits, head, tied_logits
 from triform.models.mask import Mask
 
 Array = jax.Array
@@ -54,14 +55,15 @@ class MaskedHead(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, mask: Mask, batch: Batch, frontend: nn.Module
-    ) -> dict[str, Array]:
+    ) -> dict[str, Array | Logits]:
         """See the class."""
         if "masked_positions" in batch:
             x = jnp.take_along_axis(x, batch["masked_positions"][..., None], 1)
         x = Transform(self.config, name="masked_head")(x)
         shape = (frontend.vocab_size,)
         bias = self.param("masked_bias", nn.initializers.zeros, shape)
-        return {"targets": tied_logits(x, frontend.embedding) + bias}
+        chunks = self.config.logit_chunks
+        return {"targets": tied_logits(x, frontend.embedding, bias, chunks)}
 
 
 class TagHead(nn.Module):

@@ -9,8 +9,8 @@ from flax import linen as nn
 
 from triform.models.cache import Cache
 from triform.models.config import ModelConfig, TransformerConfig
-from triform.models.embedding import head, tied_logits
 from triform.models.frontends import Tokens
+from triform.models.logits import Logits, head, tied_logits, whole
 from triform.models.mask import Mask
 from triform.models.transformer import Stack
 
@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
         nn.share_scope(self, self.frontend)
         self.decoder = Stack(cfg.trunk)
         if not cfg.tie_head:
-            self.head = head(cfg.trunk, cfg.vocab_size)
+            self.head = head(cfg.trunk, cfg.vocab_size, chunks=cfg.trunk.logit_chunks)
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """{'targets': logits float32 [B, L, V] of the token after each input}.
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
         slots are overwritten.
         """
         x, cache = self._run(tokens, positions, cache)
-        return self._logits(x), cache
+        return whole(self._logits(x)), cache
 
     def _run(
         self, tokens: Array, positions: Array, cache: Cache
@@ -112,7 +112,8 @@ class LanguageModel(nn.Module):
         mask = Mask.self_attention(positions, causal=True)
         return self.decoder(x, mask, cache=cache)
 
-    def _logits(self, x: Array) -> Array:
+    def _logits(self, x: Array) -> Array | Logits:
         if self.config.tie_head:
-            return tied_logits(x, self.frontend.embedding)
+            chunks = self.config.trunk.logit_chunks
+            return tied_logits(x, self.frontend.embedding, chunks=chunks)
         return self.head(x)

@@ -15,6 +15,7 @@ from flax.linen.dtypes import promote_dtype
 from triform.models.config import ModelConfig, TransformerConfig
 from triform.models.language_model import LanguageModelConfig
 from triform.models.layers import Dense
+from triform.models.logits import Logits
 from triform.models.matmul import dot_general
 
 Array = jax.Array
@@ -177,6 +178,11 @@ class LoRA(nn.Module):
         out = call(*args, **kwargs)
         if not rank:
             return out
+        if isinstance(out, Logits):
+            raise ValueError(
+                "model.trunk.logit_chunks: a head that is adapted computes all "
+                "logits at once; set it to 1, or leave the head out of model.targets"
+            )
         return out + self._product(module, *args, rank).astype(out.dtype)
 
     @nn.nowrap

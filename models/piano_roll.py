@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from triform.models.cache import Cache
 from triform.models.config import ModelConfig, TransformerConfig
-from triform.models.embedding import head
 from triform.models.frontends import array_positions
 from triform.models.layers import dense
+from triform.models.logits import head
 from triform.models.mask import Mask
 from triform.models.positions import PositionEmbedding
 from triform.models.transformer import Stack

@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from triform.models.cache import Cache
 from triform.models.config import ModelConfig, TransformerConfig
-from triform.models.embedding import embedding, head
+from triform.models.embedding import embedding
+from triform.models.logits import head, whole
 from triform.models.mask import Mask
 from triform.models.patterns import on_grid
 from triform.models.positions import POSITIONS
@@ -116,8 +117,9 @@ class TextToImage(nn.Module):
         self.row_positions = Table(trunk, config.grid)
         self.column_positions = Table(trunk, config.grid)
         self.decoder = Stack(trunk)
-        self.text_head = head(trunk, config.vocab_size)
-        self.code_head = head(trunk, config.num_codes)
+        chunks = trunk.logit_chunks
+        self.text_head = head(trunk, config.vocab_size, chunks=chunks)
+        self.code_head = head(trunk, config.num_codes, chunks=chunks)
 
     @property
     def first_code(self) -> int:
@@ -160,7 +162,7 @@ class TextToImage(nn.Module):
         They are codes, or before the codes rows of the table.
         """
         x, cache = self._run(ids, positions, cache)
-        return self.code_head(x), cache
+        return whole(self.code_head(x)), cache
 
     def _run(self, ids: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
         mask = Mask.self_attention(positions, causal=True)

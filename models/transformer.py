@@ -18,6 +18,11 @@ Array = jax.Array
 # scanned trunk stacks the former and splits the latter along the layers.
 COLLECTIONS = ("params", "intermediates", "losses", "stats")
 STREAMS = ("params", "dropout", "sample")
+# trunk.remat_keeps -> what a block's forward pass stores.
+POLICIES = {
+    "nothing": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Cycle(nn.Module):
@@ -78,7 +83,9 @@ class Stack(nn.Module):
         x = dropout(self, x)
         block = BLOCKS[cfg.block]
         if cfg.remat:
-            block = nn.remat(block, prevent_cse=not cfg.scan_layers)
+            block = nn.remat(
+                block, prevent_cse=not cfg.scan_layers, policy=POLICIES[cfg.remat_keeps]
+            )
         if cfg.scan_layers:
             scanned = nn.scan(
                 Cycle,

@@ -104,12 +104,12 @@ def set_compiler_flags() -> None:
         given = text
     names = {flag.partition("=")[0] for flag in given.split()}
     missing = {k: v for k, v in COMPILER_FLAGS.items() if k not in names}
-    ours = [f"{k}={v}" for k, v in missing.items() if _known(k, v)]
+    ours = [f"{k}={v}" for k, v in missing.items() if known(k, v)]
     os.environ["XLA_FLAGS"] = " ".join([given.strip(), *ours]).strip()
 
 
 @functools.cache
-def _known(flag: str, value: str) -> bool:
+def known(flag: str, value: str) -> bool:
     """Does this jaxlib's library have the words of a flag and its value?"""
     words = flag.lstrip("-").encode(), value.encode()
     folder = pathlib.Path(jaxlib.__file__).parent

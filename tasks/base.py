@@ -104,6 +104,23 @@ class Task:
         return {}
 
 
+def over(
+    logits: Any, function: Callable[..., Any], *others: Array, key: Any = None
+) -> Any:
+    """function(logits, *others), one part after another of logits that are no array.
+
+    These have `map` (models/logits.py). `function` treats all but the last axis alike.
+    """
+    if hasattr(logits, "map"):
+        return logits.map(function, *others, key=key)
+    return function(logits, *others)
+
+
+def likeliest(logits: Array) -> Array:
+    """int32 [...] of logits [..., V]."""
+    return logits.argmax(-1).astype(jnp.int32)
+
+
 def candidates(logits: Array, count: int = 5) -> dict[str, Array]:
     """{candidates: int32 [..., n], shares: float32 [..., n]} of logits [..., V]: the
     likeliest classes, descending, and their probabilities.

@@ -1,10 +1,12 @@
 """Cross-entropy of one among several classes: per token, or per row."""
 
 import dataclasses
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from triform.runtime.metrics import CalibrationError, Mean, Metrics, Perplexity
 from triform.tasks.base import (
@@ -14,6 +16,8 @@ from triform.tasks.base import (
     Scalars,
     Task,
     candidates,
+    likeliest,
+    over,
     row_mean,
 )
 
@@ -52,7 +56,7 @@ class ClassificationConfig(PredictionConfig):
     """Predict batch['label'], the class of a row."""
 
 
-@dataclasses.dataclass
+@struct.dataclass
 class CrossEntropy:
     """Parts of one prediction, each of the shape of its targets, float32."""
 
@@ -63,32 +67,45 @@ class CrossEntropy:
 
     @classmethod
     def of(
-        cls, logits: Array, targets: Array, config: PredictionConfig, train: bool
+        cls,
+        logits: Any,
+        targets: Array,
+        config: PredictionConfig,
+        train: bool,
     ) -> "CrossEntropy":
-        """From logits [..., V] and targets: ids [...] or distributions [..., V]."""
+        """From logits [..., V] and targets: ids [...] or distributions [..., V].
+
+        The logits may come in parts: see `over`.
+        """
+        smoothing, z_loss = config.label_smoothing, config.z_loss
+        key = cls, smoothing if train else 0.0, z_loss if train else 0.0
+        return over(logits, partial(cls._of, *key[1:]), targets, key=key)
+
+    @classmethod
+    def _of(
+        cls, smoothing: float, z_loss: float, logits: Array, targets: Array
+    ) -> "CrossEntropy":
         peak = jax.lax.stop_gradient(logits.max(-1))
         log_z = peak + jnp.log(jnp.exp(logits - peak[..., None]).sum(-1))
         ties = (logits == peak[..., None]).sum(-1)
         if targets.ndim == logits.ndim:
             chosen = (targets * logits).sum(-1)
             index = targets.argmax(-1)[..., None]
-            likeliest = jnp.take_along_axis(logits, index, -1)[..., 0] >= peak
+            right = jnp.take_along_axis(logits, index, -1)[..., 0] >= peak
         else:
             # A masked sum instead of a gather: its gradient fuses, a gather's scatters.
             index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
             chosen = jnp.where(index == targets[..., None], logits, 0.0).sum(-1)
-            likeliest = chosen >= peak
+            right = chosen >= peak
         nll = log_z - chosen
         loss = nll
-        if train:
-            smoothing = config.label_smoothing
-            if smoothing:
-                uniform = log_z - logits.mean(-1)
-                loss = (1 - smoothing) * nll + smoothing * uniform
-            if config.z_loss:
-                loss += config.z_loss * log_z**2
+        if smoothing:
+            uniform = log_z - logits.mean(-1)
+            loss = (1 - smoothing) * nll + smoothing * uniform
+        if z_loss:
+            loss += z_loss * log_z**2
         # A model whose logits are all equal is right for one class in V, not always.
-        correct = likeliest / ties.astype(jnp.float32)
+        correct = right / ties.astype(jnp.float32)
         return cls(nll, loss, correct, jnp.exp(peak - log_z))
 
 
@@ -143,14 +160,13 @@ class TokenPrediction(Prediction):
     def predict(self, outputs: Outputs, batch: Batch) -> dict[str, Array]:
         """loss [B] in nats per token, targets [B, L] (likeliest ids), weights."""
         nll, weights = self._parts(outputs, batch, False).nll, self._weights(batch)
-        best = outputs[self.target].argmax(-1).astype(jnp.int32)
+        best = over(outputs[self.target], likeliest)
         return {"loss": row_mean(nll, weights), "targets": best, "weights": weights}
 
     def answer(self, outputs: Outputs, batch: Batch) -> dict[str, Array]:
         """targets [B, L], and the likeliest candidates of each [B, L, n]."""
         logits = outputs[self.target]
-        best = logits.argmax(-1).astype(jnp.int32)
-        return {"targets": best, **candidates(logits)}
+        return {"targets": over(logits, likeliest), **over(logits, candidates)}
 
 
 class Classification(Prediction):
@@ -165,6 +181,6 @@ class Classification(Prediction):
         logits = outputs[self.target]
         return {
             "loss": self._parts(outputs, batch, False).nll,
-            "label": logits.argmax(-1).astype(jnp.int32),
+            "label": likeliest(logits),
             "probabilities": jax.nn.softmax(logits, -1),
         }

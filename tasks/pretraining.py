@@ -12,6 +12,7 @@ from triform.tasks.base import (
     Scalars,
     Task,
     candidates,
+    over,
     row_mean,
 )
 from triform.tasks.prediction import CrossEntropy, PredictionConfig
@@ -67,4 +68,4 @@ class Pretraining(Task):
 
     def answer(self, outputs: Outputs, batch: Batch) -> dict[str, jnp.ndarray]:
         """The likeliest candidates of every masked token [B, P, n]."""
-        return candidates(outputs["targets"])
+        return over(outputs["targets"], candidates)

@@ -154,6 +154,8 @@ def another(monkeypatch):
         "attention_dropout": (0.2,),
         "dtype": ("bfloat16",),
         "remat": (True,),
+        "remat_keeps": ("products",),
+        "logit_chunks": (2,),
         "scan_layers": (True,),
     }
 

@@ -1,14 +1,18 @@
 """Helpers of the tests that state laws about models: parameters, gradients, trees."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from triform import models
+from triform.models.logits import whole
 from triform.runtime import metrics
 from triform.runtime.partition import PmapPlacement
 from triform.runtime.paths import path_name
+from triform.tasks.base import over
 
 # Float32 sums of the same few terms in another order.
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
@@ -45,7 +49,7 @@ def program(config, batch) -> str:
 
         def loss(params):
             logits = model.apply({"params": params}, batch, rngs={"dropout": rng})
-            return sum((x**2).sum() for x in logits.values())
+            return sum(over(x, lambda x: (x**2).sum(-1)).sum() for x in logits.values())
 
         return params, jax.grad(loss)(params)
 
@@ -56,6 +60,9 @@ def value_and_grad(config, params, batch, rng=None):
     """(logits by name, gradients of a fixed function of them), compiled."""
     model = models.build(config)
 
+    def weighted(logits, weights):
+        return jax.nn.log_softmax(logits) * weights
+
     @jax.jit
     def run(params):
         def loss(params):
@@ -63,12 +70,14 @@ def value_and_grad(config, params, batch, rng=None):
             logits = model.apply({"params": params}, batch, rngs=rngs)
             # Every logit matters, each in its own way.
             total = sum(
-                (
-                    jax.nn.log_softmax(x) * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+                over(
+                    x,
+                    weighted,
+                    jnp.cos(jnp.arange(math.prod(x.shape))).reshape(x.shape),
                 ).sum()
                 for x in logits.values()
             )
-            return total, logits
+            return total, {name: whole(x) for name, x in logits.items()}
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

@@ -10,7 +10,7 @@ import pytest
 from triform import workdir as workdirs
 from triform.answers.output import JsonLines, Output
 from triform.answers.sampler import Sampler
-from triform.answers.writing import plan
+from triform.answers.writing import FUSION, compiler_options, plan
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
 from triform.data import datasets
@@ -34,6 +34,7 @@ from triform.models import (
 )
 from triform.models.config import TransformerConfig
 from triform.models.decode import DecodeConfig
+from triform.runtime import host
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.scores.text import EvaluationConfig
@@ -401,3 +402,15 @@ def test_rows_of_a_file_are_strict_json(tmp_path):
     with pytest.raises(OSError, match="/dev/full") as caught:
         full.write({})
     assert caught.value.filename == "/dev/full"
+
+
+def test_a_users_compiler_flag_is_that_of_writing_too(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    host.set_compiler_flags()
+    ours = compiler_options()
+    assert list(ours) == [FUSION]
+    double = jax.jit(lambda x: 2 * x, compiler_options=ours)
+    assert double(jnp.ones(())) == 2  # this jaxlib takes them
+    monkeypatch.setenv("XLA_FLAGS", f"--{FUSION}=LIBRARY_FUSION_TYPE_ELTWISE")
+    host.set_compiler_flags()
+    assert compiler_options() == {}

@@ -99,6 +99,12 @@ def test_remat_computes_the_blocks_again():
     assert again == blocks - 2 * ROWS * LENGTH * LAYERS * WIDTH * FORWARD
 
 
+def test_remat_that_keeps_products_computes_attention_again():
+    kept = config(remat=True, remat_keeps="products", scan_layers=True)
+    scores_and_sums = 2 * ROWS * LENGTH * LAYERS * 2 * LENGTH * WIDTH
+    assert forecast.of(kept).again == scores_and_sums
+
+
 def test_loops_and_branches_are_counted():
     x = jnp.zeros((4, 4))
 

@@ -80,7 +80,7 @@ ROWS = {
         ("models.blocks*",),
         ("models.attention", "models.cache", "models.feed_forward"),
         ("models.algorithms*",),
-        ("models.positions", "models.embedding", "models.layers"),
+        ("models.positions", "models.embedding", "models.layers", "models.logits"),
         ("models.config", "models.mask", "models.matmul", "models.decode"),
         ("models.patterns", "models.stacking"),
     ),

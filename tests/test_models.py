@@ -61,7 +61,8 @@ def programs(tiny_config, pair_batch):
 )
 def test_every_trunk_field_changes_the_program(programs, tiny_config, another, name):
     # Some are read with certain others only.
-    same = {"positions": "rotary"} if name == "rope" else {}
+    needed = {"rope": {"positions": "rotary"}, "remat_keeps": {"remat": True}}
+    same = needed.get(name, {})
     value = another(tiny_config(**same).trunk, name)
     assert programs(**same, **{name: value}) != programs(**same)
 
