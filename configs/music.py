@@ -23,12 +23,12 @@ token in rows of 2,048, .508 with rotary positions and .489 with polar ones
 (Gopalakrishnan et al. 2025, by a summary of it). What differs here: rows of 192 tokens,
 of which the later 96 are scored, so that a token sees 96 to 192 before it; the end of a
 piece is a token; transposed pieces; the model, 3 layers, 128 wide, 0.7 million
-parameters. Theirs say nothing of how pieces were cut.
+parameters.
 
 `quarter`: 8.028 nats per frame of the test pieces (7.975 of the validation pieces) in
 4 min 24 s (9 min 8 s), summed over 88 keys, the first frame of a piece not scored, all
-frames alike, the checkpoint chosen on the validation pieces. Published: 8.10, a temporal
-convolutional network (Bai et al. 2018), by the same protocol (music_test.py of
+frames alike, the checkpoint chosen on the validation pieces. Published: 8.10, a
+temporal convolutional network (Bai et al. 2018), by the same protocol (music_test.py of
 locuslab/TCN). What differs here: pieces are transposed in training by up to 6
 semitones. 2 layers, dropout 0.2 and 3,000 steps of 8 rows: 8.157 (8.135).
 
