@@ -10,9 +10,10 @@
 digits: every phrasing of every digit is drawn, and the pictures are classified by a ViT
 that has seen no drawn picture; ranked, each is the best of 8. likelihood: nats per code
 of held-out pictures, with their captions, without, and by the frequencies of codes in
-training; what captions are worth has a standard error over figures. retrieval: of all
-held-out pictures without skin tones, how likely is each under each name. grid: the
-first 32 of these names, of each the first sample and, small, the picture.
+training; what captions are worth, with its standard error over figures, comes once
+more for one picture a figure, without skin tone. retrieval: of these, how likely each
+is under each name. grid: the first 32 names, of each the first sample and, small,
+the picture.
 """
 
 import argparse
@@ -141,13 +142,12 @@ def likelihood(args: argparse.Namespace) -> None:
     if args.blind:
         plain["trained without texts"] = Likelihood(args.blind)(without_text(batch))
     print(f"  with captions          {with_text.mean():.4f}")
-    groups = figures(test)
+    groups, kept = figures(test), bare(test)
     for name, nats in plain.items():
         gain = nats - with_text
-        print(
-            f"  {name:22} {nats.mean():.4f}; captions help by {gain.mean():.4f} +- "
-            f"{standard_error(gain, groups):.4f}"
-        )
+        print(f"  {name:22} {nats.mean():.4f}")
+        print(f"    captions help by     {with_error(gain, groups)}")
+        print(f"    of bare figures      {with_error(gain[kept], groups[kept])}")
 
 
 def figures(split: Split) -> np.ndarray:
@@ -157,10 +157,10 @@ def figures(split: Split) -> np.ndarray:
     return np.unique(names, return_inverse=True)[1]
 
 
-def standard_error(values: np.ndarray, groups: np.ndarray) -> float:
-    """Of the mean of values [N], which depend on each other within a group."""
+def with_error(values: np.ndarray, groups: np.ndarray) -> str:
+    """Mean of values [N] and its standard error; within a group they depend."""
     sums = np.bincount(groups, values - values.mean())
-    return float(np.sqrt((sums**2).sum()) / len(values))
+    return f"{values.mean():.4f} +- {np.sqrt((sums**2).sum()) / len(values):.4f}"
 
 
 def bare(split: Split) -> list[int]:
@@ -241,7 +241,7 @@ def labelled(
             sheet.paste(shown, (left + x, top + y))
         lines = "\n".join(textwrap.wrap(name, 17)[:2])
         pen.multiline_text((left, top + SIDE), lines, "black", font, spacing=0)
-    return sheet.quantize(64)
+    return sheet.quantize(160)
 
 
 def main() -> None:

@@ -6,12 +6,14 @@ Evaluations write samples/*.png: pictures of the split above what comes back of 
 What the divergence's factor of 6.6 is relative to: tasks/image_coding.py,
 docs/dalle.md.
 
-Measured on 2 shared cores of an AMD EPYC beside some 20 other processes, niced.
-`digits`, 2,500 steps in 96 s of CPU time (6 min 2 s from start to end): a squared error
-of 0.0062 per test pixel in [0, 1], all 64 codes in use, perplexity 53. `emoji`, 1,500
-steps in 5 min 45 s of CPU time (25 min 41 s): 0.0134, where the mean picture has 0.076;
-240 of 256 codes in use, perplexity 138. `own`, with 32 x 32 pixels and a width
-of 8, for 12 steps only: as it is, it is for an accelerator. `mnist` was not run.
+Measured on one core of an AMD EPYC with AVX-512, in a virtual machine whose time other
+programs share. `digits`, 2,500 steps: 3 min 35 s from start to end, together with stage
+2 3 min 20 s of CPU time; a squared error of 0.0061 per test pixel in [0, 1], 64 of 64
+codes in use on validation, perplexity 53. `mnist`, 1,500 steps, of which the last 900
+took 2 min 13 s of CPU time: 0.0079, 128 of 128 codes, perplexity 85. `emoji`, on 2
+cores beside some 20 other processes, 1,500 steps in 5 min 45 s of CPU time: 0.0134,
+where the mean picture has 0.076; 240 of 256 codes, perplexity 138. `own` was dry-run
+only: it is for an accelerator (docs/dalle.md).
 """
 
 import functools
