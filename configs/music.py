@@ -33,7 +33,8 @@ locuslab/TCN). What differs here: pieces are transposed in training by up to 6
 semitones. 2 layers, dropout 0.2 and 3,000 steps of 8 rows: 8.157 (8.135).
 
 `harmonise`: 1.491 nats per hidden token of the validation pieces in 6 min 12 s (12 min
-26 s); how often it agrees with Bach: not measured.
+26 s); alto, tenor and bass agree with Bach in 17.9, 13.3 and 9.1 % of 16ths, a voice's
+commonest pitch in 13.9, 13.2 and 13.2 %: not better than that but for the alto.
 
 `midi` was not run.
 """
