@@ -41,7 +41,7 @@ class TokenComposer:
 
     def __init__(self, experiment: Experiment, kind: Openings):
         self.codec, model = kind.codec, experiment.model
-        config = experiment.config.decode
+        self.grain, config = kind.config.grain(), experiment.config.decode
         self.context = experiment.config.model.longest()["L"]
         allowed = jnp.asarray(self.codec.allowed())
         if config.method == "beam" and config.beam_size > 1:
@@ -85,7 +85,10 @@ class TokenComposer:
                 before[row] = len(new[row])
                 if not over[row]:
                     left = how.max_tokens - len(new[row])
-                    given[row], until[row] = self._reads(opening + new[row], left)
+                    piece = opening + new[row]
+                    given[row], until[row] = reads(
+                        piece, left, self.context, self.grain
+                    )
             batch = prompts(given, self.context)
             room = min(how.max_tokens, self.context)
             found = self._write(variables, batch, keys, before, until, room)
@@ -105,14 +108,17 @@ class TokenComposer:
             for x, y, score in zip(ids, new, scores, strict=True)
         ]
 
-    def _reads(self, ids: list[int], left: int) -> tuple[list[int], int]:
-        """(the ids that the next pass reads, whole steps of them; how many it writes).
 
-        It depends on this piece alone.
-        """
-        count, room = plan(len(ids), left, self.context)
-        start = -(-(len(ids) - count) // self.codec.period) * self.codec.period
-        return ids[start:], room
+def reads(ids: list[int], left: int, context: int, grain: int) -> tuple[list[int], int]:
+    """(the last ids of a piece, which the next pass reads; how many it writes).
+
+    They begin at a multiple of `grain`, as windows of training do: else positions would
+    say another beat than they have learned to. It depends on this piece alone.
+    """
+    count, room = plan(len(ids), left, context)
+    start = -(-(len(ids) - count) // grain) * grain
+    start = min(start, (len(ids) - 1) // grain * grain)  # something is read
+    return ids[start:], min(room, context + 1 - (len(ids) - start))
 
 
 class FrameComposer:
@@ -194,6 +200,7 @@ class InpaintingComposer:
 
     def __init__(self, experiment: Experiment, kind: Melodies):
         self.codec, self.length = kind.codec, kind.config.max_len
+        self.grain = kind.config.grain()
         model, config = experiment.model, experiment.config.decode
         pick = decode.greedy if config.method != "sample" else decode.sampler(config)
         allowed = np.array(self.codec.allowed().any(0))
@@ -234,7 +241,8 @@ class InpaintingComposer:
         keys = row_keys(np.uint32(how.seed % 2**32), jnp.asarray(numbers))
         ids = [np.concatenate([*item.parts, np.zeros(0, np.int32)]) for item in items]
         scores, voices = np.zeros(len(items)), self.codec.voices
-        half = max(1, self.length // 2 // voices) * voices
+        grain = self.grain  # where windows begin in training, too
+        half = max(1, self.length // 2 // grain) * grain
         longest = max(map(len, ids))
         for number, start in enumerate(range(0, max(1, longest - half), half)):
             shape = len(numbers), self.length

@@ -24,6 +24,7 @@ class Attention(nn.Module):
     """
 
     config: TransformerConfig
+    output: bool = True  # False: no out kernel, what the heads give stands side by side
 
     @nn.compact
     def __call__(
@@ -86,5 +87,7 @@ class Attention(nn.Module):
                 out, cache = cache.attend(
                     attend, query, key, value, mask, index, **options
                 )
+        if not self.output:
+            return out.reshape(*out.shape[:2], -1), cache
         output = dense(cfg, cfg.d_model, "out", bias=cfg.bias == "all", axes=2)
         return output(out), cache

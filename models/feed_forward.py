@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from triform.models.config import TransformerConfig
-from triform.models.layers import dense
+from triform.models.layers import dense, dropout
 
 Array = jax.Array
 
@@ -38,6 +38,7 @@ class FeedForward(nn.Module):
     """Position-wise feed-forward network, gated if the config's `ffn` is."""
 
     config: TransformerConfig
+    inner_dropout: bool = False  # also after the activation
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -50,4 +51,6 @@ class FeedForward(nn.Module):
             hidden = activation(dense(cfg, cfg.d_ff, "gate", bias=bias)(x)) * hidden
         else:
             hidden = activation(hidden)
+        if self.inner_dropout:
+            hidden = dropout(self, hidden)
         return dense(cfg, cfg.d_model, "down", bias=bias)(hidden)

@@ -95,8 +95,9 @@ def to_host(metrics: Metrics) -> Metrics:
 
 
 def values(metrics: Metrics, prefix: str) -> dict[str, float]:
-    """{'prefix/name': value} of metrics on the host."""
-    return {f"{prefix}/{name}": m.value() for name, m in metrics.items()}
+    """{"prefix/name": value} on the host; what nothing counted for has none."""
+    counted = {name: m for name, m in metrics.items() if float(m.weight) != 0}
+    return {f"{prefix}/{name}": m.value() for name, m in counted.items()}
 
 
 def read_lines(workdir: str) -> list[dict[str, Any]]:

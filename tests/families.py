@@ -110,6 +110,9 @@ T5S = {
     "parallel pairs": EncoderDecoderConfig(
         trunk(block="parallel", ffn="swiglu", windows=(2,)), VOCAB
     ),
+    "query norm pairs": EncoderDecoderConfig(
+        trunk(block="query_norm", norm_position="pre"), VOCAB
+    ),
     "performer pairs": EncoderDecoderConfig(
         trunk(**PERFORMER, norm_position="pre"), VOCAB
     ),
@@ -193,7 +196,9 @@ OTHERS = {
         text_len=6,
         grid=3,
     ),
-    "sasrec": RecommenderConfig(trunk(**LEARNED, norm_position="pre"), VOCAB),
+    "sasrec": RecommenderConfig(
+        trunk(**LEARNED, norm_position="pre", block="query_norm"), VOCAB
+    ),
     "bert4rec": RecommenderConfig(
         trunk(**LEARNED), VOCAB, causal=False, scale=False, output_layer=True
     ),

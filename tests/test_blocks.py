@@ -1,5 +1,7 @@
 """Blocks and patterns by name, and what modules in a block may use of Flax."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from triform.models.blocks.standard import StandardBlock
 from triform.models.config import TransformerConfig
 from triform.models.mask import Mask
 from triform.models.patterns import PATTERNS, pattern_of
+from triform.models.positions import Relative
 from triform.models.stacking import looped_layers, stacked_layers
 from triform.models.transformer import Stack
 
@@ -120,6 +123,101 @@ def test_the_parallel_block_is_its_formula():
     up = params["decoder"]["layer_0"]["feed_forward"]
     hidden = np.maximum(y @ up["up"]["kernel"], 0) @ up["down"]["kernel"]
     np.testing.assert_allclose(parts[1][0], hidden, **CLOSE)
+
+
+def test_the_query_norm_block_is_its_formula():
+    """modules.py and model.py of Kang & McAuley's code, whose norms have an eps of
+    1e-8, and whose keys and values are not normalised.
+    """
+    width, length = 8, 6
+    sizes = {"d_model": width, "num_heads": 2, "d_ff": 5, "max_len": length}
+    trunk = TransformerConfig(
+        1, **sizes, block="query_norm", positions="none", norm_eps=1e-8
+    )
+    mask = Mask.self_attention(jnp.arange(length)[None], causal=True, aligned=True)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((length, width)).astype(np.float32)
+    stack = Stack(trunk)
+    params = stack.init(jax.random.key(0), x[None], mask)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
+    assert "out" not in params["layer_0"]["self_attention"]
+
+    def norm(name, x):
+        own = params["layer_0"][f"{name}_norm"]
+        x = x - x.mean(-1, keepdims=True)
+        return x / x.std(-1, keepdims=True) * own["scale"] + own["bias"]
+
+    def product(name, x):
+        part, name = name.split("/")
+        own = params["layer_0"][part][name]
+        bias = own["bias"].ravel()
+        return x @ own["kernel"].reshape(len(x.T), -1) + bias
+
+    query = norm("self_attention", x)
+    rows = [("query", query), ("key", x), ("value", x)]
+    q, k, v = (
+        product(f"self_attention/{name}", y).reshape(length, 2, -1) for name, y in rows
+    )
+    scores = np.einsum("qhe,khe->hqk", q, k) / 2
+    scores = np.where(np.tril(np.ones((length, length))) > 0, scores, -np.inf)
+    shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    y = query + np.einsum("hqk,khe->qhe", shares, v).reshape(length, width)
+    z = norm("feed_forward", y)
+    hidden = np.maximum(product("feed_forward/up", z), 0)
+    expected = z + product("feed_forward/down", hidden)
+    # Post-norm: the trunk adds no norm of its own at the end.
+    found, _ = jax.jit(stack.apply)({"params": params}, x[None], mask)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_query_norm_block_refuses_heads_of_another_width():
+    trunk = TransformerConfig(
+        1, d_model=8, num_heads=2, head_dim=6, block="query_norm", positions="none"
+    )
+    mask = Mask.self_attention(jnp.arange(4)[None], causal=True, aligned=True)
+    x = jnp.zeros((1, 4, 8))
+    with pytest.raises(ValueError, match="head_dim=6") as error:
+        jax.eval_shape(Stack(trunk).init, jax.random.key(0), x, mask)
+    assert "d_model=8" in str(error.value) and "head_dim=0" in str(error.value)
+
+
+def test_dropout_of_the_query_norm_block():
+    """On weights of attention, within the feed-forward network and after it."""
+    trunk = TransformerConfig(num_layers=1, d_model=8, num_heads=2, block="query_norm")
+    mask = Mask.self_attention(jnp.arange(4)[None], causal=True, aligned=True)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 4, 8)).astype(np.float32)
+    rest = mask, None, None, Relative(), {"self": None, "cross": None}, None
+    variables = BLOCKS["query_norm"](trunk).init(jax.random.key(0), x, *rest)
+
+    def outputs(rates, seed):
+        """Of attention, the feed-forward network, its share of the block, the norms."""
+        trunk_of = dataclasses.replace(trunk, **rates)
+        (out, _), seen = BLOCKS["query_norm"](trunk_of).apply(
+            variables,
+            *(x, *rest),
+            rngs={"dropout": jax.random.key(seed)},
+            capture_intermediates=lambda module, _: bool(module.name),
+        )
+        seen = {k: v["__call__"][0] for k, v in seen["intermediates"].items() if v}
+        return {**seen, "added": out - seen["feed_forward_norm"]}
+
+    inner = {"dropout": 0.5, "attention_dropout": 0.0}
+    first, second = outputs(inner, 0), outputs(inner, 1)
+    np.testing.assert_array_equal(
+        first["feed_forward_norm"], second["feed_forward_norm"]
+    )
+    assert np.abs(first["feed_forward"] - second["feed_forward"]).max() > 0.01
+    dropped = np.isclose(first["added"], 0, atol=1e-6)
+    assert 0.2 < dropped.mean() < 0.8
+    kept = ~dropped
+    np.testing.assert_allclose(
+        first["added"][kept], 2 * first["feed_forward"][kept], rtol=1e-3, atol=1e-5
+    )
+    weights = {"dropout": 0.0, "attention_dropout": 0.5}
+    first, second = outputs(weights, 0), outputs(weights, 1)
+    changed = first["feed_forward_norm"] - second["feed_forward_norm"]
+    assert np.abs(changed).max() > 0.01
 
 
 # --- Collections and rngs of modules in a trunk ---

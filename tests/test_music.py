@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from triform import tasks
+from triform.answers.composing import reads
 from triform.data import datasets, sources
 from triform.data.codecs.music import FIRST, LAST, MASK, MidiEvents, VoiceTokens
 from triform.data.datasets import (
@@ -307,6 +308,18 @@ def test_windows_of_training_hold_beginnings_and_ends_and_move(folder):
                 firsts += part.start == 0
                 lasts += part.start + part.count == 161
     assert train.per_epoch == 1 and len(starts) > 5 and firsts and lasts
+
+
+@pytest.mark.parametrize(("context", "grain"), [(192, 16), (16, 16), (20, 4), (9, 1)])
+def test_what_outgrows_the_context_is_read_from_where_rows_begin(context, grain):
+    """As training's windows do: positions say the same voice and beat."""
+    for given, left in itertools.product(range(1, 3 * context), (1, 7, 5 * context)):
+        ids = [*range(given)]
+        found, room = reads(ids, left, context, grain)
+        assert found and found[0] % grain == 0 and found == ids[found[0] :]
+        assert 1 <= room <= left and len(found) + room <= context + 1
+        if given + left <= context + 1:
+            assert (found, room) == (ids, left)
 
 
 def test_hidden_notes_are_what_is_to_be_found(folder):

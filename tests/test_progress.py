@@ -146,3 +146,9 @@ def test_the_lock_of_lines_is_there_before_a_thread_writes():
     """tqdm imports for it, which another thread's lazy imports may intercept."""
     code = "from triform.runtime import progress; assert progress.tqdm._lock"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_nothing_counted_for_is_not_reported(run):
+    nothing = {"text_loss": Mean(jnp.float32(0), jnp.float32(0))}
+    line = run(every=1).update(1, measured() | nothing, 10)
+    assert line["train/loss"] == 2 and "train/text_loss" not in line

@@ -11,6 +11,11 @@ To add one: a file here and a row in BLOCKS; trunk.block names it.
 """
 
 from triform.models.blocks.parallel import ParallelBlock
+from triform.models.blocks.query_norm import QueryNormBlock
 from triform.models.blocks.standard import StandardBlock
 
-BLOCKS = {"standard": StandardBlock, "parallel": ParallelBlock}
+BLOCKS = {
+    "standard": StandardBlock,
+    "parallel": ParallelBlock,
+    "query_norm": QueryNormBlock,
+}

@@ -26,14 +26,21 @@ def self_attention(
     index: Array | None,
     window: int,
     pattern: str,
+    source: Array | None = None,
+    output: bool = True,
 ) -> tuple[Array, Any]:
-    """([B, L, D], the layer's own cache) of x [B, L, D], within window and pattern."""
+    """([B, L, D], the layer's own cache) of x [B, L, D], within window and pattern.
+
+    `source` [B, L, D]: what keys and values are made of, if not of x. Without `output`
+    there is no kernel after the heads.
+    """
     if window:
         mask = mask.replace(window=min(window, mask.window or window))
     if pattern != "none":
         mask = mask.replace(pattern=pattern_of(pattern))
-    attention = Attention(config, name="self_attention")
-    return attention(x, x, mask, relative=relative, cache=cache, index=index)
+    attention = Attention(config, output, name="self_attention")
+    source = x if source is None else source
+    return attention(x, source, mask, relative=relative, cache=cache, index=index)
 
 
 def cross_attention(
