@@ -206,6 +206,14 @@ class TransformerConfig:
         )
         require(self.head_dim >= 0, "head_dim", "must be 0 (derived) or positive")
         require(
+            self.block != "query_norm"
+            or self.num_heads * self.head_width() == self.d_model,
+            "head_dim",
+            f"block='query_norm' has no kernel after the heads, so num_heads="
+            f"{self.num_heads} of them must be as wide as d_model={self.d_model}; set "
+            "head_dim=0",
+        )
+        require(
             self.positions != "sinusoidal" or self.d_model % 2 == 0,
             "d_model",
             "must be even with positions='sinusoidal' (sine and cosine halves)",

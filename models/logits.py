@@ -1,5 +1,6 @@
 """Scores of a vocabulary: what every family with tokens ends with."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,11 @@ class Logits:
         """(B, L, V)."""
         return (*self._x.shape[:-1], self._kernel.shape[-1])
 
-    @property
-    def ndim(self) -> int:
-        """3."""
-        return self._x.ndim
+    def plus(self, x: Array, kernel: Array) -> "Logits":
+        """These plus x [B, L, r] times kernel [r, V]."""
+        x = jnp.concatenate([self._x, x.astype(self._x.dtype)], -1)
+        kernel = jnp.concatenate([self._kernel, kernel.astype(self._kernel.dtype)])
+        return Logits(x, kernel, self._bias, self._chunks)
 
     def map(self, function: Callable[..., Any], *others: Array, key: Any = None) -> Any:
         """function(logits [B, n, V], *others [B, n, ...]) of all positions.
@@ -65,7 +67,8 @@ class Logits:
             x = jnp.pad(x, [(0, 0), (0, room), *[(0, 0)] * (x.ndim - 2)])
             return jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
 
-        @jax.checkpoint
+        # In a loop nothing is merged with the forward pass: no barriers are needed.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def of_part(part: tuple[Array, ...]) -> Any:
             x, *rest = part
             return function(_product(x, self._kernel, self._bias), *rest)

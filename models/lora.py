@@ -178,15 +178,15 @@ class LoRA(nn.Module):
         out = call(*args, **kwargs)
         if not rank:
             return out
+        low, b = self._factors(module, *args, rank)
         if isinstance(out, Logits):
-            raise ValueError(
-                "model.trunk.logit_chunks: a head that is adapted computes all "
-                "logits at once; set it to 1, or leave the head out of model.targets"
-            )
-        return out + self._product(module, *args, rank).astype(out.dtype)
+            return out.plus(low, b)
+        added = dot_general(low, b, (((low.ndim - 1,), (0,)), ((), ())))
+        return out + added.astype(out.dtype)
 
     @nn.nowrap
-    def _product(self, module: nn.Module, x: Array, rank: int) -> Array:
+    def _factors(self, module: nn.Module, x: Array, rank: int) -> tuple[Array, Array]:
+        """(scale * x a [..., rank], b [rank, *features]): their product is added."""
         count = module.axes if isinstance(module, Dense) else 1
         axes = tuple(range(x.ndim - count, x.ndim))
         features = module.features
@@ -205,8 +205,7 @@ class LoRA(nn.Module):
         x = nn.Dropout(self.config.dropout, deterministic=plain, name="lora_dropout")(x)
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         low = dot_general(x, a, ((axes, tuple(range(len(axes)))), ((), ())))
-        low = low * jnp.asarray(self.config.scale(rank), low.dtype)
-        return dot_general(low, b, (((low.ndim - 1,), (0,)), ((), ())))
+        return low * jnp.asarray(self.config.scale(rank), low.dtype), b
 
 
 def merge(params: Any, config: LoRAConfig) -> Any:

@@ -174,10 +174,8 @@ def test_the_query_norm_block_refuses_heads_of_another_width():
     trunk = TransformerConfig(
         1, d_model=8, num_heads=2, head_dim=6, block="query_norm", positions="none"
     )
-    mask = Mask.self_attention(jnp.arange(4)[None], causal=True, aligned=True)
-    x = jnp.zeros((1, 4, 8))
     with pytest.raises(ValueError, match="head_dim=6") as error:
-        jax.eval_shape(Stack(trunk).init, jax.random.key(0), x, mask)
+        trunk.validate()
     assert "d_model=8" in str(error.value) and "head_dim=0" in str(error.value)
 
 

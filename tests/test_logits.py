@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import FAMILIES, batch_of, with_trunk
-from laws import assert_trees_close, init
+from laws import assert_trees_close, init, value_and_grad
 
 from triform import models, tasks
 from triform.models.logits import Logits
@@ -107,7 +107,7 @@ def test_a_length_that_parts_do_not_divide_and_a_tree_of_results():
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(B, L, D)), rng.normal(size=(D, 5))
     logits = Logits(jnp.float32(x), jnp.float32(kernel), jnp.arange(5.0), 3)
-    assert logits.shape == (B, L, 5) and logits.ndim == 3
+    assert logits.shape == (B, L, 5)
     ids = jnp.arange(B * L).reshape(B, L) % 5
     made = logits.map(lambda part, i: {"best": part.max(-1), "same": i}, ids)
     expected = x @ kernel + np.arange(5)
@@ -116,12 +116,19 @@ def test_a_length_that_parts_do_not_divide_and_a_tree_of_results():
     np.testing.assert_allclose(logits.array(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_adapted_head_says_that_it_cannot():
+def test_an_adapted_head_in_parts_is_the_head():
     config = FAMILIES["lora"]
-    chunked = with_trunk(config, logit_chunks=2)
-    head = dataclasses.replace(
-        chunked, model=dataclasses.replace(chunked.model, tie_head=False)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, tie_head=False),
+        targets=("^head/kernel$",),
+        dropout=0.0,
     )
-    wrong = dataclasses.replace(head, targets=("^head/kernel$",))
-    with pytest.raises(ValueError, match="leave the head out"):
-        init(wrong, batch_of(wrong))
+    batch = batch_of(config)
+    params = init(config, batch)
+    assert "lora_b" in params["head"]
+    expected, grads = value_and_grad(config, params, batch)
+    parts = with_trunk(config, logit_chunks=3)
+    found, found_grads = value_and_grad(parts, params, batch)
+    assert_trees_close(found, expected)
+    assert_trees_close(found_grads, grads)

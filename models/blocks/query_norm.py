@@ -42,12 +42,6 @@ class QueryNormBlock(nn.Module):
     ) -> tuple[Array, dict[str, Any]]:
         """x [B, L, D], memory [B, M, D] -> (x, cache)."""
         cfg, cache = self.config, dict(cache)
-        if cfg.num_heads * cfg.head_width() != cfg.d_model:
-            raise ValueError(
-                f"head_dim={cfg.head_dim}: block='query_norm' has no kernel after the "
-                f"heads, so num_heads={cfg.num_heads} of them must be as wide as "
-                f"d_model={cfg.d_model}; set head_dim=0"
-            )
         query = make_norm(cfg, "self_attention_norm")(x)
         out, cache["self"] = self_attention(
             *(cfg, query, mask, relative, cache["self"], index),
