@@ -1,6 +1,7 @@
 """A training step of BERT, the 2017 Transformer and ViT beside PyTorch's, alternated.
 
-    python benchmarks/steps.py --model=bert|translation|vit [--rounds=8] [--no_dropout]
+    python benchmarks/steps.py --model=bert|translation|multi30k|vit [--rounds=8] \\
+        [--no_dropout]
 
 Both sides do all of a step on the same random batch: forward, loss, backward, clipping,
 AdamW, and reading the loss. BERT and ViT are those of transformers (with its default
@@ -22,7 +23,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from triform.configs import bert_finetune, transformer_cldr, vit_mnist
+from triform.configs import bert_finetune, transformer_cldr, transformer_multi30k, vit_mnist
 from triform.experiment import Experiment
 from triform.runtime import host, metrics
 
@@ -43,12 +44,25 @@ def translation() -> Any:
     return transformer_cldr.get_config()
 
 
+def multi30k() -> Any:
+    """The model of the captions on rows of their most frequent length."""
+    config = transformer_multi30k.get_config("cpu")
+    config.data.max_len, config.data.buckets = 15, ()
+    config.data.batch_size = 4096 // 15
+    return config
+
+
 def vit() -> Any:
     """The model of vit_mnist on a batch of its pictures."""
     return vit_mnist.get_config()
 
 
-CONFIGS = {"bert": bert, "translation": translation, "vit": vit}
+CONFIGS = {
+    "bert": bert,
+    "translation": translation,
+    "multi30k": multi30k,
+    "vit": vit,
+}
 
 
 def random_batch(config: Any, experiment: Experiment) -> dict[str, np.ndarray]:
