@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -59,6 +60,11 @@ def batch_of(split, rows):
 # --- The alphabet ---
 
 
+def capital(found: re.Match) -> str:
+    """Of a letter; names of special tokens stay."""
+    return found[0] if "<" in found[0] else found[0].upper()
+
+
 def test_ids_are_those_of_the_original_tokenizer(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(tokenizer.ALPHABET))
@@ -69,6 +75,8 @@ def test_ids_are_those_of_the_original_tokenizer(tmp_path):
     texts = ["".join(rng.choice(parts, rng.integers(0, 30))) for _ in range(300)]
     framing = ours.framing("texts")
     for text, found in zip(texts, ours.encode(texts, specials=True), strict=True):
+        # Lower-case residues are read as capitals, as in FASTA files; not there.
+        text = re.sub("<[a-z_1]+>|[a-z]", capital, text)
         assert framing.framed([found]).ids.tolist() == theirs(text)["input_ids"], text
     pair = framing.framed(ours.encode(["MKV", "AX"])).ids.tolist()
     assert pair == theirs("MKV", "AX")["input_ids"] == ids("(MKV)AX)")
