@@ -83,7 +83,9 @@ def request_command(config: ExperimentConfig, **flags: str) -> str:
     kind = DATASETS[type(config.data)].requests
     if not kind.answers():
         return ""
-    return f"{commands.line('generate', **flags)} {kind.flags(config.data)}"
+    names = codec_files.load_classes(flags["workdir"], config.data)
+    asked = kind.flags(config.data, names)
+    return f"{commands.line('generate', **flags)} {asked}"
 
 
 def open_config(workdir: str) -> ExperimentConfig:

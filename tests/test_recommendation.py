@@ -476,6 +476,7 @@ def test_answers_leave_out_all_of_a_history(log):
     assert left_out == [1, 0]
     assert batch["inputs"].tolist() == [[3, 1], [0, 4]]
     assert batch["segments"].tolist() == [[1, 1], [0, 1]]
+    assert kind.flags(made, dataset.codecs) == "--input='1 2'"
     # 9, which is no longer read, has been chosen all the same.
     row = {"candidates": np.array([2, 1, 4, 0, 3]), "shares": np.arange(5)[::-1] / 5}
     assert kind.answer(item, row) == {"items": {"30": 0.4, "1": 0.2}}

@@ -13,9 +13,11 @@ from triform.data.codecs.classes import Classes
 from triform.data.codecs.text import ByteTokenizer
 from triform.data.datasets import (
     EVALUATION,
+    CaptionedImagesConfig,
     CausalLMConfig,
     Corpus,
     ImagesConfig,
+    InteractionsConfig,
     MaskedLMConfig,
     MixtureConfig,
     Seq2SeqConfig,
@@ -23,6 +25,7 @@ from triform.data.datasets import (
     SpanCorruptionConfig,
     TokenClassificationConfig,
 )
+from triform.data.datasets.requests import Item
 from triform.data.lines import for_terminal, one_line
 from triform.input_pipeline import Batches
 from triform.runtime.errors import DataError
@@ -32,6 +35,7 @@ TOK = ByteTokenizer(
 )
 SIZES = {"vocab_size": TOK.vocab_size, "num_types": 2, "num_labels": 3, "num_tags": 3}
 TEXTS = ["ab", "c", "defghi"]
+PIXELS = np.ones((2, 2), np.uint8)
 
 
 def kind(config, **codecs):
@@ -130,6 +134,29 @@ def test_nothing_vanishes_without_being_counted(config, size):
     kept = int((inputs == TOK.first + ord("x")).sum())
     assert kept + left_out == size
     assert kept == min(size, 9 - asked.framing.added(1))
+
+
+@pytest.mark.parametrize(
+    ("config", "value"),
+    [
+        (Seq2SeqConfig(max_len=9), "x"),
+        (CausalLMConfig(max_len=9), "x"),
+        (TokenClassificationConfig(max_len=9), "x"),
+        (ImagesConfig(size=2), PIXELS),
+        (CaptionedImagesConfig(size=2), {"text": "x", "image": PIXELS}),
+        (InteractionsConfig(), ["b"]),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_cannot_be_read_is_a_row_of_padding_beside_others(config, value):
+    asked = kind(config, items=Classes(["a", "b"]))
+    item, none = asked.read(value), Item([], "")
+    batch, left_out = asked.batch([none, item, none], 4)
+    alone, _ = asked.batch([asked.read(value)], 1)
+    assert left_out == [0, 0, 0]
+    for name, x in batch.items():
+        np.testing.assert_array_equal(x[1], alone[name][0])
+        assert not x[[0, 2, 3]].any()
 
 
 def test_a_request_takes_the_shortest_row_that_holds_all():

@@ -10,6 +10,7 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
+from triform.data.codecs.classes import Classes
 from triform.data.datasets import augment
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
 from triform.data.datasets.images import opened, pixels, scaling
@@ -226,7 +227,7 @@ class Pairs(Requests):
     columns, gives = ("text", "image"), ("score",)
 
     @classmethod
-    def flags(cls, config: Any) -> str:
+    def flags(cls, config: Any, classes: Mapping[str, Classes]) -> str:
         """With a tab between them, in quotes in which shells know it."""
         return r"--input=$'a caption\tpicture.png'"
 
@@ -271,9 +272,9 @@ class Prompts(Requests):
     example = "a caption"
 
     @classmethod
-    def flags(cls, config: Any) -> str:
+    def flags(cls, config: Any, classes: Mapping[str, Classes]) -> str:
         """Images that are given back need a file."""
-        return f"{super().flags(config)} --output=out.png"
+        return f"{super().flags(config, classes)} --output=out.png"
 
     def read(self, request: Any) -> Item:
         """Tokens, and the codes of the image if there is one."""

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec, resolved, zeros
 from triform.data.codecs import Codec
+from triform.data.codecs.classes import Classes
 from triform.data.datasets import augment
 from triform.data.datasets.base import (
     EVALUATION,
@@ -105,9 +106,10 @@ class Pictures(Requests):
             self.gives = ("image",)
 
     @classmethod
-    def flags(cls, config: Any) -> str:
+    def flags(cls, config: Any, classes: Mapping[str, Classes]) -> str:
         """Images that are given back need a file."""
-        return super().flags(config) + ("" if config.label else " --output=out.png")
+        output = "" if config.label else " --output=out.png"
+        return super().flags(config, classes) + output
 
     def read(self, request: Any) -> Item:
         """The image as it is in evaluation."""

@@ -7,6 +7,8 @@ that the last item of a user has the last one, as in a row that is padded on the
 
 import dataclasses
 import functools
+import itertools
+import shlex
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
+from triform.data.codecs.classes import Classes
 from triform.data.datasets.base import DataConfig, Dataset, Epoch
 from triform.data.datasets.requests import Item, Requests
 from triform.data.sources import Source
@@ -152,7 +155,13 @@ class Recommendations(Requests):
     """Histories: items as a text with spaces between, or as a list, the newest last."""
 
     columns, gives = ("items",), ("items",)
-    example = "ITEM ITEM"
+
+    @classmethod
+    def flags(cls, config: Any, classes: Mapping[str, Classes]) -> str:
+        """A history of the first items of the run whose names have no spaces."""
+        known = classes["items"].names if "items" in classes else ("ITEM", "ITEM")
+        found = itertools.islice((x for x in known if len(x.split()) == 1), 2)
+        return f"--input={shlex.quote(' '.join(found))}"
 
     def read(self, request: Any) -> Item:
         """The ids of the items that the run knows."""

@@ -10,6 +10,7 @@ import numpy as np
 from triform.data import store
 from triform.data.batch import Batch, Field, Shape, Sizes, Spec
 from triform.data.codecs import Codec
+from triform.data.codecs.classes import Classes
 from triform.data.codecs.music import (
     CODECS,
     FIRST,
@@ -290,12 +291,12 @@ class Pieces(Dataset):
 class Openings(Requests):
     """Openings to go on with: a MIDI file, Music, or '' for none."""
 
-    gives, example = ("music", "score"), "opening.mid"
+    gives, example = ("music", "score"), ""  # an opening may be none
 
     @classmethod
-    def flags(cls, config: Any) -> str:
+    def flags(cls, config: Any, classes: Mapping[str, Classes]) -> str:
         """Music needs a file."""
-        return f"{super().flags(config)} --output=music.mid"
+        return f"{super().flags(config, classes)} --output=music.mid"
 
     def __init__(self, config: Any, codecs: Mapping[str, Codec], sizes: Sizes):
         super().__init__(config, codecs, sizes)

@@ -1,11 +1,13 @@
 """Piano rolls in rows: frames of 88 keys."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from triform.data.batch import Batch, Field, Shape, Spec
+from triform.data.codecs.classes import Classes
 from triform.data.datasets.base import Epoch
 from triform.data.datasets.music import MusicConfig, Pieces, read_music
 from triform.data.datasets.requests import Item, Requests
@@ -54,12 +56,12 @@ class FramesConfig(MusicConfig):
 class FrameOpenings(Requests):
     """Openings of piano rolls: a MIDI file, Music, or '' for none."""
 
-    gives, example = ("music", "score"), "opening.mid"
+    gives, example = ("music", "score"), ""  # an opening may be none
 
     @classmethod
-    def flags(cls, config: Any) -> str:
+    def flags(cls, config: Any, classes: Mapping[str, Classes]) -> str:
         """Music needs a file."""
-        return f"{super().flags(config)} --output=music.mid"
+        return f"{super().flags(config, classes)} --output=music.mid"
 
     def read(self, request: Any) -> Item:
         """Frames after a silent one, as no piece begins."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from triform.data.batch import Batch, Sizes, resolved, zeros
 from triform.data.codecs import Codec
+from triform.data.codecs.classes import Classes
 from triform.data.codecs.framing import Framing
 from triform.data.codecs.tokenizer import well_formed
 from triform.runtime.errors import DataError
@@ -77,8 +78,10 @@ class Requests:
         return f"data.max_len={self.config.max_len}"
 
     @classmethod
-    def flags(cls, config: Any) -> str:
-        """The flags of generate.py with which a request can be tried."""
+    def flags(cls, config: Any, classes: Mapping[str, Classes]) -> str:
+        """The flags of generate.py with which a request can be tried; `classes` are
+        those of the run, by field.
+        """
         return f'--input="{cls.example}"'
 
     # What all share
@@ -90,14 +93,21 @@ class Requests:
 
     def shape(self, items: Sequence[Item]) -> dict[str, int]:
         """Sizes of all axes but B: the shortest that hold all, or the longest."""
-        needed = max(map(self.size, items))
+        needed = max((self.size(item) for item in items if item.parts), default=0)
         shapes = [resolved(s, self.sizes) for s in self.config.shapes()]
         return next((s for s in shapes if s.get(self.axis, 0) >= needed), shapes[-1])
 
     def batch(self, items: Sequence[Item], rows: int) -> tuple[Batch, list[int]]:
-        """(a batch of exactly `rows` rows, of every item the tokens left out)."""
+        """(a batch of exactly `rows` rows, of every item the tokens left out).
+
+        What could not be read has no parts, and its row stays one of padding.
+        """
         batch = zeros(self.config.spec(), {"B": rows, **self.shape(items)})
-        return batch, [self.write(batch, r, item) for r, item in enumerate(items)]
+        left_out = [0] * len(items)
+        for row, item in enumerate(items):
+            if item.parts:
+                left_out[row] = self.write(batch, row, item)
+        return batch, left_out
 
     def checked(self, item: Item) -> Item:
         """The same; DataError if an id of its texts has no row in the model."""

@@ -97,8 +97,6 @@ class Tagged(Requests):
     def write(self, batch: Batch, row: int, item: Item) -> int:
         """Words shortened to the row; `at` becomes the position of each, -1: none."""
         room = batch["inputs"].shape[1] - self.framing.added(1)
-        if not item.parts:
-            return 0
         ids, begins = item.parts[0][:room], item.at
         positions = write_texts(
             batch, row, [ids], self.framing, self.config.global_tokens

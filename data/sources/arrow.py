@@ -24,7 +24,7 @@ def rows(path: str, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         first = 0
         for count, read in batches:
             if first + count > start:
-                for batch in read():
+                for batch in map(_with_texts, read()):
                     begin = max(0, start - first)
                     for offset in range(begin, batch.num_rows, ROWS):
                         part = batch.slice(offset, ROWS).to_pylist()
@@ -32,6 +32,23 @@ def rows(path: str, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
                     first += batch.num_rows
             else:
                 first += count
+
+
+def _with_texts(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Dates and times as texts of ISO 8601, as other files have them."""
+    names, types = batch.schema.names, [_as_text(x) for x in batch.schema.types]
+    if types == batch.schema.types:
+        return batch
+    columns = (x.cast(kind) for x, kind in zip(batch.columns, types, strict=True))
+    return pyarrow.RecordBatch.from_arrays([*columns], names=names)
+
+
+def _as_text(kind: pyarrow.DataType) -> pyarrow.DataType:
+    if pyarrow.types.is_list(kind):
+        part = _as_text(kind.value_type)
+        return kind if part == kind.value_type else pyarrow.list_(part)
+    moment = pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind)
+    return pyarrow.string() if moment else kind
 
 
 def classes(path: str) -> dict[str, tuple[str, ...]]:

@@ -7,6 +7,7 @@ all items in order. Here an example is a user. The splits are positions of one s
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import os
@@ -36,7 +37,8 @@ class Log:
     items: np.ndarray  # names [items]: numbers ascending, else by their characters
     starts: np.ndarray  # int64 [users + 1]
     ids: np.ndarray  # int32 [choices]
-    times: np.ndarray  # [choices]; empty without such
+    # [choices], numbers as they are, dates as seconds since 1970; empty without such.
+    times: np.ndarray
 
     def lengths(self) -> np.ndarray:
         """Choices of every user."""
@@ -101,7 +103,7 @@ class Histories(Divided):
         """All choices, read once for every content."""
         whole = self._whole()
         facts = VERSION, self.found.fingerprint(whole), sorted(self.names.items())
-        name = f"log-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
+        name = f"choices-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.npz"
         path = os.path.join(self._cache, name) if self._cache else ""
         log = Log.load(path) if path else None
         if log is None:
@@ -208,7 +210,8 @@ class Histories(Divided):
         owners, ids, times = [], [], []
         examples, names = self.found.examples(split), self.names
         what = f"reading users of {self.name}"
-        for example in progress.counted(examples, what, len(examples)):
+        counted = progress.counted(examples, what, len(examples))
+        for number, example in enumerate(counted):
             self._check(example)
             chosen = _listed(example[names["items"]])
             name = str(example[names["user"]]) if names["user"] else str(len(users) + 1)
@@ -216,15 +219,18 @@ class Histories(Divided):
             owners += [owner] * len(chosen)
             ids += [items.setdefault(str(x), len(items)) for x in chosen]
             if names["time"]:
-                times += _listed(example[names["time"]])
+                given = _listed(example[names["time"]])
+                if len(given) != len(chosen):
+                    raise DataError(
+                        f"{self.found.where(split, number)}: {len(given):,} values in "
+                        f"data.time={names['time']!r} for {len(chosen):,} items; give "
+                        "every item its time"
+                    )
+                times += given
         if not ids:
             raise DataError(f"{self.name}: holds no choices; put data there")
-        if names["time"] and len(times) != len(ids):
-            raise DataError(
-                f"{self.name}: {len(times):,} values in data.time={names['time']!r} "
-                f"for {len(ids):,} items; give every item its time"
-            )
-        return _ordered(list(users), list(items), owners, ids, times)
+        when = _moments(times, f"{self.name}: data.time={names['time']!r}")
+        return _ordered(list(users), list(items), owners, ids, when)
 
     def _check(self, example: Mapping[str, Any]) -> None:
         for key, name in self.names.items():
@@ -240,8 +246,37 @@ def _listed(value: Any) -> list:
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
 
 
+def _moments(values: list, field: str) -> np.ndarray:
+    """Numbers as they are, texts as the seconds since 1970 of an ISO 8601 date, without
+    a zone UTC; DataError for what has no order in time.
+    """
+    found = np.asarray(values)
+    if found.dtype.kind in "iuf":
+        if not np.isfinite(found).all():
+            bad = found[~np.isfinite(found)][0]
+            raise DataError(f"{field}: {bad} is no time; give the row one or remove it")
+        return found
+    seconds = np.empty(len(values))
+    for i, value in enumerate(map(str, values)):
+        try:
+            moment = datetime.datetime.fromisoformat(value.strip())
+        except ValueError as error:
+            raise DataError(
+                f"{field}: {value!r:.40} is neither a number nor a date such as "
+                "2020-12-31 or 2020-12-31 23:59:59; write all times so"
+            ) from error
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=datetime.UTC)
+        seconds[i] = moment.timestamp()
+    return seconds
+
+
 def _ordered(
-    users: list[str], items: list[str], owners: list[int], ids: list[int], times: list
+    users: list[str],
+    items: list[str],
+    owners: list[int],
+    ids: list[int],
+    when: np.ndarray,
 ) -> Log:
     """Choices by user and time, and items by name."""
     order = sorted(range(len(items)), key=items.__getitem__)
@@ -249,13 +284,13 @@ def _ordered(
         order.sort(key=lambda i: int(items[i]))
     rank = np.empty(len(items), np.int32)
     rank[order] = np.arange(len(items), dtype=np.int32)
-    owners, when = np.asarray(owners), np.asarray(times)
+    owners = np.asarray(owners)
     # Stable: choices of one time stay as they are.
-    at = np.lexsort((when, owners)) if times else np.argsort(owners, kind="stable")
+    at = np.lexsort((when, owners)) if len(when) else np.argsort(owners, kind="stable")
     return Log(
         np.array(users),
         np.array(items)[order],
         np.searchsorted(owners[at], np.arange(len(users) + 1)),
         rank[np.asarray(ids)][at],
-        when[at] if times else when,
+        when[at] if len(when) else when,
     )

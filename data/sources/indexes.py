@@ -237,7 +237,7 @@ class Labels:
             if x is None or x == "":
                 raise DataError(
                     f"{where}: data.{self.column.key}={self.column.name!r} is empty; "
-                    "give the row a label or remove it"
+                    "give the row one or remove it"
                 )
             if not isinstance(x, str | int | float):
                 raise DataError(
