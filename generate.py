@@ -26,7 +26,7 @@ from triform.answers.music_files import MusicFiles
 from triform.answers.output import JsonLines, Output, PictureFile
 from triform.answers.sampler import Sampler
 from triform.models.decode import METHODS
-from triform.runtime import hosts, joining, launch, paths
+from triform.runtime import commands, hosts, joining, launch, paths
 from triform.runtime.errors import UserError
 
 __all__ = ["Output", "PictureFile", "Sampler", "cli", "define", "main"]
@@ -76,37 +76,45 @@ def requests(flag: Any) -> tuple[Iterator[Asked], int]:
 class Report:
     """What standard error says of the answers: warnings, and that it goes on."""
 
-    def __init__(self, path: str, log: TextIO):
-        self.log = log
-        self.path, self.answers, self.warned, self.told = path, 0, 0, time.monotonic()
+    def __init__(self, path: str, rows: bool, log: TextIO):
+        self.path, self.rows, self.log = path, rows, log  # rows hold warnings
+        self.answers = self.warned = self.empty = 0
+        self.told = time.monotonic()
 
     def __call__(self, asked: Asked, output: Output) -> None:
         """One more answer."""
         self.answers += 1
         if output.warnings:
             self.warned += 1
-            if self.warned == 1 and not asked_nothing(output):
+            self.empty += asked_nothing(output)
+            first = self.warned == 1 and not asked_nothing(output)
+            if first or (self.path and not self.rows):
                 print(f"warning: {asked.where}: {output.warnings[0]}", file=self.log)
         if self.path and time.monotonic() - self.told > NEWS:
             self.told = time.monotonic()
             print(f"{self.path}: {self._counted()} so far", file=self.log)
 
-    def close(self) -> None:
-        """The counts."""
-        if not self.answers:
+    def close(self, written: Sequence[str] = ()) -> None:
+        """The counts, and which files are `written`."""
+        if self.empty == self.answers:
+            what = "every input is empty" if self.answers else "there is no input"
             print(
-                "nothing was asked: give --input, --input_file or standard input",
+                f"nothing was asked, {what}: give --input, --input_file or standard "
+                "input",
                 file=self.log,
             )
         if self.warned > 1:
-            where = self.path or "--output=FILE.jsonl"
+            where = self.path if self.rows else "--output=FILE.jsonl"
+            held = f"; the rows of {where} hold them"
             print(
-                f"warning: {self.warned} of {self.answers} answers have warnings; the "
-                f"rows of {where} hold them",
+                f"warning: {self.warned} of {self.answers} answers have warnings"
+                f"{held if self.rows or not self.path else ''}",
                 file=self.log,
             )
         if self.path:
-            print(f"{self.path}: {self._counted()}", file=self.log)
+            files = ", ".join(map(commands.path, written))
+            told = f"{files}: {self._counted()}" if files else "no file was written"
+            print(told, file=self.log)
 
     def _counted(self) -> str:
         return f"{self.answers} answer{'s' * (self.answers != 1)}"
@@ -157,7 +165,7 @@ def check_output(sampler: Sampler, workdir: str, output: str, kind: type) -> Non
             what = f"gives {'' if given else 'no '}{name}"
             raise UserError(
                 f"--output={output}: {workdir} {what}; a file of {name}, and only "
-                f"such, ends in {end}; name another"
+                f"such, ends in {end}; name {'another' if output else 'one'}"
             )
 
 
@@ -199,7 +207,7 @@ def main(argv: list[str]) -> None:
         return
     if file is not None:
         file.open()
-    report = Report(flag.output, log)
+    report = Report(flag.output, kind is JsonLines, log)
     live = sampler.continues and not (path or flag.scores or flag.num_samples > 1)
     live = live and group.count == 1
     if live and size == 1:
@@ -214,9 +222,7 @@ def main(argv: list[str]) -> None:
             continue
         for line in shown(output, flag.scores and "score" in sampler.gives):
             print(line, flush=True)
-    if file is not None:
-        file.close()
-    report.close()
+    report.close(file.close() if file is not None else ())
 
 
 def define() -> None:

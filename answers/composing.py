@@ -101,12 +101,18 @@ class TokenComposer:
                 over[row] |= ended or len(new[row]) >= how.max_tokens
         return [
             Output(
-                music=self.codec.decode(np.array([*x[1:], *y], np.int32)),
+                music=decoded(self.codec, [*x[1:], *y], item),
                 score=score,
                 finish="end" if y[-1:] == [LAST] else "length",
             )
-            for x, y, score in zip(ids, new, scores, strict=True)
+            for item, x, y, score in zip(items, ids, new, scores, strict=True)
         ]
+
+
+def decoded(codec: Any, ids: Sequence[int], item: Item) -> Music:
+    """Music of ids, at the tempi of what was given if ids tell beats."""
+    music = codec.decode(np.asarray(ids, np.int32))
+    return music.at_tempi_of(item.shown) if item.parts and codec.beats else music
 
 
 def reads(ids: list[int], left: int, context: int, grain: int) -> tuple[list[int], int]:
@@ -181,6 +187,8 @@ class FrameComposer:
         for row, item in enumerate(items):
             roll = np.concatenate([x[1:] for x in item.parts] + [found[row]])
             music = Music.of_roll(roll, self.steps)
+            if item.parts:
+                music = music.at_tempi_of(item.shown)
             outputs.append(Output(music=music, score=float(logp[row]), finish="length"))
         return outputs
 
@@ -260,8 +268,8 @@ class InpaintingComposer:
                 part[:] = filled[row, : len(part)]
                 scores[row] += logp[row]
         return [
-            Output(music=self.codec.decode(x), score=float(score), finish="end")
-            for x, score in zip(ids, scores, strict=True)
+            Output(music=decoded(self.codec, x, item), score=float(score), finish="end")
+            for item, x, score in zip(items, ids, scores, strict=True)
         ]
 
 

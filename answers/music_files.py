@@ -20,6 +20,7 @@ BLACK = (1, 3, 6, 8, 10)  # pitches of an octave that have black keys
 STEP, KEY, GAP = 4, 4, 12  # pixels of a step, of a key, between pieces
 STEPS = 4  # of a quarter note
 MARGIN = 2  # keys around the lowest and the highest
+LINE_STEPS = 256  # of a line of a picture, as of a score: 64 quarter notes
 
 
 class MusicFiles:
@@ -27,6 +28,8 @@ class MusicFiles:
 
     UserError if they are there already, unless `overwrite`.
     """
+
+    rows = False
 
     def __init__(self, path: str, overwrite: bool = False):
         self.path, self._found = path, []
@@ -49,30 +52,38 @@ class MusicFiles:
         found = [sample["music"] for sample in row.get("samples", [row])]
         self._found += [music for music in found if music is not None]
 
-    def close(self) -> None:
-        """Writes the files."""
+    def close(self) -> list[str]:
+        """Writes the files; their paths."""
         if not self._found:
-            return
+            return []
+        content = {f"{self.stem}.png": picture(self._found)}
         several = len(self._found) > 1
         for number, music in enumerate(self._found, 1):
             name = f"{self.stem}_{number}.mid" if several else self.path
+            content[name] = music.to_midi()
+        for name, x in content.items():
             with files.replacing(name, binary=True) as f:
-                f.write(music.to_midi())
-        with files.replacing(f"{self.stem}.png", binary=True) as f:
-            f.write(picture(self._found))
+                f.write(x)
+        return [*content]
 
 
 def picture(pieces: Sequence[Music], steps: int = STEPS) -> bytes:
     """A PNG: the piano roll of every piece, one below another, a colour a voice.
 
-    A thin line at every fourth quarter note.
+    A long one has several lines, with less space between. A thin line at every fourth
+    quarter note.
     """
     rolls = [image(piece, steps) for piece in pieces]
-    width = max(x.shape[1] for x in rolls)
+    wide = LINE_STEPS * STEP
+    width = min(wide, max(x.shape[1] for x in rolls))
     sheet = []
     for roll in rolls:
-        space = ((GAP // 2, GAP // 2), (GAP, GAP + width - roll.shape[1]), (0, 0))
-        sheet.append(np.pad(roll, space, constant_values=255))
+        for first in range(0, roll.shape[1], wide):
+            line = roll[:, first : first + wide]
+            above = GAP if first == 0 else GAP // 3
+            space = ((above, 0), (GAP, GAP + width - line.shape[1]), (0, 0))
+            sheet.append(np.pad(line, space, constant_values=255))
+    sheet.append(np.full((GAP, width + 2 * GAP, 3), 255, np.uint8))
     file = io.BytesIO()
     content = Image.fromarray(np.concatenate(sheet))
     content.quantize(32).save(file, "png", optimize=True)

@@ -75,6 +75,8 @@ class PictureFile:
     UserError if it is there already, unless `overwrite`.
     """
 
+    rows = False
+
     def __init__(self, path: str, overwrite: bool = False):
         if os.path.exists(path) and not overwrite:
             raise UserError(
@@ -92,11 +94,13 @@ class PictureFile:
         found = [sample["image"] for sample in row.get("samples", [row])]
         self._rows.append([image for image in found if image is not None])
 
-    def close(self) -> None:
-        """Writes the file."""
-        if any(self._rows):
-            with files.replacing(self.path, binary=True) as f:
-                f.write(picture_grid(self._rows))
+    def close(self) -> list[str]:
+        """Writes the file; its path."""
+        if not any(self._rows):
+            return []
+        with files.replacing(self.path, binary=True) as f:
+            f.write(picture_grid(self._rows))
+        return [self.path]
 
 
 SHOWN = 64  # pixels a side of a picture in a grid, at least
@@ -136,6 +140,8 @@ class JsonLines:
     that what fails before leaves nothing behind.
     """
 
+    rows = True  # warnings are in it
+
     def __init__(self, path: str, overwrite: bool = False):
         if os.path.isdir(path):
             raise UserError(f"--output={path}: is a folder; name a file")
@@ -160,10 +166,11 @@ class JsonLines:
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.path) from error
 
-    def close(self) -> None:
-        """Nothing more is written."""
+    def close(self) -> list[str]:
+        """Nothing more is written; its path."""
         if self._file is not None:
             self._file.close()
+        return [self.path]
 
 
 def plain(value: Any) -> Any:

@@ -157,9 +157,10 @@ class Music:
             with open(path, "rb") as f:
                 file = mido.MidiFile(file=f)
         except (*BROKEN, mido.KeySignatureError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or "it is cut off"
             raise DataError(
-                f"{path}: cannot be read as a MIDI file ({error or 'it is cut off'}); "
-                "replace it or take it away"
+                f"{path}: cannot be read as a MIDI file ({reason}); replace it or take "
+                "it away"
             ) from error
         if file.type == 2 or file.ticks_per_beat <= 0:
             raise DataError(
@@ -170,6 +171,14 @@ class Music:
         if not notes:
             raise DataError(f"{path}: holds no note besides drums; take it away")
         return cls.of_notes(notes, length, file.ticks_per_beat, tuple(sorted(tempi)))
+
+    def at_tempi_of(self, other: "Music") -> "Music":
+        """The same at another's tempi, of the same quarter notes."""
+        found = {
+            tick * self.resolution // other.resolution: tempo
+            for tick, tempo in other.tempi
+        }
+        return dataclasses.replace(self, tempi=tuple(found.items()))
 
     def to_midi(self) -> bytes:
         """A MIDI file with a track for every voice."""

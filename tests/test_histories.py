@@ -34,7 +34,10 @@ def test_dates_are_in_order_whatever_their_form_and_zone(tmp_path, end):
         table = {"user": ["u"] * 4, "item": items, "time": times}
         pyarrow.parquet.write_table(pyarrow.table(table), path)
     else:
-        mark, dates = {"csv": ",", "txt": " "}[end], [x.replace(" ", "T") for x in DATES]
+        mark, dates = (
+            {"csv": ",", "txt": " "}[end],
+            [x.replace(" ", "T") for x in DATES],
+        )
         rows = [mark.join(["u", *x]) for x in zip(items, dates, strict=True)]
         head = ["user,item,time"] if end == "csv" else []
         path.write_text("\n".join([*head, *rows]))

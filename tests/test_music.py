@@ -180,6 +180,13 @@ def test_a_midi_file_is_read_back(tmp_path):
     assert again.tempi == music.tempi
 
 
+def test_tempi_are_those_of_the_same_quarter_notes():
+    slow = Music.of_notes([], 960, 480, ((0, 800_000), (720, 900_000)))
+    music = Music.of_voices(GRID, 4).at_tempi_of(slow)
+    assert music.tempi == ((0, 800_000), (6, 900_000)) and music.resolution == 4
+    assert music.at_tempi_of(Music.of_notes([], 0)).tempi == ()
+
+
 def test_pedals_drums_and_open_keys(tmp_path):
     def on(note, velocity=64, time=0, channel=0):
         values = {"note": note, "velocity": velocity, "channel": channel}
@@ -211,8 +218,10 @@ def test_what_is_no_midi_file_is_one_line(tmp_path):
     content = pathlib.Path(torn).read_bytes()
     for bad in (b"", b"RIFF no music", content[:40]):
         pathlib.Path(torn).write_bytes(bad)
-        with pytest.raises(DataError, match=r"a\.mid: cannot be read .* replace it"):
+        with pytest.raises(DataError, match=r"a\.mid: cannot .* \(.+\); replace it"):
             Music.of_midi(torn)
+    with pytest.raises(DataError, match=r"none\.mid: cannot .* \(No such file"):
+        Music.of_midi(str(tmp_path / "none.mid"))
     write(tmp_path, "a.mid", np.full((3, 4), SILENT))
     with pytest.raises(DataError, match="holds no note"):
         Music.of_midi(torn)

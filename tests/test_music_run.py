@@ -1,5 +1,8 @@
 """Music from folders of MIDI files: trained, scored, continued, harmonised, written."""
 
+import dataclasses
+import io
+
 import jax
 import mido
 import numpy as np
@@ -8,7 +11,9 @@ from PIL import Image
 from test_music import piece, write
 
 from triform import evaluate, generate, train
-from triform.answers.music_files import MusicFiles
+from triform.answers.inputs import Asked
+from triform.answers.music_files import MusicFiles, picture
+from triform.answers.output import Output
 from triform.configs import music
 from triform.configs.schema import smoke, update
 from triform.data.codecs.music import LAST
@@ -106,6 +111,13 @@ def test_samples_keep_the_opening_and_outgrow_the_context(run, opening):
         np.testing.assert_array_equal(a.music.notes, b.music.notes)
 
 
+@pytest.mark.parametrize("variant", ["", "quarter", "harmonise"])
+def test_what_counts_beats_keeps_the_tempo_of_what_was_given(run, opening, variant):
+    music = dataclasses.replace(Music.of_midi(opening), tempi=((0, 900_000),))
+    (output,) = generate.Sampler(run(variant))([music], max_tokens=4)
+    assert output.music.tempi == ((0, 900_000),)
+
+
 def test_rolls_are_continued_as_full_passes_say(run, opening):
     sampler = generate.Sampler(run("quarter"), method="greedy")
     roll = sampler.kind.read(opening).parts[0]
@@ -178,6 +190,34 @@ def test_pieces_are_written_as_midi_with_a_picture(run, opening, tmp_path):
     single.write({"music": output.samples[0].music})
     single.close()
     assert path.exists()
+
+
+def test_a_long_piece_has_several_lines_in_its_picture():
+    notes = [[t, t + 4, 60 + t % 5, 80, 0] for t in range(0, 1000, 4)]
+    with Image.open(io.BytesIO(picture([Music.of_notes(notes, 1000)]))) as image:
+        width, height = image.size
+    assert 1000 < width < 1100  # pixels: 256 16ths of 4
+    assert height > 4 * 8 * 4  # four lines, of 8 keys of 4
+
+
+def test_a_file_of_music_says_what_was_written_and_all_warnings(tmp_path):
+    log, file = io.StringIO(), MusicFiles(str(tmp_path / "a.mid"))
+    report = generate.Report("a.mid", file.rows, log)
+    for i, warnings in enumerate((("failed: torn",), ("failed: no music",), ())):
+        output = Output(music=Music.of_notes([], 4) if i == 2 else None)
+        output.warnings = warnings
+        report(Asked("x", f"input {i}"), output)
+        file.write(output.row(("music",)))
+    report.close(file.close())
+    said = log.getvalue()
+    for part in ("input 0: failed: torn", "input 1: failed: no music", "2 of 3"):
+        assert part in said
+    assert "rows" not in said and "a.png" in said and "a.mid: 3 answers" in said
+    empty = io.StringIO()
+    report = generate.Report("", False, empty)
+    report(Asked("", "input 1"), Output(warnings=("empty: nothing",)))
+    report.close()
+    assert "every input is empty" in empty.getvalue()
 
 
 def test_mistakes_are_one_line(run, folder):

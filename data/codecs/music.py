@@ -36,6 +36,7 @@ class VoiceTokens:
 
     size = SPECIALS + 1 + KEYS
     rest = SPECIALS
+    beats = True  # ids count quarter notes, whatever the tempo
 
     @property
     def period(self) -> int:
@@ -113,6 +114,7 @@ class MidiEvents:
 
     size = SPECIALS + 2 * PITCHES + SHIFTS + BINS
     period = 1
+    beats = False  # but time
     on, off = SPECIALS, SPECIALS + PITCHES
     shift = SPECIALS + 2 * PITCHES
     loud = SPECIALS + 2 * PITCHES + SHIFTS

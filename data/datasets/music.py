@@ -306,7 +306,7 @@ class Openings(Requests):
         """The tokens of an opening, after the first of all pieces."""
         music = read_music(request)
         ids = self.codec.encode(music)
-        return Item([np.concatenate([[FIRST], ids]).astype(np.int32)], request)
+        return Item([np.concatenate([[FIRST], ids]).astype(np.int32)], music)
 
     def size(self, item: Item) -> int:
         """All of it."""
@@ -375,10 +375,10 @@ class Melodies(Openings):
         music = read_music(request)
         grid = music.voices(self.codec.voices, self.codec.steps)
         if not len(grid):
-            return Item([], request)
+            return Item([], music)
         ids = self.codec.encode_grid(grid).reshape(grid.shape)
         ids[:, (grid == SILENT).all(0)] = MASK
-        item = Item([ids.reshape(-1)], request)
+        item = Item([ids.reshape(-1)], music)
         if not (item.parts[0] == MASK).any():
             item.notes.append("all voices are there: nothing was filled in")
         return item

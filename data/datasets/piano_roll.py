@@ -65,8 +65,9 @@ class FrameOpenings(Requests):
 
     def read(self, request: Any) -> Item:
         """Frames after a silent one, as no piece begins."""
-        roll = with_silence(read_music(request).roll(self.config.steps))
-        return Item([roll.astype(np.float32)], request)
+        music = read_music(request)
+        roll = with_silence(music.roll(self.config.steps))
+        return Item([roll.astype(np.float32)], music)
 
     def size(self, item: Item) -> int:
         """All of it."""
