@@ -72,7 +72,7 @@ def of_file(path: str) -> Iterator[Asked]:
     full = paths.absolute(path)
     if os.path.isdir(full):
         return _folder(full, path)
-    if not os.path.isfile(full):
+    if not os.path.exists(full):  # a pipe is one, too
         raise UserError(f"--input_file={path}: no such file; name one, or a folder")
     kind = suffix(full)
     if kind in (*PICTURES, *MIDI):

@@ -1,5 +1,6 @@
 """What a trained model is asked: as a split would hold it, cut, repaired, refused."""
 
+import os
 import tempfile
 import unicodedata
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from triform.answers import inputs
 from triform.data import datasets
 from triform.data.codecs import files
 from triform.data.codecs.classes import Classes
@@ -28,7 +30,7 @@ from triform.data.datasets import (
 from triform.data.datasets.requests import Item
 from triform.data.lines import for_terminal, one_line
 from triform.input_pipeline import Batches
-from triform.runtime.errors import DataError
+from triform.runtime.errors import DataError, UserError
 
 TOK = ByteTokenizer(
     specials=("[CLS]", "[SEP]", "[MASK]", *SpanCorruptionConfig.SPECIALS[:4])
@@ -293,6 +295,17 @@ def test_an_image_is_the_same_from_any_hand(tmp_path, sources):
 
 
 # --- Lines ---
+
+
+def test_a_pipe_is_a_file_with_a_request_a_line():
+    reading, writing = os.pipe()
+    os.write(writing, b"one\ntwo\n")
+    os.close(writing)
+    found = [x.value for x in inputs.of_file(f"/dev/fd/{reading}")]
+    os.close(reading)
+    assert found == ["one", "two"]
+    with pytest.raises(UserError, match="no such file"):
+        inputs.of_file("/dev/fd/none")
 
 
 def test_only_what_breaks_a_line_is_replaced():
