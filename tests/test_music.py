@@ -241,10 +241,14 @@ def test_a_folder_of_midi_files_is_a_source(folder):
     assert found.fingerprint("test") == before[1]
 
 
-def test_a_torn_file_of_a_folder_is_named(folder):
-    (folder / "train" / "1.mid").write_bytes(b"MThd")
-    with pytest.raises(DataError, match=r"train/1\.mid.*cannot be read"):
+def test_all_torn_files_of_a_folder_are_named_at_once(folder):
+    for name in ("1.mid", "2.mid"):
+        (folder / "train" / name).write_bytes(b"MThd")
+    with pytest.raises(DataError) as caught:
         opened(of_kind(MusicTokensConfig, folder))
+    said = str(caught.value)
+    assert "train/1.mid: cannot be read" in said and "\n" not in said
+    assert "(and 1 more: " in said and "train/2.mid: cannot be read" in said
 
 
 # --- Rows ---

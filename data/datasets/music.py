@@ -244,21 +244,28 @@ class Pieces(Dataset):
 
     def _write_cache(self, folder: str, parts: str) -> None:
         examples = store.examples(self.config, self.config.source, self.split)
-        pieces = []
-        for item, example in enumerate(
-            counted(examples, "reading music", len(examples))
-        ):
+        pieces, faults = [], []
+        for item in counted(range(len(examples)), "reading music", len(examples)):
             try:
-                music = Music.of_example(example)
-                if not music.length:
-                    raise DataError("the piece is empty; take it away")
-                pieces.append(self.encoded(music))
+                pieces.append(self._encoded(examples[item], item))
             except DataError as error:
-                where = store.place(self.config, self.config.source, self.split, item)
-                raise DataError(f"{where}: {error}") from error
+                faults.append(str(error))
+        if faults:  # all at once: of a large folder every reading takes long
+            more = f" (and {len(faults) - 1:,} more: {'; '.join(faults[1:4])})"
+            raise DataError(faults[0] + (more if faults[1:] else ""))
         offsets = np.cumsum([0, *map(len, pieces)])
         np.save(os.path.join(folder, "pieces.npy"), np.concatenate(pieces))
         np.save(os.path.join(folder, "offsets.npy"), offsets)
+
+    def _encoded(self, example: Mapping[str, Any], item: int) -> np.ndarray:
+        try:
+            music = Music.of_example(example)
+            if not music.length:
+                raise DataError("the piece is empty; take it away")
+            return self.encoded(music)
+        except DataError as error:
+            where = store.place(self.config, self.config.source, self.split, item)
+            raise DataError(f"{where}: {error}") from error
 
     def example(self, item: int) -> Mapping[str, Any]:
         """{}: a row is not an example of the source."""
