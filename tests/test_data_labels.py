@@ -124,8 +124,10 @@ def test_a_number_that_is_not_finite_is_refused_when_the_split_is_opened(sources
     codecs, sizes = coded(config)
     with pytest.raises(DataError, match="m test, example 2: .*(nan|inf), not finite"):
         Split.open(config, codecs, "test", sizes)
-    sources(m={"train": [good], "test": [{"text": "x", "label": "good"}]})
-    with pytest.raises(DataError, match='m test: .*holds texts.*data.target="class"'):
+    rows = [{"text": "x", "label": x} for x in ("-2.5e3", "good")]
+    sources(m={"train": [good], "test": rows})
+    said = """m test, example 1: .* 'good', no number; .*data.target="class\""""
+    with pytest.raises(DataError, match=said):
         Split.open(config, codecs, "test", sizes)
 
 

@@ -347,15 +347,22 @@ def labels(
         refuse(ids < 0, f"{rule}; {fix}")
         return ids
     if values.dtype.kind == "U":
-        try:
-            values = values.astype(np.float64)
-        except ValueError as error:
-            raise DataError(
-                f"{dataset.title()}: {where} holds texts, not numbers ({error}); name "
-                'another feature or set data.target="class"'
-            ) from error
+        numbers, inverse = np.unique(values, return_inverse=True)
+        bad = np.array([not is_number(x) for x in numbers.tolist()], bool)
+        rule = "no number; correct or remove the example, name another feature or set "
+        refuse(bad[inverse], f'{rule}data.target="class"')
+        values = numbers.astype(np.float64)[inverse]
     refuse(~np.isfinite(values), "not finite; correct or remove the example")
     return values.astype(np.float32)
+
+
+def is_number(text: str) -> bool:
+    """Can it be read as one?"""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def shown(names: Sequence[str], most: int = 8) -> str:
