@@ -11,10 +11,9 @@ narrower one where that is rare; the second sums log-odds of the residues around
 (Garnier et al. 1978). Widths and counts are chosen on the validation split. helices:
 writes tables of the chains and of their share of residues in helices, for
 protein.py:regression, and has as a baseline least squares on how often a chain has each
-residue. states: Q3 of a trained model, and of each state how many are found and how many
-are right.
-attention: of one protein the attention of every layer, averaged over heads, beside its
-states; and how far from itself a residue looks.
+residue. states: Q3 of a trained model, and of each state how many are found and how
+many are right. attention: of one protein the attention of every layer, averaged over
+heads, beside its states; and how far from itself a residue looks.
 """
 
 import argparse
