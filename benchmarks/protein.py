@@ -1,24 +1,30 @@
 """Baselines of secondary structure, and what attention looks at: docs/applications.
 
     python benchmarks/protein.py windows
+    python benchmarks/protein.py helices --output=helices/
     python benchmarks/protein.py states --workdir=runs/protein
     python benchmarks/protein.py attention --workdir=runs/protein --output=FILE.png
 
 windows: two baselines that count, over all resolved residues of NEW364. The first gives
 a residue the most frequent state of its window of residues in training, and takes a
 narrower one where that is rare; the second sums log-odds of the residues around it
-(Garnier et al. 1978). Widths and counts are chosen on the validation split. states: Q3
-of a trained model, and of each state how many are found and how many are right.
-attention: of one protein the attention of every layer, averaged over heads, beside its
-states; and how far from itself a residue looks.
+(Garnier et al. 1978). Widths and counts are chosen on the validation split. helices:
+writes tables of the chains and of their share of residues in helices, for
+protein.py:regression, and has as a baseline least squares on how often a chain has each
+residue. states: Q3 of a trained model, and of each state how many are found and how
+many are right. attention: of one protein the attention of every layer, averaged over
+heads, beside its states; and how far from itself a residue looks.
 """
 
 import argparse
 import collections
+import csv
+import os
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+import scipy.stats
 from PIL import Image, ImageDraw
 
 from triform import Sampler, evaluate
@@ -132,6 +138,31 @@ def windows(args: argparse.Namespace) -> None:
 def share(right: np.ndarray) -> str:
     """'38.6 %'."""
     return f"{100 * right.mean():.1f} %"
+
+
+# --- A number for a chain ---
+
+
+def helices(args: argparse.Namespace) -> None:
+    """Writes train.csv and so on; prints Spearman's correlation of the baseline."""
+    os.makedirs(args.output, exist_ok=True)
+    chains = {}
+    for split in ("train", "validation", "test"):
+        sequences, targets = [], []
+        for x in source("flip_ss3").examples(split):
+            known = [s for s, m in zip(x["ss3"], x["mask"], strict=True) if m == "1"]
+            sequences.append(x["sequence"])
+            targets.append(known.count("H") / len(known))
+        with open(os.path.join(args.output, f"{split}.csv"), "w", newline="") as f:
+            table = csv.writer(f)
+            table.writerow(("sequence", "target"))
+            table.writerows(zip(sequences, targets, strict=True))
+        shares = [[1, *(s.count(c) / len(s) for c in ALPHABET)] for s in sequences]
+        chains[split] = np.array(shares), np.array(targets)
+    weights = np.linalg.lstsq(*chains["train"])[0]
+    shares, targets = chains["test"]
+    found = scipy.stats.spearmanr(shares @ weights, targets).statistic
+    print(f"composition: Spearman {found:.3f}, {len(targets)} chains of test")
 
 
 # --- A trained model ---
@@ -269,7 +300,12 @@ def panel(layer: np.ndarray, stripes: Sequence[str], scale: int) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    kinds = {"windows": windows, "states": states, "attention": attention}
+    kinds = {
+        "windows": windows,
+        "helices": helices,
+        "states": states,
+        "attention": attention,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--workdir", default="runs/protein")

@@ -23,7 +23,12 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from triform.configs import bert_finetune, transformer_cldr, transformer_multi30k, vit_mnist
+from triform.configs import (
+    bert_finetune,
+    transformer_cldr,
+    transformer_multi30k,
+    vit_mnist,
+)
 from triform.experiment import Experiment
 from triform.runtime import host, metrics
 

@@ -109,6 +109,7 @@ def get_config(variant: str = "") -> ExperimentConfig:
         num_heads=8,
         d_ff=512,
         max_len=0,
+        attention="flash",
         windows=(8, 16, 64, 0),
         positions="relative",
         norm_position="pre",
@@ -138,10 +139,10 @@ def get_config(variant: str = "") -> ExperimentConfig:
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        evaluation=EvaluationConfig(every=800, metrics=()),
+        evaluation=EvaluationConfig(every=1600, metrics=()),
         checkpoint=CheckpointConfig(
             every=500, keep_newest=1, metric="eval/accuracy", mode="max"
         ),
-        steps=1600,
+        steps=3200,
     )
     return vary(config, VARIANTS, variant)

@@ -18,6 +18,7 @@ Extend = Callable[[Array, Array, Any], tuple[Array, Any]]
 Ends = int | tuple[int, ...]  # the ids that end a text
 METHODS = ("greedy", "beam", "sample")
 NEVER = -1e9  # finite, so that sums of it stay finite
+BLOCK = 128  # entries that `best` takes together
 
 
 @dataclasses.dataclass
@@ -161,7 +162,8 @@ def without_banned(config: DecodeConfig, logp: Array) -> Array:
     """logp [..., V] with NEVER for the ids that are never written."""
     if not config.banned:
         return logp
-    return logp.at[..., np.array(config.banned)].set(NEVER)
+    never = np.isin(np.arange(logp.shape[-1]), config.banned)
+    return jnp.where(never, NEVER, logp)
 
 
 def greedy(keys: Array, logp: Array) -> Array:
@@ -184,7 +186,7 @@ def sampler(config: DecodeConfig) -> Callable[[Array, Array], Array]:
         logits = logp / config.temperature
         if config.top_k:
             k = min(config.top_k, logits.shape[-1])
-            least = jax.lax.top_k(logits, k)[0][:, -1:]
+            least = best(logits[:, None], k)[0][:, -1:]
             logits = jnp.where(logits >= least, logits, -jnp.inf)
         if config.top_p < 1:
             ordered = -jnp.sort(-logits, -1)
@@ -196,6 +198,30 @@ def sampler(config: DecodeConfig) -> Callable[[Array, Array], Array]:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
     return draw
+
+
+def best(x: Array, count: int) -> tuple[Array, Array]:
+    """What lax.top_k gives for x [B, W, V] as [B, W * V], the order of equal entries
+    included.
+
+    XLA's looks at every entry one by one on CPUs. Here it looks at the maxima of blocks
+    and at the blocks of the greatest ones: no entry of another can be among the best.
+    """
+    batch, beams, vocab = x.shape
+    blocks, whole = -(-vocab // BLOCK), vocab // BLOCK * BLOCK
+    flat = x.reshape(batch, -1)
+    if beams * blocks < 2 * count:
+        return jax.lax.top_k(flat, count)
+    parts = [x[..., :whole].reshape(batch, beams, -1, BLOCK), x[..., None, whole:]]
+    peaks = jnp.concatenate([p.max(-1) for p in parts if p.size], -1)
+    # Ascending: of equal entries the first comes first.
+    which = jnp.sort(jax.lax.top_k(peaks.reshape(batch, -1), count)[1], -1)[..., None]
+    entry = which % blocks * BLOCK + jnp.arange(BLOCK)
+    index = (which // blocks * vocab + jnp.minimum(entry, vocab - 1)).reshape(batch, -1)
+    inside = (entry < vocab).reshape(batch, -1)
+    values = jnp.where(inside, jnp.take_along_axis(flat, index, 1), -jnp.inf)
+    found, at = jax.lax.top_k(values, count)
+    return found, jnp.take_along_axis(index, at, 1)
 
 
 def length_norm(length: Array | int, alpha: float) -> Array:
@@ -241,9 +267,9 @@ def beam_search(
         logp = without_banned(config, jax.nn.log_softmax(logits[:, 0]))
         logp = logp.reshape(batch, beams, -1)
         vocab = logp.shape[-1]
-        total = (live_logp[..., None] + logp).reshape(batch, beams * vocab)
+        total = live_logp[..., None] + logp
         # So many candidates that at least `beams` of them do not end.
-        score, index = jax.lax.top_k(total, beams * min(vocab, 1 + np.size(eos)))
+        score, index = best(total, beams * min(vocab, 1 + np.size(eos)))
         parent, token = index // vocab, index % vocab
         gained = jnp.take_along_axis(logp.reshape(batch, -1), index, 1)
         tokens, gains = take(live, parent)
@@ -252,11 +278,12 @@ def beam_search(
 
         ended = jnp.where(over, score / length_norm(i + 1, alpha), NEVER)
         pool = jax.tree.map(lambda *x: jnp.concatenate(x, 1), done, grown)
-        done_score, best = jax.lax.top_k(jnp.concatenate([done_score, ended], 1), beams)
-        done = take(pool, best)
+        ended = jnp.concatenate([done_score, ended], 1)
+        done_score, which = jax.lax.top_k(ended, beams)
+        done = take(pool, which)
 
-        live_logp, best = jax.lax.top_k(jnp.where(over, NEVER, score), beams)
-        live, token, parent = (take(x, best) for x in (grown, token, parent))
+        live_logp, which = jax.lax.top_k(jnp.where(over, NEVER, score), beams)
+        live, token, parent = (take(x, which) for x in (grown, token, parent))
         chosen = (rows + parent).reshape(-1)
         cache = cache.map_rows(lambda x: x[chosen], memory=False)
         return i + 1, token, cache, live, live_logp, done, done_score

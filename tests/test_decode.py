@@ -302,6 +302,20 @@ def test_a_wide_beam_is_exhaustive_with_a_real_model(writer):
         assert scores[row] == pytest.approx(found.max(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("beams", "vocab"), [(1, 5), (3, 1000), (2, 1024)])
+def test_the_best_entries_are_those_of_top_k(beams, vocab):
+    """In blocks or not, the order of equal entries too: there are many here."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, beams, vocab)).round(1).astype(np.float32)
+    x[10:, 1:] += decode.NEVER
+    x[15:] *= 1e-9  # all are equal, or nearly
+    for count in (1, 4):
+        found = jax.jit(decode.best, static_argnums=1)(x, count)
+        wanted = jax.lax.top_k(x.reshape(20, -1), count)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 # --- In pieces ---
 
 
