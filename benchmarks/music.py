@@ -7,8 +7,8 @@
 write: pieces from nothing, beside the training corpus, beside held-out pieces, and
 beside a first-order Markov chain of every voice, fitted on the training corpus. With
 --output the first 8 pieces of the model go there as MIDI, and a picture of them.
-harmonise: the same for sopranos of test pieces with three voices written to them, and how
-often these are Bach's.
+harmonise: the same for sopranos of test pieces with three voices written to them, and
+how often these are Bach's.
 
 Columns. nll: nats per token of the validation pieces. outside: share of notes beyond
 the range that their voice has in the corpus. crossed: share of steps where a voice is
