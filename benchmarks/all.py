@@ -21,6 +21,7 @@ RUNS = {
     "start": ("start.py", 12),
     "steps bert": ("steps.py --model=bert", 2),
     "steps translation": ("steps.py --model=translation", 2),
+    "steps multi30k": ("steps.py --model=multi30k", 2),
     "steps vit": ("steps.py --model=vit", 2),
     "gpt_step char": ("gpt_step.py --shape=char --rounds=20", 1),
     "gpt_step full": ("gpt_step.py --shape=full --rounds=6", 1),

@@ -7,7 +7,8 @@
 write: pieces from nothing, beside the training corpus, beside held-out pieces, and
 beside a first-order Markov chain of every voice, fitted on the training corpus. With
 --output the first 8 pieces of the model go there as MIDI, and a picture of them.
-harmonise: sopranos of the test pieces; how often alto, tenor and bass are Bach's.
+harmonise: the same for sopranos of test pieces with three voices written to them, and
+how often these are Bach's.
 
 Columns. nll: nats per token of the validation pieces. outside: share of notes beyond
 the range that their voice has in the corpus. crossed: share of steps where a voice is
@@ -171,11 +172,22 @@ def show(name: str, row: dict[str, float]) -> None:
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
+def head() -> None:
+    """The first two lines of the table."""
+    print("| pieces | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (1 + len(COLUMNS)) + "|")
+
+
+def ranges_of(train: Grids) -> np.ndarray:
+    """[voices, 2]: the lowest and the highest pitch of each voice."""
+    stacked = np.concatenate(train)
+    return np.array([(x[x != SILENT].min(), x.max()) for x in stacked.T])
+
+
 def write(args: argparse.Namespace) -> None:
     """The table of what is written."""
     train, held = corpus("train"), corpus("validation")
-    stacked = np.concatenate(train)
-    ranges = np.array([(x[x != SILENT].min(), x.max()) for x in stacked.T])
+    ranges = ranges_of(train)
     reference = statistics(train, ranges)
     markov, rng = Markov(train), np.random.default_rng(args.seed)
     chain = [markov.write(args.steps, rng) for _ in range(args.samples)]
@@ -186,8 +198,7 @@ def write(args: argparse.Namespace) -> None:
     pieces = [x.music for x in output.samples]
     model = [x.voices(VOICES, STEPS) for x in pieces]
     loss = evaluate.run(args.workdir, "validation").numbers()["validation/loss"]
-    print("| pieces | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (1 + len(COLUMNS)) + "|")
+    head()
     show(f"training corpus, {len(train)}", compared(reference, reference))
     show(f"validation, {len(held)}", compared(statistics(held, ranges), reference))
     found = compared(statistics(model, ranges), reference) | {"nll": loss}
@@ -204,8 +215,9 @@ def write(args: argparse.Namespace) -> None:
 
 
 def harmonise(args: argparse.Namespace) -> None:
-    """Agreement with Bach where only the soprano is given."""
-    true = corpus("test")[: args.pieces]
+    """Agreement with Bach where only the soprano is given, and the same table."""
+    # A batch takes as long as its longest piece.
+    true = sorted(corpus("test")[: args.pieces], key=len)
     given = []
     for grid in true:
         alone = grid.copy()
@@ -213,8 +225,15 @@ def harmonise(args: argparse.Namespace) -> None:
         given.append(Music.of_voices(alone, STEPS))
     sampler = Sampler(args.workdir, temperature=args.temperature, top_p=args.top_p)
     outputs = sampler(given, seed=args.seed, batch_size=16)
-    drawn = np.concatenate([x.music.voices(VOICES, STEPS) for x in outputs])
-    bach, train = np.concatenate(true), np.concatenate(corpus("train"))
+    pieces, train = [x.music.voices(VOICES, STEPS) for x in outputs], corpus("train")
+    ranges = ranges_of(train)
+    reference = statistics(train, ranges)
+    head()
+    for name, grids in (("Bach", true), ("model", pieces)):
+        row = compared(statistics(grids, ranges), reference)
+        show(f"{name}, {len(grids)} of test", row)
+    drawn, bach = np.concatenate(pieces), np.concatenate(true)
+    train = np.concatenate(train)
     print(f"sopranos kept: {bool((drawn[:, 0] == bach[:, 0]).all())}")
     for voice, name in enumerate(("alto", "tenor", "bass"), 1):
         usual = np.bincount(train[:, voice] + 1).argmax() - 1
