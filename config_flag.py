@@ -8,6 +8,7 @@
 import dataclasses
 import difflib
 import importlib
+import operator
 import os
 import re
 import types
@@ -135,6 +136,10 @@ def define(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[s
             choose(config, key, kind)
     for key, value in _keys(rest):
         check_key(config, key, value)
+        if not value and isinstance(operator.attrgetter(key)(config), tuple):
+            # Without a value it is empty, not a tuple of one empty text.
+            bare = f"--config.{key}=", f"-config.{key}="
+            rest = [f"{word}()" if word in bare else word for word in rest]
     config_flags.DEFINE_config_dataclass(
         "config", config, "The experiment.", sys_argv=rest, flag_values=known
     )

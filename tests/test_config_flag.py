@@ -133,6 +133,15 @@ def test_the_config_may_stand_anywhere_and_types_of_sections_are_chosen():
     assert "expected one of TokenPredictionConfig, " in refusal(parsed, *wrong)
 
 
+@pytest.mark.parametrize(
+    ("given", "windows"), [("", ()), ("()", ()), ("8", (8,)), ("8,0", (8, 0))]
+)
+def test_a_tuple_without_a_value_is_empty(given, windows):
+    words = "--config=protein", f"--config.model.trunk.windows={given}"
+    assert parsed(*words)[0].model.trunk.windows == windows
+    assert parsed("--config=protein", "--config.data.mask=")[0].data.mask == ""
+
+
 def test_plugins_of_the_command_line_and_of_an_architecture(
     no_plugins, tmp_path, monkeypatch
 ):
