@@ -42,8 +42,10 @@ With all 3,200 steps it gains nothing more: 71.69 % (72.16 % on validation), one
         --sweep=seed=0,1,2
 
 `regression` reads the columns sequence and target of a table, or a FASTA file and its
-labels (docs/data.md), and reports Spearman's correlation; it was not run. Imported
-ESM-2 weights are fine-tuned with --config.model=from:WEIGHTS
+labels (docs/data.md), and reports Spearman's correlation. The share of helix of a chain
+(benchmarks/protein.py helices), test: .890 after 200 steps from the weights of '', .766
+after 400 from scratch; least squares on the residues' counts .749. Imported ESM-2
+weights are fine-tuned with --config.model=from:WEIGHTS
 --config.init_from=WEIGHTS --config.data.max_len=1026.
 """
 
