@@ -35,6 +35,7 @@ LONG = {
     "tests/test_recommendation.py::test_the_published": "a corpus is prepared",
     "tests/test_recommendation_run.py": "a training",
     "tests/test_recovery.py::test_a_run_goes_on": "five trainings",
+    "tests/test_sources.py::test_cldr_is_the_same": "processes",
     "tests/test_stores.py::test_a_run_killed": "processes",
     "tests/test_start.py": "processes",
     "tests/test_tools.py::test_the_program": "a process",
@@ -58,6 +59,7 @@ LONG = {
     "tests/test_train.py::test_sigterm": "processes",
     "tests/test_train.py::test_smoke": "a training for every config",
     "tests/test_train.py::test_workdir_of_another": "processes",
+    "tests/test_width.py::test_every_system_overfits_one_batch[discrete": "a training",
 }
 
 
