@@ -86,8 +86,9 @@ class Report:
         self.answers += 1
         if output.warnings:
             self.warned += 1
-            self.empty += asked_nothing(output)
-            first = self.warned == 1 and not asked_nothing(output)
+            nothing = asked_nothing(output)
+            self.empty += nothing
+            first = self.warned == 1 and not nothing
             if first or (self.path and not self.rows):
                 print(f"warning: {asked.where}: {output.warnings[0]}", file=self.log)
         if self.path and time.monotonic() - self.told > NEWS:

@@ -145,7 +145,8 @@ def share(right: np.ndarray) -> str:
 
 def helices(args: argparse.Namespace) -> None:
     """Writes train.csv and so on; prints Spearman's correlation of the baseline."""
-    os.makedirs(args.output, exist_ok=True)
+    folder = args.output or "helices"
+    os.makedirs(folder, exist_ok=True)
     chains = {}
     for split in ("train", "validation", "test"):
         sequences, targets = [], []
@@ -153,7 +154,7 @@ def helices(args: argparse.Namespace) -> None:
             known = [s for s, m in zip(x["ss3"], x["mask"], strict=True) if m == "1"]
             sequences.append(x["sequence"])
             targets.append(known.count("H") / len(known))
-        with open(os.path.join(args.output, f"{split}.csv"), "w", newline="") as f:
+        with open(os.path.join(folder, f"{split}.csv"), "w", newline="") as f:
             table = csv.writer(f)
             table.writerow(("sequence", "target"))
             table.writerows(zip(sequences, targets, strict=True))
@@ -232,7 +233,8 @@ def attention(args: argparse.Namespace) -> None:
     sequence, known = example["sequence"], example["ss3"]
     maps = attention_of(run, sequence)
     said = run_states(run, sequence)
-    picture(maps.mean(1), known, said).save(args.output, optimize=True)
+    path = args.output or "attention.png"
+    picture(maps.mean(1), known, said).save(path, optimize=True)
     print(f"{args.split} {args.example}: {len(sequence)} residues")
     same = np.array([[a == b for b in known] for a in known])
     steps = np.arange(len(known))
@@ -311,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", default="runs/protein")
     parser.add_argument("--split", default="test")
     parser.add_argument("--example", type=int, default=48)
-    parser.add_argument("--output", default="attention.png")
+    parser.add_argument("--output", default="")
     args = parser.parse_args(argv)
     kinds[args.what](args)
 

@@ -17,7 +17,7 @@ protein.py windows):
     this recipe                        71.65 %
 
 3,200 steps of 3,328 residues, three epochs, on one shared core of an AMD EPYC with
-AVX-512: 28 min 41 s of CPU time, compilation and evaluations included, 39 min 38 s from
+AVX-512: 28 min 48 s of CPU time, compilation and evaluations included, 39 min 38 s from
 start to end, 2.2 GB of memory; 72.06 % on validation. With 1,600 steps, and attention
 as `dot`, which took 44 min of CPU time and 7 GB for these: 70.84 %.
 

@@ -58,7 +58,7 @@ from triform.models import RecommenderConfig
 from triform.tasks import ItemPredictionConfig, SampledItemsConfig
 
 EPOCH = 228  # steps: 30,711 users in 3,647 rows
-SHORT = {  # a step costs 5 times as much an example: 16 epochs
+SHORT = {  # a step costs 5 times as much an example: 16 epochs, bert4rec 14
     "data.batch_size": 4,
     "steps": 16 * 4 * EPOCH,
     "evaluation.every": 2 * 4 * EPOCH,
