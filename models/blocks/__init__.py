@@ -7,7 +7,8 @@
 `cache` is {"self": ..., "cross": ...} of models/cache.py, both None in a full pass;
 `index` is the first slot that the new tokens take.
 
-To add one: a file here and a row in BLOCKS; trunk.block names it.
+To add one: a file here, with a subclass of `sublayers.Block`, and a row in BLOCKS;
+trunk.block names it. Any module that is called like this will do.
 """
 
 from triform.models.blocks.parallel import ParallelBlock

@@ -1,12 +1,11 @@
-"""Self-attention and cross-attention as sublayers of every block.
+"""What every block is made of: attention to itself and to a memory, with caches."""
 
-Called within a block's compact method, which then owns their parameters.
-"""
-
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from triform.models.attention import Attention
 from triform.models.config import TransformerConfig
@@ -17,44 +16,61 @@ from triform.models.positions import Relative
 Array = jax.Array
 
 
-def self_attention(
-    config: TransformerConfig,
-    x: Array,
-    mask: Mask,
-    relative: Relative,
-    cache: Any,
-    index: Array | None,
-    window: int,
-    pattern: str,
-    source: Array | None = None,
-    output: bool = True,
-) -> tuple[Array, Any]:
-    """([B, L, D], the layer's own cache) of x [B, L, D], within window and pattern.
+class Block(nn.Module):
+    """Base: a kind of block says in `wired` how its sublayers are connected."""
 
-    `source` [B, L, D]: what keys and values are made of, if not of x. Without `output`
-    there is no kernel after the heads.
-    """
-    if window:
-        mask = mask.replace(window=min(window, mask.window or window))
-    if pattern != "none":
-        mask = mask.replace(pattern=pattern_of(pattern))
-    attention = Attention(config, output, name="self_attention")
-    source = x if source is None else source
-    return attention(x, source, mask, relative=relative, cache=cache, index=index)
+    config: TransformerConfig
+    cross: bool = False
+    window: int = 0
+    pattern: str = "none"
 
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        mask: Mask,
+        memory: Array | None,
+        memory_mask: Mask | None,
+        relative: Relative,
+        cache: dict[str, Any],
+        index: Array | None,
+    ) -> tuple[Array, dict[str, Any]]:
+        """x [B, L, D], memory [B, M, D] -> (x, cache)."""
+        cfg, cache = self.config, dict(cache)
+        if self.window:
+            mask = mask.replace(window=min(self.window, mask.window or self.window))
+        if self.pattern != "none":
+            mask = mask.replace(pattern=pattern_of(self.pattern))
+        # The memory's keys and values fill the cache at the first call and are then
+        # only read.
+        start = None if memory is None else jnp.zeros((), jnp.int32)
 
-def cross_attention(
-    config: TransformerConfig,
-    x: Array,
-    memory: Array | None,
-    mask: Mask,
-    cache: Any,
-) -> tuple[Array, Any]:
-    """([B, L, D], cache of the memory) of queries x [B, L, D].
+        def own(y: Array, source: Array | None = None, output: bool = True) -> Array:
+            attention = Attention(cfg, output, name="self_attention")
+            source = y if source is None else source
+            y, cache["self"] = attention(
+                y, source, mask, relative=relative, cache=cache["self"], index=index
+            )
+            return y
 
-    The memory's keys and values fill the cache at the first call and are then only
-    read, with memory=None.
-    """
-    start = None if memory is None else jnp.zeros((), jnp.int32)
-    attention = Attention(config, name="cross_attention")
-    return attention(x, memory, mask, cache=cache, index=start)
+        def other(y: Array) -> Array:
+            attention = Attention(cfg, name="cross_attention")
+            y, cache["cross"] = attention(
+                y, memory, memory_mask, cache=cache["cross"], index=start
+            )
+            return y
+
+        return self.wired(x, own, other), cache
+
+    @nn.nowrap
+    def wired(
+        self, x: Array, own: Callable[..., Array], other: Callable[[Array], Array]
+    ) -> Array:
+        """[B, L, D] of x [B, L, D]. Called within `__call__`: it may have parameters.
+
+        own(queries, source=None, output=True): self-attention within window and
+        pattern; keys and values are made of `source`, if given; without `output` there
+        is no kernel after the heads. other(queries): attention to the memory, if
+        `cross`.
+        """
+        raise NotImplementedError
