@@ -18,7 +18,7 @@ import numpy as np
 
 from triform.data import encoding, progress, sources
 from triform.data.codecs.text import Tokenizer
-from triform.data.sources import Column, Reading, Source
+from triform.data.sources import LABEL, TEXT, Column, Reading, Source
 from triform.runtime import paths
 from triform.runtime.errors import DataError
 
@@ -112,10 +112,11 @@ class TokenStore:
 def origin(config: Any, source: str) -> Source:
     """A source, with the folders that a config names and what it reads of files."""
     columns = tuple(
-        Column(f.field, f.name, f.is_text, divided=f.divide is each)
+        Column(f.field, f.name, TEXT if f.is_text else LABEL, f.divide is each)
         for f in config.features()
         if f.source == source
     )
+    columns += config.columns()
     cache = os.path.join(cache_root(config), "files")
     reading = Reading(columns, config.txt_example, config.held_out, cache)
     found = sources.source(source, config.data_dir, config.manual_dir, reading)
