@@ -145,7 +145,12 @@ def test_tagged_rows_are_written_as_documented(sources):
     assert dataset.codecs["tags"].names == ("X", "Y", "Z")
     equal(rows(dataset), expected)
     expected["weights"][0, 3] = 0
-    equal(rows(opened(dataclasses.replace(config, mask="mask"))), expected)
+    masked = opened(dataclasses.replace(config, mask="mask"))
+    equal(rows(masked), expected)
+    # What is true stands in the order of what is decoded.
+    assert dataset.truth(0) == {"true_tags": ["X", "Z", "X"]}
+    shown = {k: expected[k][0] for k in ("targets", "weights")}
+    assert masked.decoded(shown)["tags"] == masked.truth(0)["true_tags"] == ["X", "X"]
     short = rows(opened(dataclasses.replace(config, max_len=6)))
     assert short["inputs"].tolist() == [ids("CabcdS")]
     assert short["weights"].tolist() == [[0, 1, 0, 1, 0, 0]]

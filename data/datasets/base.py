@@ -269,6 +269,10 @@ class Dataset:
         """What a model reads of an item, as the source has it; '' without text."""
         return ""
 
+    def truth(self, item: int) -> dict[str, Any]:
+        """What is right of an item, beside a prediction: {'true_label': 'yes'}."""
+        return {}
+
     def samples(
         self, items: Sequence[int], rows: Sequence[Mapping[str, np.ndarray]]
     ) -> dict[str, bytes]:

@@ -169,6 +169,12 @@ class SequenceClassification(Dataset):
         shown = self.codecs["label"].names[label] if self.config.classes() else label
         return f"{super().preview(batch)}\n  {'label':17}{shown}"
 
+    def truth(self, item: int) -> dict[str, Any]:
+        """The name of its class; that of numbers stands in predictions."""
+        if not self.config.classes():
+            return {}
+        return {"true_label": self.codecs["label"].names[self._label[item]]}
+
     def input_text(self, item: int) -> str:
         """The texts of an item, a tab between them."""
         return "\t".join(self._texts(item))
