@@ -1,8 +1,8 @@
 """What can be set: every key of a config with its value, choices and meaning.
 
-A key's meaning is the comment beside its field in the source, or else the comment lines
-right above it; a section's is the first line of its class's docstring. Its choices are
-those that `validate` names when it refuses a value.
+The meaning of a key is the comment beside its field in the source, or the comment lines
+directly above it. The meaning of a section is the first line of its class's docstring.
+The choices are those that `validate` names when it refuses a value.
 """
 
 import ast
