@@ -33,7 +33,7 @@ __all__ = ["Output", "PictureFile", "Sampler", "cli", "define", "main"]
 
 FLAGS = (
     *("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p"),
-    "guidance",
+    *("guidance", "repetition_penalty", "no_repeat_ngram"),
 )
 SAME = (
     *("max_tokens", "num_samples", "seed", "batch_size", "stop", "scores", "strict"),
@@ -276,6 +276,9 @@ def define() -> None:
     flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
     flags.DEFINE_float("guidance", None, "Instead of decode.guidance.")
+    about = "Instead of decode.repetition_penalty."
+    flags.DEFINE_float("repetition_penalty", None, about)
+    flags.DEFINE_integer("no_repeat_ngram", None, "Instead of decode.no_repeat_ngram.")
     joining.define()
 
 
