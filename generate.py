@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
     for one, output in answered(sampler, asked, size, options):
         report(one, output)
         if file is not None:
-            file.write({"input": one.value, **output.row(sampler.gives)})
+            file.write({"input": one.repeated(), **output.row(sampler.gives)})
             continue
         for line in shown(output, flag.scores and "score" in sampler.gives):
             print(line, flush=True)

@@ -26,6 +26,18 @@ class Asked:
     notes: tuple[str, ...] = ()  # what was changed to read it
     fault: str = ""  # why it cannot be read
 
+    def repeated(self) -> Any:
+        """The value as an answer repeats it: of a file inside a table its path."""
+        if not isinstance(self.value, dict):
+            return self.value
+        return {name: self._repeated(x) for name, x in self.value.items()}
+
+    def _repeated(self, cell: Any) -> Any:
+        inside = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(inside, bytes):
+            return cell
+        return (isinstance(cell, dict) and cell.get("path")) or self.where
+
 
 def of_flags(values: Iterable[str]) -> Iterator[Asked]:
     """Texts of the command line, which may hold bytes that are no text."""

@@ -43,6 +43,14 @@ def pictured(**files: bytes) -> dict[str, bytes]:
     return good | {name.replace("__", "/"): x for name, x in files.items()}
 
 
+def cells(*pictures: bytes) -> bytes:
+    """A Parquet file of pictures with labels."""
+    rows = [{"image": x, "label": i % 2} for i, x in enumerate(pictures)]
+    file = io.BytesIO()
+    own_files.parquet(file, rows)
+    return file.getvalue()
+
+
 # What is wrong -> (files, source, what the line says).
 TEXT = {
     "no UTF-8": (
@@ -226,6 +234,21 @@ PICTURES = {
         {f"p/a/{i}.png": picture() for i in range(9)},
         "p",
         "p has one class, 'a'",
+    ),
+    "paths in a table that is not beside pictures": (
+        {"own.csv": b"image,label\na/0.png,1\n"},
+        "own.csv",
+        r"own.csv, line 2: data.image='image' is 'a/0.png', not the bytes .*metadata.c",
+    ),
+    "a table without the picture": (
+        {"own.csv": CSV},
+        "own.csv",
+        "data.image='image': .*own.csv, line 2 has no such column; it has 'text', 'la",
+    ),
+    "a torn picture in a table": (
+        {"own.parquet": cells(*[picture()] * 5, picture()[:-200])},
+        "own.parquet",
+        "own.parquet, row 6: is torn or no picture",
     ),
     "another table": (pictured(**{"p__own.csv": CSV}), "p", "own.csv.*called metadata"),
 }

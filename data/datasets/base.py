@@ -12,7 +12,7 @@ from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets.requests import Requests, framing
-from triform.data.sources import Source
+from triform.data.sources import Column, Source
 from triform.data.sources.formats import TXT_EXAMPLES
 from triform.data.store import Feature
 from triform.runtime import paths
@@ -68,7 +68,11 @@ class DataConfig:
         return {}
 
     def features(self) -> tuple[Feature, ...]:
-        """What is read of every example, besides images."""
+        """What is read of every example, besides `columns`."""
+        return ()
+
+    def columns(self) -> tuple[Column, ...]:
+        """Pictures, and what is read of a table beside them."""
         return ()
 
     def opened(self, name: str, found: Source, cache: str) -> Source:
