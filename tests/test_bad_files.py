@@ -165,10 +165,15 @@ TABLES = {
         "a.jsonl",
         "line 40: .*'yes'|line 1: .*'yes'",
     ),
-    "a label that is a list of lists": (
-        {"a.jsonl": lines('{"text": "x", "label": [[1]]}')},
+    "several labels": (
+        {"a.jsonl": lines('{"text": "x", "label": [1, 0]}')},
         "a.jsonl",
-        r"line 40: data.label='label' is \[1\], neither number nor name",
+        r"line 40: data.label='label' is the list \[1, 0\], and an example has one cl",
+    ),
+    "a label that is an object": (
+        {"a.jsonl": lines('{"text": "x", "label": {"a": 1}}')},
+        "a.jsonl",
+        r"line 40: data.label='label' is {'a': 1}, neither number nor name",
     ),
     "a number as text": (
         {"a.jsonl": lines('{"text": 5, "label": 1}')},
