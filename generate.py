@@ -178,6 +178,8 @@ def main(argv: list[str]) -> None:
     if flag.num_samples > 1:
         given = {"method": "sample", **given}
     group = joining.join(joining.asked("workdir", "checkpoint", *FLAGS, *SAME))
+    if flag.system and not flag.chat:
+        raise UserError("--system: it begins a conversation; add --chat")
     if flag.chat and group.count > 1:
         raise UserError("--chat: it runs on one process; leave out the others")
     asked, size = requests(flag)
@@ -204,7 +206,7 @@ def main(argv: list[str]) -> None:
                 "--chat: it prints one answer for every line; leave out --output, "
                 "--scores and --num_samples"
             )
-        chat.talk(sampler, asked, options)
+        chat.talk(sampler, asked, options, flag.system)
         return
     if file is not None:
         file.open()
@@ -244,6 +246,7 @@ def define() -> None:
     flags.DEFINE_bool(
         "chat", False, "Keep a conversation; a line /reset begins another."
     )
+    flags.DEFINE_string("system", "", "What the system says first, with --chat.")
     flags.DEFINE_string(
         "output",
         "",
