@@ -189,6 +189,8 @@ def main(argv: list[str]) -> None:
     rerank = paths.absolute(flag.rerank) if flag.rerank else ""
     sampler = Sampler(workdir, flag.checkpoint, rerank, **given)
     check_output(sampler, workdir, flag.output, kind)
+    if flag.input_file:
+        asked = inputs.gathered(asked, sampler.kind)
     method = sampler.config.decode.method if sampler.writes else sampler.gives[0]
     log = sys.stderr if group.is_first else sys.stdout  # which says nothing
     print(f"{workdir}: {sampler.run.which}, {method}", file=log)

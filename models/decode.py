@@ -321,16 +321,10 @@ def beam_search(
     shape = (batch, beams, length)
     empty = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
     # At first all beams are equal: only one may live.
-    start_logp = jnp.full((batch, beams), NEVER).at[:, 0].set(0.0)
-    carry = (
-        jnp.int32(0),
-        jnp.broadcast_to(first[:, None], (batch, beams)),
-        cache,
-        empty,
-        start_logp,
-        empty,
-        jnp.full((batch, beams), NEVER),
-    )
+    never = jnp.full((batch, beams), NEVER)
+    token = jnp.broadcast_to(first[:, None], (batch, beams))
+    start_logp = never.at[:, 0].set(0.0)
+    carry = jnp.int32(0), token, cache, empty, start_logp, empty, never
     _, _, _, live, live_logp, done, done_score = jax.lax.while_loop(
         unfinished, body, carry
     )

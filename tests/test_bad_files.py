@@ -87,7 +87,11 @@ TEXT = {
     "an empty folder": ({"x/.hidden": b""}, "x", "x: holds no file"),
     "no such file": ({}, "a.txt", "a.txt: no such file or folder"),
     "a pattern of nothing": ({}, "*.txt", r"\*.txt: no such file or folder"),
-    "one example": ({"a.txt": b"x"}, "a.txt", "has 1 different example.*txt_example"),
+    "one example": (
+        {"a.txt": b"x"},
+        "a.txt",
+        "1 different examples are too few.*txt_example",
+    ),
     "unknown suffixes": ({"x/a.exe": b"x"}, "x", "x: no file in it has a suffix"),
     "tables and texts": (
         {"x/a.csv": CSV, "x/a.txt": b"x"},
