@@ -313,6 +313,12 @@ class Images(Dataset):
         """The example as the source has it."""
         return self.examples[item]
 
+    def truth(self, item: int) -> dict[str, Any]:
+        """The name of its class, if it has one."""
+        if not self.config.label:
+            return {}
+        return {"true_label": self.codecs["label"].names[self._labels[item]]}
+
     def preview(self, batch: Batch) -> str:
         """The first image as shades, 32 characters wide at most, and its label."""
         image = batch["image"][0].mean(-1)
