@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
+from triform.data.datasets import Requests
 from triform.data.music import SUFFIXES as MIDI
 from triform.data.sources.files import read_rows
 from triform.data.sources.locate import PICTURES, TABLES, suffix
 from triform.data.sources.streams import BOM, opened
 from triform.runtime import hosts, paths
-from triform.runtime.errors import UserError
+from triform.runtime.errors import DataError, UserError
 
 ROWS = (".jsonl", ".ndjson")  # of which a bad line does not spoil the next
 
@@ -123,6 +124,26 @@ def _row(asked: Asked) -> Asked:
     if not isinstance(value, str | dict | list):
         return dataclasses.replace(asked, fault=f"{value!r:.40} is no object or text")
     return dataclasses.replace(asked, value=value)
+
+
+def gathered(asked: Iterable[Asked], kind: Requests) -> Iterator[Asked]:
+    """The same; rows that are parts of one request are one, where the first stands."""
+    if type(kind).owner is Requests.owner:
+        yield from asked
+        return
+    groups: dict[str | int, list[Asked]] = {}
+    for number, one in enumerate(asked):
+        owner = kind.owner(one.value)
+        groups.setdefault(number if owner is None else owner, []).append(one)
+    for owner, parts in groups.items():
+        first = parts[0]
+        if isinstance(owner, str):
+            try:
+                value = kind.united([part.value for part in parts])
+                first = dataclasses.replace(first, value=value)
+            except DataError as error:
+                first = dataclasses.replace(first, fault=str(error))
+        yield first
 
 
 def shared(requests: Iterator[Asked], size: int) -> Iterator[Asked]:

@@ -44,7 +44,8 @@ exact softmax: its loss over the first 100 steps is 1.03 (local: 0.66). 300 step
 chance after two epochs of reviews shortened to 1,024 bytes: dot from scratch, reading
 the first token, and flash in windows of 64 from `pretrain`, reading the mean. Naive
 Bayes on the words of these bytes, with one added to all counts, reaches 78.5 % on
-validation and 83.5 % on test; on complete reviews 79.0 % and 87.5 %. """
+validation and 83.5 % on test; on complete reviews 79.0 % and 87.5 %.
+"""
 
 import functools
 

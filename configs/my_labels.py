@@ -11,7 +11,8 @@ names: --config.data.first=COLUMN --config.data.label=COLUMN; for two texts:
 unless files with the names of these splits exist.
 
 To start from another workdir, for example imported weights (`:lora` then trains only
-adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS """
+adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS
+"""
 
 from triform.configs import schema
 

@@ -11,7 +11,8 @@ test, unless files with the names of these splits exist:
 train.en,train.de,test.en,test.de
 
 To start from another workdir, for example imported weights (`:lora` then trains only
-adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS """
+adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS
+"""
 
 from triform.configs import schema
 

@@ -9,7 +9,8 @@ are held out to choose the checkpoint and 5 % for the test, unless files with th
 of these splits exist.
 
 To start from another workdir, for example imported weights (`:lora` then trains only
-adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS """
+adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS
+"""
 
 from triform.configs import schema
 

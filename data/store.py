@@ -112,7 +112,13 @@ class TokenStore:
 def origin(config: Any, source: str) -> Source:
     """A source, with the folders that a config names and what it reads of files."""
     columns = tuple(
-        Column(f.field, f.name, TEXT if f.is_text else LABEL, f.divide is each)
+        Column(
+            f.field,
+            f.name,
+            TEXT if f.is_text else LABEL,
+            divided=f.divide is each,
+            many=f.divide is not single,
+        )
         for f in config.features()
         if f.source == source
     )

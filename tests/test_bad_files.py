@@ -87,7 +87,11 @@ TEXT = {
     "an empty folder": ({"x/.hidden": b""}, "x", "x: holds no file"),
     "no such file": ({}, "a.txt", "a.txt: no such file or folder"),
     "a pattern of nothing": ({}, "*.txt", r"\*.txt: no such file or folder"),
-    "one example": ({"a.txt": b"x"}, "a.txt", "has 1 different example.*txt_example"),
+    "one example": (
+        {"a.txt": b"x"},
+        "a.txt",
+        "1 different examples are too few.*txt_example",
+    ),
     "unknown suffixes": ({"x/a.exe": b"x"}, "x", "x: no file in it has a suffix"),
     "tables and texts": (
         {"x/a.csv": CSV, "x/a.txt": b"x"},
@@ -165,10 +169,15 @@ TABLES = {
         "a.jsonl",
         "line 40: .*'yes'|line 1: .*'yes'",
     ),
-    "a label that is a list of lists": (
-        {"a.jsonl": lines('{"text": "x", "label": [[1]]}')},
+    "several labels": (
+        {"a.jsonl": lines('{"text": "x", "label": [1, 0]}')},
         "a.jsonl",
-        r"line 40: data.label='label' is \[1\], neither number nor name",
+        r"line 40: data.label='label' is the list \[1, 0\], and an example has one cl",
+    ),
+    "a label that is an object": (
+        {"a.jsonl": lines('{"text": "x", "label": {"a": 1}}')},
+        "a.jsonl",
+        r"line 40: data.label='label' is {'a': 1}, neither number nor name",
     ),
     "a number as text": (
         {"a.jsonl": lines('{"text": 5, "label": 1}')},

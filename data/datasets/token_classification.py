@@ -11,7 +11,7 @@ from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import BY_CHARACTER
 from triform.data.codecs.tokenizer import well_formed
-from triform.data.datasets.base import TARGETS, Dataset, Epoch, labels
+from triform.data.datasets.base import TARGETS, Dataset, Epoch, labels, spread
 from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.sequence_classification import (
     EncoderInputsConfig,
@@ -169,6 +169,10 @@ class TokenClassification(Dataset):
         begins = np.array([0, *ends[:-1]], np.int64)[: len(ends)]
         kept = (ends > begins) & (begins < len(ids))
         return ids, first + np.flatnonzero(kept), begins[kept]
+
+    def remarks(self) -> list[str]:
+        """The range of the numbers that are predicted."""
+        return spread(self.config, "tags", self._tags)
 
     def truth(self, item: int) -> dict[str, Any]:
         """The tags of the words that `decoded` gives the found ones of."""

@@ -59,6 +59,7 @@ class Column:
     name: str
     kind: str = TEXT  # LABEL: numbers or names
     divided: bool = False  # of labels: a text has one in each of its characters
+    many: bool = False  # of labels: an example may have a list of them
 
 
 @dataclasses.dataclass(frozen=True)

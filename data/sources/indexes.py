@@ -229,6 +229,12 @@ class Labels:
     def add(self, value: Any, row: Row, file: File) -> None:
         """Takes the labels of a row; DataError if one is missing or is neither."""
         value = divided(value, self.column)
+        if isinstance(value, list) and not self.column.many:
+            raise DataError(
+                f"{file.where(row.number)}: data.{self.column.key}="
+                f"{self.column.name!r} is the list {value!r:.40}, and an example has "
+                "one class; name another column, or train a model for every class"
+            )
         for x in value if isinstance(value, list) else [value]:
             key = type(x), x if isinstance(x, str | int | float) else None
             if key in self.seen:
