@@ -64,12 +64,12 @@ class AutoencoderConfig(ConvolutionalConfig):
         (r"(latent|pixels)/kernel$", "height width channels > features"),
     )
 
-    image_size: int = 0  # pixels; 0 follows the data
-    channels: int = 0  # of an image; 0 follows the data
-    width: int = 32  # channels of the first stage, each next one has twice as many
+    image_size: int = 0  # height and width, in pixels; 0: taken from the data
+    channels: int = 0  # channels of an image; 0: taken from the data
+    width: int = 32  # channels of the first stage; doubled at each next stage
     stages: int = 2  # how many times height and width are halved
     latent: int = 4  # channels of the latent image
-    dtype: str = "float32"  # of activations
+    dtype: str = "float32"  # type of activations
 
     def outputs(self) -> dict[str, str]:
         """The reconstruction and the latent image: neither has classes."""

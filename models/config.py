@@ -47,15 +47,15 @@ class RopeConfig:
         cosines and sines times `attention`; 0: 0.1 ln(factor) + 1
     """
 
-    base: float = 10_000.0  # slowest wavelength / 2 pi
-    scaling: str = "none"  # how longer rows are reached; see above
-    factor: float = 1.0  # how many times longer
-    length: int = 0  # positions that the model was first trained on
-    low: float = 1.0  # turns over `length`; below: divided by `factor` (llama3)
-    high: float = 4.0  # turns over `length`; above: kept (llama3)
-    fast: float = 32.0  # turns over `length`; above: kept (yarn)
-    slow: float = 1.0  # turns over `length`; below: divided by `factor` (yarn)
-    attention: float = 0.0  # factor on cosines and sines (yarn); 0: derived
+    base: float = 10_000.0  # theta; the slowest wavelength is about 2 pi * base
+    scaling: str = "none"  # how rotary positions are extended to longer rows
+    factor: float = 1.0  # new length / original length
+    length: int = 0  # original length, in positions (llama3, yarn)
+    low: float = 1.0  # frequencies with fewer turns: divided by `factor` (llama3)
+    high: float = 4.0  # frequencies with more turns in `length`: kept (llama3)
+    fast: float = 32.0  # frequencies with more turns in `length`: kept (yarn)
+    slow: float = 1.0  # frequencies with fewer turns: divided by `factor` (yarn)
+    attention: float = 0.0  # factor on cos and sin (yarn); 0: 0.1 ln(factor) + 1
 
     def validate(self, where: str) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -92,45 +92,45 @@ class TransformerConfig:
     """
 
     # Sizes
-    num_layers: int = 6  # blocks of the trunk
-    d_model: int = 512  # width D of what passes from block to block
-    num_heads: int = 8  # query heads H
-    num_kv_heads: int = 0  # fewer than num_heads: grouped-query attention
-    head_dim: int = 0  # width E of a head; 0: d_model // num_heads
-    d_ff: int = 2048  # width F inside the feed-forward sublayer
-    max_len: int = 512  # longest sequence, in tokens
+    num_layers: int = 6  # number of blocks N
+    d_model: int = 512  # model width D: size of the residual stream
+    num_heads: int = 8  # number of query heads H
+    num_kv_heads: int = 0  # key/value heads K (grouped-query attention); 0: num_heads
+    head_dim: int = 0  # width E of one head; 0: d_model // num_heads
+    d_ff: int = 2048  # hidden width F of the feed-forward sublayer
+    max_len: int = 512  # longest sequence, in positions; 0: as long as the data's rows
     # Parts
     block: str = "standard"  # a name in models.blocks.BLOCKS
     attention: str = "dot"  # a name in models.algorithms.ALGORITHMS
-    # Names and values of the algorithm's own keyword arguments, alternating:
-    # ("features", 128, "kernel", "relu"). All have "scale", the factor on the query-key
-    # products; without it 1 / sqrt(head_dim).
+    # Options of the attention algorithm, as alternating names and values: ("features",
+    # 128, "kernel", "relu"). "scale" multiplies the query-key products in all of them
+    # (default 1 / sqrt(head_dim)).
     attention_options: tuple[str | float, ...] = ()
-    windows: tuple[int, ...] = ()  # cycled over layers; 0: unlimited, w: |i - j| < w
-    # Cycled over layers: "none", or a name in models.patterns.PATTERNS and its numbers,
-    # "strided:8". A layer sees what both its window and its pattern allow.
+    windows: tuple[int, ...] = ()  # one per layer, cycled; w: |i - j| < w; 0: no limit
+    # One per layer, cycled: "none", or a name in models.patterns.PATTERNS and its
+    # numbers ("strided:8"). A layer's window and pattern must both allow a position.
     patterns: tuple[str, ...] = ()
     positions: str = "sinusoidal"  # a name in models.positions.POSITIONS
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
-    norm: str = "layer"  # LayerNorm, or RMSNorm without mean and bias
-    norm_position: str = "post"  # after each sublayer, or before it on its branch
-    norm_eps: float = 1e-6  # added to the variance
+    norm: str = "layer"  # layer: LayerNorm; rms: RMSNorm (no mean, no bias)
+    norm_position: str = "post"  # pre: before each sublayer; post: after the residual sum
+    norm_eps: float = 1e-6  # epsilon that the norm adds to the variance
     ffn: str = "relu"  # a name in models.feed_forward.FFNS
-    bias: str = "all"  # of kernels and norms; "qkv": queries, keys and values only
-    init: str = "xavier"  # a name in models.layers.INITS, of every kernel
-    dropout: float = 0.1  # embeddings and sublayer outputs (Vaswani et al. 2017, 5.4)
-    attention_dropout: float = 0.0  # attention weights
-    # Numerics: activations; parameters, norms' statistics and softmax stay float32
+    bias: str = "all"  # which layers have a bias; qkv: only queries, keys, values
+    init: str = "xavier"  # initialiser of all kernels: a name in models.layers.INITS
+    dropout: float = 0.1  # rate on embeddings and sublayer outputs
+    attention_dropout: float = 0.0  # dropout rate on attention weights
+    # Type of activations. Parameters, statistics of norms and softmax stay float32.
     dtype: str = "float32"
     # Execution
-    remat: bool = False  # recompute each block's activations in the backward pass
-    # What remat stores beside a block's input: "nothing"; or "products" with kernels:
-    # then only attention's own, norms and the like are computed again.
+    remat: bool = False  # recompute the activations of blocks in the backward pass
+    # What remat stores besides the input of each block. products: also the products
+    # with kernels; only attention, norms and activation functions are recomputed.
     remat_keeps: str = "nothing"
-    # Logits of a vocabulary of so many parts of the positions after one another, in the
-    # backward pass once more: less memory, slower. 1: all at once.
+    # Number of chunks of positions; logits are computed chunk by chunk and recomputed
+    # in the backward pass: less memory, slower. 1: all logits at once.
     logit_chunks: int = 1
-    scan_layers: bool = False  # compile one block instead of num_layers of them
+    scan_layers: bool = False  # scan over stacked layers: compiles one block only
 
     def kv_heads(self) -> int:
         """Number of key/value heads K."""

@@ -26,11 +26,11 @@ class ContrastiveConfig(ModelConfig):
 
     text: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
     image: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    vocab_size: int = 32_000  # also what a tokenizer is trained to
-    image_size: int = 224  # height and width, in pixels; 0: that of the data
-    patch_size: int = 16  # height and width, in pixels
-    channels: int = 3  # 3: colours, 1: grey; 0: those of the data
-    width: int = 512  # of the common space
+    vocab_size: int = 32_000  # vocabulary size; also of a newly trained tokenizer
+    image_size: int = 224  # height and width, in pixels; 0: taken from the data
+    patch_size: int = 16  # height and width of a patch, in pixels
+    channels: int = 3  # 3: RGB, 1: grey; 0: taken from the data
+    width: int = 512  # width of the joint embedding space
 
     def frontends(self) -> dict[str, nn.Module]:
         """Of texts and of images."""

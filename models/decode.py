@@ -27,20 +27,20 @@ BLOCK = 128  # entries that `best` takes together
 class DecodeConfig:
     """How text is generated."""
 
-    method: str = "beam"  # how a text is chosen
+    method: str = "beam"  # decoding method
     beam_size: int = 4  # hypotheses kept at each step; 1: greedy search
-    length_penalty: float = 0.6  # alpha of Wu et al. 2016, eq. 14
-    temperature: float = 1.0  # the rest: sampling only
-    top_k: int = 0  # sample among the k likeliest; 0: all
-    top_p: float = 1.0  # sample among the likeliest that hold this probability
-    # Of pictures: how far from what is drawn without the text; 1: as the model says
+    length_penalty: float = 0.6  # beam: alpha of Wu et al. 2016, eq. 14
+    temperature: float = 1.0  # sample: logits are divided by it
+    top_k: int = 0  # sample: only from the k most likely tokens; 0: off
+    top_p: float = 1.0  # sample: nucleus sampling with this probability mass; 1: off
+    # Classifier-free guidance scale of images: 1: off; larger: closer to the text.
     guidance: float = 1.0
-    max_len: int = 0  # tokens at most; 0: data.max_len
-    banned: tuple[int, ...] = ()  # ids that are never written
-    # Of tokens read or written logits above 0 are divided by it, others multiplied; 1:
-    # off
+    max_len: int = 0  # largest number of generated tokens; 0: data.max_len
+    banned: tuple[int, ...] = ()  # ids that are never generated
+    # Logits of tokens that the text already has are divided by it if positive, else
+    # multiplied (Keskar et al. 2019); 1: off.
     repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0  # so many tokens in a row never come twice; 0: off
+    no_repeat_ngram: int = 0  # no n-gram of this length is generated twice; 0: off
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""

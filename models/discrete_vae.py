@@ -28,14 +28,14 @@ class DiscreteVAEConfig(ConvolutionalConfig):
         (r"(stem|conv_\d|skip|codes|pixels)/kernel$", "height width inputs > features"),
     )
 
-    image_size: int = 0  # pixels; 0 follows the data
-    channels: int = 0  # of an image; 0 follows the data
+    image_size: int = 0  # height and width, in pixels; 0: taken from the data
+    channels: int = 0  # channels of an image; 0: taken from the data
     num_codes: int = 8192  # entries of the codebook
-    width: int = 64  # channels at full resolution; each stage has twice as many
+    width: int = 64  # channels at full resolution; doubled at each stage
     stages: int = 3  # how many times height and width are halved
-    blocks: int = 2  # residual blocks a stage, on each side
-    noise: float = 1.0  # factor of the Gumbel noise in training
-    dtype: str = "float32"  # of activations
+    blocks: int = 2  # residual blocks per stage, in encoder and decoder
+    noise: float = 1.0  # factor on the Gumbel noise in training
+    dtype: str = "float32"  # type of activations
 
     def grid(self) -> int:
         """Codes a side."""

@@ -55,18 +55,18 @@ class FrontendConfig(ModelConfig):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class EncoderConfig(FrontendConfig):
-    """A bidirectional stack, its embeddings, and the heads that are wanted."""
+    """Encoder: embeddings, a bidirectional stack and the chosen heads."""
 
     HEADS: ClassVar[tuple[str, ...]] = ("masked_head", "num_tags", "num_labels", "pool")
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    vocab_size: int = 32_000  # also what a tokenizer is trained to
-    num_types: int = 2  # sentence A, sentence B; 0: no type embedding
-    position_offset: int = 0  # RoBERTa's positions start at 2
-    masked_head: bool = True  # predicts masked tokens
-    num_tags: int = 0  # classes of a tag for every token, instead; 0: none
-    num_labels: int = 2  # classes of a label for the row, 1: a number; 0: none
-    pool: str = "token"  # input of the label's head: the first token, or the mean
+    vocab_size: int = 32_000  # vocabulary size; also of a newly trained tokenizer
+    num_types: int = 2  # number of token types (text A, text B); 0: no type embedding
+    position_offset: int = 0  # number of the first position (RoBERTa: 2)
+    masked_head: bool = True  # has a head that predicts masked tokens
+    num_tags: int = 0  # tag classes of the head per token; 0: no such head
+    num_labels: int = 2  # classes of the head per row; 1: a number; 0: no such head
+    pool: str = "token"  # input of the head per row: first token, or mean
 
     def frontend(self) -> Tokens:
         """Tokens, token types and positions."""

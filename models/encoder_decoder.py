@@ -22,19 +22,19 @@ SCALES = ("input", "head", "none")
 
 @dataclasses.dataclass(unsafe_hash=True)
 class EncoderDecoderConfig(ModelConfig):
-    """Two stacks, their embeddings and the head.
+    """Encoder-decoder: embeddings, two stacks and the head.
 
     Both are of one trunk, and the source is tokens; a config with another encoder or
     another source overrides `encoder_trunk` or `frontend`.
     """
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    vocab_size: int = 32_000  # also what a tokenizer is trained to
-    share_embeddings: bool = True  # one table for source and target tokens
-    tie_head: bool = True  # the head is the target table, transposed
-    head_bias: bool = False  # Marian has one
-    # Where a table is scaled: by sqrt(D) as an input (Vaswani et al. 2017, 3.4), by
-    # 1 / sqrt(D) as the head (T5), or nowhere (T5 v1.1).
+    vocab_size: int = 32_000  # vocabulary size; also of a newly trained tokenizer
+    share_embeddings: bool = True  # source and target share one embedding table
+    tie_head: bool = True  # the head shares the weights of the target embedding
+    head_bias: bool = False  # the head has a bias (as in Marian)
+    # Scale of embeddings. input: inputs times sqrt(D) (Vaswani et al. 2017, 3.4);
+    # head: logits times 1 / sqrt(D) (T5); none (T5 v1.1).
     embedding_scale: str = "input"
 
     def encoder_trunk(self) -> TransformerConfig:

@@ -19,11 +19,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LanguageModelConfig(ModelConfig):
-    """A causal stack, its embedding and its head."""
+    """Decoder-only language model: token embedding, causal stack and head."""
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    vocab_size: int = 32_000  # also what a tokenizer is trained to
-    tie_head: bool = True  # the head is the token table, transposed
+    vocab_size: int = 32_000  # vocabulary size; also of a newly trained tokenizer
+    tie_head: bool = True  # the head shares the weights of the token embedding
 
     def frontend(self) -> Tokens:
         """Tokens and positions, causal."""

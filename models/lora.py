@@ -30,14 +30,14 @@ class LoRAConfig(ModelConfig):
     """
 
     model: ModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
-    rank: int = 8  # inner width of the two matrices of an adapter
+    rank: int = 8  # rank of an adapter: inner width of its two matrices
     alpha: float = 16.0  # the adapter's product is scaled by alpha / rank
-    rslora: bool = False  # by alpha / sqrt(rank) instead (Kalajdzievski 2023)
-    # Regular expressions, searched in the paths of parameters: those that get adapters.
+    rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023)
+    # Regular expressions: a parameter gets an adapter if one is found in its path.
     targets: tuple[str, ...] = (r"/(query|value)/kernel$",)
-    # (pattern, rank): other ranks than `rank`; the first that matches counts.
+    # (pattern, rank) pairs that override `rank`; the first match is used.
     ranks: tuple[tuple[str, int], ...] = ()
-    dropout: float = 0.0  # of the adapters' inputs
+    dropout: float = 0.0  # dropout rate on the inputs of adapters
 
     @property
     def trunk(self) -> TransformerConfig:

@@ -27,7 +27,7 @@ class PianoRollConfig(ModelConfig):
     PARAMETERS: ClassVar = ((r"frame/kernel$", "keys > embed"),)
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    num_keys: int = 88  # of a piano
+    num_keys: int = 88  # number of piano keys
 
     def reads(self) -> dict[str, tuple[str, str]]:
         """Frames of zeros and ones."""

@@ -15,13 +15,13 @@ Array = jax.Array
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ProteinConfig(EncoderConfig):
-    """An encoder that leaves masked tokens out instead of embedding them."""
+    """ESM-2: an encoder that embeds masked tokens as zeros and rescales the others."""
 
-    vocab_size: int = 33  # the alphabet of data.tokenizer.kind="residues"
-    num_types: int = 0  # one sequence a row: no type embedding
-    mask_id: int = 32  # the tokenizer's <mask>
-    # Share of tokens that training masks, 0.15 * 0.8 in every ESM-2; with 0 <mask> is
-    # embedded like any other token.
+    vocab_size: int = 33  # size of the alphabet data.tokenizer.kind="residues"
+    num_types: int = 0  # number of token types; 0: no type embedding
+    mask_id: int = 32  # id of <mask> in the tokenizer
+    # Expected share of <mask> in training (ESM-2: 0.15 * 0.8). 0: <mask> is embedded
+    # like any other token.
     masked_share: float = 0.12
 
     def frontend(self) -> Tokens:

@@ -22,15 +22,15 @@ Array = jax.Array
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RecommenderConfig(ModelConfig):
-    """A stack over the items of a user, and their table."""
+    """A stack over the item history of a user; the item table is also the output."""
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    num_items: int = -1  # -1: those of the data
-    # False: a position sees all others, and the table has one more row, of what stands
-    # for a masked item.
+    num_items: int = -1  # number of items; -1: taken from the data
+    # Causal attention (SASRec). False: bidirectional attention (BERT4Rec), and the item
+    # table has one more row for the mask.
     causal: bool = True
-    scale: bool = True  # embeddings times sqrt(d_model), not the rows that score
-    # BERT4Rec's output layer: dense, activation and norm, and a bias for every item.
+    scale: bool = True  # multiply input embeddings by sqrt(d_model)
+    # Add BERT4Rec's output layer: dense, activation, norm, and a bias per item.
     output_layer: bool = False
 
     def frontend(self) -> Tokens:

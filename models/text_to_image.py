@@ -29,10 +29,10 @@ class TextToImageConfig(ModelConfig):
     """
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    vocab_size: int = 16_384  # of the text
-    num_codes: int = 8192  # of pictures; -1: those of the data's codec
-    text_len: int = 0  # positions of text, the start among them; 0 follows the data
-    grid: int = 0  # codes a side; 0 follows the data
+    vocab_size: int = 16_384  # vocabulary size of the text
+    num_codes: int = 8192  # size of the image codebook; -1: taken from the data
+    text_len: int = 0  # text positions, with the start token; 0: taken from the data
+    grid: int = 0  # codes per side of an image; 0: taken from the data
 
     def reads(self) -> dict[str, tuple[str, str]]:
         """Texts, which of their positions are real, and codes row by row."""

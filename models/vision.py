@@ -16,16 +16,16 @@ from triform.models.heads import LabelHead
 
 @dataclasses.dataclass(unsafe_hash=True)
 class VisionConfig(FrontendConfig):
-    """A bidirectional stack over patches of a square image, and a classifier."""
+    """Vision Transformer: a stack over patches of a square image, and a classifier."""
 
     HEADS: ClassVar[tuple[str, ...]] = ("num_labels",)
 
     trunk: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    image_size: int = 224  # height and width, in pixels; 0: that of the data
-    patch_size: int = 16  # height and width, in pixels
-    channels: int = 3  # 3: colours, 1: grey; 0: those of the data
-    pool: str = "token"  # input of the classifier: a class token, or the patches' mean
-    num_labels: int = 1000  # classes; -1: those of the data
+    image_size: int = 224  # height and width, in pixels; 0: taken from the data
+    patch_size: int = 16  # height and width of a patch, in pixels
+    channels: int = 3  # 3: RGB, 1: grey; 0: taken from the data
+    pool: str = "token"  # input of the classifier: class token, or mean of patches
+    num_labels: int = 1000  # number of classes; -1: taken from the data
 
     def frontend(self) -> Patches:
         """Patches, after a class token if that is pooled."""
