@@ -37,14 +37,14 @@ BY_CHARACTER = ("chars", "residues")  # whose words are single characters
 
 @dataclasses.dataclass
 class TokenizerConfig:
-    """How text becomes ids. Its size is the model's vocab_size."""
+    """How text becomes ids. The size of a trained tokenizer is model.vocab_size."""
 
-    # Trained subwords, or bytes or characters as they are; or the fixed alphabet of
-    # protein language models (codecs/residues.py).
+    # Trained subwords (bpe, wordpiece, unigram), bytes, characters, or residues, the
+    # alphabet of ESM-2.
     kind: str = "bpe"
-    lowercase: bool = False  # cannot be undone: decoded text is lower-case too
-    path: str = ""  # an existing tokenizer.json or .model, instead of training one
-    corpora: tuple[str, ...] = ()  # 'source:feature' to train on besides the data
+    lowercase: bool = False  # lower-case all text; decoded text is lower-case too
+    path: str = ""  # existing tokenizer.json or .model; '': train a new one
+    corpora: tuple[str, ...] = ()  # more text to train it on: 'source:feature'
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""

@@ -24,27 +24,27 @@ FAR = 10.0  # of the numbers that are predicted: a mean or deviation worth a wor
 
 @dataclasses.dataclass
 class DataConfig:
-    """Where examples come from, and how many make a batch."""
+    """Where examples come from, and the size of a batch."""
 
     # Fields that trained weights expect to stay as they were.
     EXPECTED: ClassVar[tuple[str, ...]] = ()
 
     USE: ClassVar[str] = "prompt"  # what texts are framed for, see codecs.framing
 
-    # A file, folder or pattern, or several with commas between; or the name of an
-    # embedded source, one of ours, or a public one of TFDS.
+    # File, folder or glob pattern (several: separated by commas), or the name of a data
+    # source of Triform or of TFDS.
     source: str = "cldr"
-    # Of text files an example is a file, passage, line or choice (formats.CHOICE).
+    # What one example of a text file is: a file, passage, line or choice of a user.
     txt_example: str = "file"
-    held_out: float = 0.05  # share of files for validation, and for test, if none is
-    train_split: str = "train"  # what is trained on
-    eval_split: str = "validation"  # scored while training; see evaluation.every
-    test_split: str = "test"  # scored once, at the end
-    batch_size: int = 32  # examples an update
-    data_dir: str = ""  # prepared TFDS data; empty: the TFDS default
-    manual_dir: str = ""  # files of a corpus that is not to be downloaded
-    cache_dir: str = ""  # prepared arrays; empty: $TRIFORM_CACHE or ~/.cache/triform
-    prefetch: int = 2  # batches prepared ahead of the device
+    held_out: float = 0.05  # share for each missing split, validation and test; 0: none
+    train_split: str = "train"  # split for training
+    eval_split: str = "validation"  # split scored during training, see evaluation.every
+    test_split: str = "test"  # split scored once, after training
+    batch_size: int = 32  # examples per update
+    data_dir: str = ""  # folder of prepared TFDS data; '': the TFDS default
+    manual_dir: str = ""  # folder of files that you downloaded by hand
+    cache_dir: str = ""  # encoded data; '': $TRIFORM_CACHE or ~/.cache/triform
+    prefetch: int = 2  # number of batches that are prepared in advance
 
     def spec(self) -> Spec:
         """The fields of its batches."""
@@ -110,11 +110,12 @@ class TextConfig(DataConfig):
 
     SPECIALS: ClassVar[tuple[str, ...]] = ()  # of a tokenizer trained for it
 
-    max_len: int = 64  # longer items are left out of training, shortened in evaluation
-    # Rows of max_len a batch; shorter buckets hold more rows, of as many tokens in all.
+    max_len: int = 64  # longer items: skipped in training, truncated in evaluation
+    # Rows of max_len tokens per update; a shorter bucket has more rows, equally many
+    # tokens.
     batch_size: int = 32
     buckets: tuple[int, ...] = ()  # row lengths below max_len, ascending
-    drop_empty: bool = False  # leave out items with an empty text instead of stopping
+    drop_empty: bool = False  # skip items with an empty text; False: stop with an error
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
 
     def lengths(self) -> tuple[int, ...]:

@@ -26,9 +26,9 @@ from triform.runtime.errors import DataError
 class CaptionsConfig(TextConfig):
     """What the two kinds share."""
 
-    max_len: int = 16  # positions of a caption; longer ones are shortened
-    image: str = "image"  # the feature that is read, uint8 [h, w, c]
-    text: str = "text"  # the feature: the caption
+    max_len: int = 16  # tokens of a caption; longer captions are truncated
+    image: str = "image"  # name of the image feature, uint8 [h, w, c]
+    text: str = "text"  # name of the caption feature
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""
@@ -54,11 +54,11 @@ class CaptionedImagesConfig(CaptionsConfig):
 
     EXPECTED: ClassVar[tuple[str, ...]] = ("mean", "std", "resample")
 
-    size: int = 224  # pixels a side
-    channels: int = 3  # 1: grey
-    mean: tuple[float, ...] = (0.5,)  # of pixels in [0, 1]: one, or one a channel
-    std: tuple[float, ...] = (0.5,)  # of pixels, likewise
-    resample: str = "bilinear"  # how another size is computed: augment.RESAMPLES
+    size: int = 224  # height and width, in pixels
+    channels: int = 3  # 3: RGB, 1: grey
+    mean: tuple[float, ...] = (0.5,)  # subtracted from pixels in [0, 1]; 1 or C
+    std: tuple[float, ...] = (0.5,)  # divisor after `mean`; 1 or C (channels)
+    resample: str = "bilinear"  # resizing filter, a name in augment.RESAMPLES
 
     def spec(self) -> Spec:
         """Tokens, images, and which rows are real."""
@@ -82,18 +82,18 @@ class CaptionedImagesConfig(CaptionsConfig):
 
 @dataclasses.dataclass
 class ImageCodesConfig(CaptionsConfig):
-    """A caption and the codes of an image, which the model of another run gives."""
+    """A caption and the codes of an image, computed by a trained discrete VAE."""
 
-    max_len: int = 16  # positions of a caption, the start among them
-    codes: str = ""  # the workdir of a discrete VAE
-    grid: int = 0  # codes a side, as that run has them
-    # Share of captions that are left out in training: what guidance needs. 1: always,
-    # also in evaluation, a model of pictures alone.
+    max_len: int = 16  # positions of a caption, with the start token
+    codes: str = ""  # workdir of the discrete VAE that makes the codes
+    grid: int = 0  # codes per side of an image, as in the run of `codes`
+    # Share of captions left out in training, needed for guidance. 1: no captions at
+    # all, also in evaluation (a model of images alone).
     text_dropout: float = 0.1
-    # Share of a caption's tokens that are left out in training, each by itself: of few
-    # pictures a model learns which one has a name, not what its words mean.
+    # Share of caption tokens left out in training, independently; it prevents a model
+    # of few images from memorising captions.
     token_dropout: float = 0.0
-    flip: bool = False  # in training, every other time the codes of the mirrored image
+    flip: bool = False  # in training, mirror the image with probability 1/2
 
     def spec(self) -> Spec:
         """Tokens and codes, and which positions are real."""

@@ -20,12 +20,12 @@ DOCUMENTS = ("joined", "separate")
 
 @dataclasses.dataclass
 class CausalLMConfig(TextConfig):
-    """Rows of max_len tokens, full whatever the length of the documents."""
+    """Full rows of max_len tokens, independent of the lengths of documents."""
 
-    text: str = "text"  # the feature: one document an example
-    # joined: a token sees what precedes it in its row; separate: in its document.
+    text: str = "text"  # name of the text feature; one document per example
+    # joined: a token sees all earlier tokens of its row; separate: of its document.
     documents: str = "joined"
-    eval_stride: int = 0  # positions between rows of evaluation; 0: max_len
+    eval_stride: int = 0  # positions from one evaluation row to the next; 0: max_len
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""

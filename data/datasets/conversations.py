@@ -33,17 +33,17 @@ CHUNK = 256  # conversations encoded together
 
 @dataclasses.dataclass
 class ConversationsConfig(TextConfig):
-    """Rows of whole conversations, as many as fit; one that is too long is cut."""
+    """Rows packed with whole conversations; a conversation that is too long is cut."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = CHATML_TOKENS
 
-    # The feature: a list of role and content. A feature `tools` goes to the template.
+    # Name of the feature: a list of role and content. The template also gets `tools`.
     messages: str = "messages"
-    prompt: str = ""  # in place of messages: the feature that is asked, a text
-    response: str = ""  # and the feature that is answered
-    # chatml, plain, or a file in Jinja; empty: the tokenizer's own, else chatml.
+    prompt: str = ""  # text feature of the question, in place of messages
+    response: str = ""  # text feature of the answer, with `prompt`
+    # chatml, plain, or a Jinja file; '': the tokenizer's template, else chatml.
     template: str = ""
-    day: str = "2026-01-01"  # today for templates that ask: rows depend on no clock
+    day: str = "2026-01-01"  # date that templates read as today (fixed, not the clock)
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""

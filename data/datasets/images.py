@@ -31,26 +31,26 @@ CROPS = ("none", "pad", "resized")
 
 @dataclasses.dataclass
 class ImagesConfig(DataConfig):
-    """Square images; what is random is so in training only."""
+    """Square images; random augmentation is applied in training only."""
 
     EXPECTED: ClassVar[tuple[str, ...]] = ("mean", "std", "resample")
 
-    image: str = "image"  # the feature that is read, uint8 [h, w, c]
-    # The feature that is predicted, the number of a class; empty: images alone.
+    image: str = "image"  # name of the image feature, uint8 [h, w, c]
+    # Name of the class feature, which is predicted; '': images without a class.
     label: str = "label"
-    size: int = 224  # pixels a side
-    channels: int = 3  # 1: grey
-    mean: tuple[float, ...] = (0.5,)  # of pixels in [0, 1]: one, or one a channel
-    std: tuple[float, ...] = (0.5,)  # of pixels, likewise
-    resample: str = "bilinear"  # how another size is computed: augment.RESAMPLES
-    # none: all of the image, resized; pad: the same, moved by up to `pad` pixels;
-    # resized: a random part, resized, and the middle 7/8 in evaluation.
+    size: int = 224  # height and width, in pixels
+    channels: int = 3  # 3: RGB, 1: grey
+    mean: tuple[float, ...] = (0.5,)  # subtracted from pixels in [0, 1]; 1 or C
+    std: tuple[float, ...] = (0.5,)  # divisor after `mean`; 1 or C (channels)
+    resample: str = "bilinear"  # resizing filter, a name in augment.RESAMPLES
+    # none: the resized image; pad: shifted by up to `pad` pixels; resized: a random
+    # crop, resized (evaluation: the central 7/8).
     crop: str = "none"
-    pad: int = 4  # pixels that crop="pad" moves an image by, at most
-    flip: bool = False  # left and right, every other time
-    rand_augment: int = 0  # operations (Cubuk et al. 2020)
-    rand_magnitude: float = 9.0  # of 10
-    mixup: float = 0.0  # alpha of Zhang et al. 2018, 2; 0: off
+    pad: int = 4  # largest shift with crop="pad", in pixels
+    flip: bool = False  # mirror horizontally with probability 1/2
+    rand_augment: int = 0  # RandAugment operations (Cubuk et al. 2020); 0: off
+    rand_magnitude: float = 9.0  # magnitude of RandAugment, 0 to 10
+    mixup: float = 0.0  # alpha of mixup (Zhang et al. 2018, 2); 0: off
 
     def spec(self) -> Spec:
         """Images, and the class of each: a distribution if they are mixed."""

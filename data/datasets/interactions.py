@@ -28,7 +28,7 @@ from triform.runtime.errors import DataError
 
 @dataclasses.dataclass
 class InteractionsConfig(DataConfig):
-    """Histories of users, of which every item is predicted from those before it.
+    """Item histories of users; every item is predicted from the earlier items.
 
     Splits are positions of one sequence: the last item of a user is for test, the one
     before for validation.
@@ -37,20 +37,20 @@ class InteractionsConfig(DataConfig):
     MASKED: ClassVar[bool] = False
 
     source: str = "sasrec_video"
-    txt_example: str = "choice"  # of text files: 'user item' or 'user item time' a line
-    held_out: float = 0.0  # of rows: none, splits are positions
-    user: str = "user"  # the feature that is read; empty: an example is all of a user
-    items: str = "item"  # the feature: an item, or all items of a user in order
-    time: str = ""  # the feature that orders items; empty: the order of the examples
-    max_len: int = 50  # items of a history that are read, the newest
-    batch_size: int = 16  # rows of max_len items, in training of several users
-    # Of training items that are predicted: items drawn for each that the user does not
-    # have in training, another draw every epoch; 0: none.
+    txt_example: str = "choice"  # choice: 'user item' or 'user item time' per line
+    held_out: float = 0.0  # not used: splits are positions in histories
+    user: str = "user"  # user feature; '': an example is one user's whole history
+    items: str = "item"  # item feature: one item, or a user's items in order
+    time: str = ""  # feature that orders items; '': the order of the examples
+    max_len: int = 50  # number of newest items of a history that are read
+    batch_size: int = 16  # rows of max_len items per update; training packs users
+    # Negatives drawn for each predicted training item, new in every epoch, from items
+    # not in the user's training history; 0: none.
     negatives: int = 1
-    # Of evaluation: items drawn for each user, once, that they do not have in training.
+    # Evaluation: items drawn once per user, from those not in the training history.
     candidates: int = 100
-    candidate_users: int = 10_000  # users that are ranked among these; 0: all
-    candidate_seed: int = 0  # of both draws
+    candidate_users: int = 10_000  # users scored with candidates; 0: all
+    candidate_seed: int = 0  # seed of the draws of candidates and users
 
     def features(self) -> tuple[Feature, ...]:
         """What is read of the source."""
@@ -114,10 +114,10 @@ class MaskedInteractionsConfig(InteractionsConfig):
 
     MASKED: ClassVar[bool] = True
 
-    negatives: int = 0  # as above
-    mask_rate: float = 0.2  # of the items of a user, at least one
-    # Share of users and epochs in which the last item alone is masked, as it is in
-    # evaluation (Sun et al. 2019, 3.6).
+    negatives: int = 0  # negatives per predicted training item; 0: none
+    mask_rate: float = 0.2  # share of a user's items that is masked, at least one
+    # Share of training rows in which only the last item is masked, as in evaluation
+    # (Sun et al. 2019, 3.6).
     last_rate: float = 0.1
 
     def validate(self) -> None:

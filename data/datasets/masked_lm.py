@@ -41,15 +41,15 @@ def sentences(text: Any) -> list:
 
 @dataclasses.dataclass
 class MaskedLMConfig(EncoderInputsConfig):
-    """Documents, divided into runs of sentences; another masking every epoch."""
+    """Documents divided into sequences of sentences; new masks in every epoch."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]", "[MASK]")
 
-    text: str = "text"  # the feature: one document an example
-    next_sentence: bool = True  # False: one text a row, as RoBERTa's
-    mask_rate: float = 0.15  # of the positions of text
-    whole_word: bool = False  # all pieces of a word or none
-    short_rate: float = 0.1  # of runs that are shorter than they might be
+    text: str = "text"  # name of the text feature; one document per example
+    next_sentence: bool = True  # add next-sentence prediction; False: one text per row
+    mask_rate: float = 0.15  # share of text tokens that is masked
+    whole_word: bool = False  # mask all pieces of a word or none
+    short_rate: float = 0.1  # share of sequences with a random, shorter length
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""

@@ -37,13 +37,13 @@ class MusicConfig(DataConfig):
     seed, epoch and item.
     """
 
-    steps: int = 4  # of a quarter note: 4 are 16ths
-    # Semitones up or down in training, at most, within the range of every voice in the
-    # training pieces; 0: none.
+    steps: int = 4  # steps per quarter note (4: 16th notes)
+    # Largest random transposition in training, in semitones, within the range that
+    # every voice has in the training pieces; 0: none.
     transpose: int = 0
-    eval_stride: int = 0  # positions between windows of evaluation; 0: max_len
+    eval_stride: int = 0  # positions from one evaluation window to the next; 0: max_len
 
-    max_len: int = 512  # positions of a row
+    max_len: int = 512  # positions per row
 
     def room(self) -> int:
         """Predictions of a row."""
@@ -71,11 +71,11 @@ class MusicConfig(DataConfig):
 
 @dataclasses.dataclass
 class MusicTokensConfig(MusicConfig):
-    """Tokens of a codec, each with the one that follows."""
+    """Music as tokens of a codec; the next token is predicted."""
 
     codec: str = "voices"  # a name in codecs.music.CODECS
-    voices: int = 4  # tokens of a step (codec voices)
-    rate: int = 100  # steps in time a second (codec events)
+    voices: int = 4  # voices, one token per step each (codec voices)
+    rate: int = 100  # time steps per second (codec events)
 
     def make_codec(self) -> Codecs:
         """The codec that the fields say."""

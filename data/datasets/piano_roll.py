@@ -18,8 +18,8 @@ from triform.data.music import KEYS, LOWEST, Music
 class FramesConfig(MusicConfig):
     """Frames of 88 keys, one a step, as Boulanger-Lewandowski et al. 2012 have it."""
 
-    steps: int = 1  # of a quarter note
-    max_len: int = 256  # frames of a row, one of them silent before a piece
+    steps: int = 1  # frames per quarter note
+    max_len: int = 256  # frames per row; a silent frame precedes each piece
     buckets: tuple[int, ...] = ()  # row lengths below max_len, ascending
 
     def room(self) -> int:

@@ -41,8 +41,8 @@ class PairsConfig(TextConfig):
 
     USE: ClassVar[str] = "source"
 
-    # Longest source, in tokens; 0: max_len, which else bounds the targets alone. The
-    # source lengths of shorter buckets are in proportion.
+    # Longest source, in tokens; 0: max_len. If set, max_len limits the targets only,
+    # and buckets scale the source length in proportion.
     max_source_len: int = 0
 
     def parts(self) -> tuple[Corpus, ...]:
@@ -84,8 +84,8 @@ class PairsConfig(TextConfig):
 class Seq2SeqConfig(PairsConfig):
     """Pairs of one corpus."""
 
-    inputs: str = "en"  # the feature that is read
-    targets: str = "de"  # the feature that is predicted
+    inputs: str = "en"  # name of the source feature
+    targets: str = "de"  # name of the target feature
 
     def parts(self) -> tuple[Corpus, ...]:
         """The corpora."""
@@ -101,9 +101,9 @@ class MixtureConfig(PairsConfig):
     """
 
     source: str = ""  # not read: each corpus has its own
-    corpora: tuple[Corpus, ...] = ()  # what is mixed
-    weights: tuple[float, ...] = ()  # one a corpus; empty: by size
-    limit: int = 0  # a corpus counts as having so many examples at most; 0: no limit
+    corpora: tuple[Corpus, ...] = ()  # the corpora of the mixture
+    weights: tuple[float, ...] = ()  # one per corpus; (): by size
+    limit: int = 0  # cap on the size of a corpus in the shares; 0: no cap
     temperature: float = 1.0  # higher: more equal shares
 
     def __post_init__(self) -> None:

@@ -29,9 +29,8 @@ class EncoderInputsConfig(TextConfig):
     USE: ClassVar[str] = "texts"
     GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first")
 
-    # Which positions see all and are seen by all beyond the model's windows (Beltagy
-    # et al. 2020, 3.1): "first", the class token; "question", all of the first of two
-    # texts too.
+    # Positions with global attention (Beltagy et al. 2020, 3.1). first: the class
+    # token; question: also all tokens of the first text.
     global_tokens: str = "none"
 
     def marks(self) -> dict[str, Field]:
@@ -54,16 +53,16 @@ class EncoderInputsConfig(TextConfig):
 
 @dataclasses.dataclass
 class SequenceClassificationConfig(EncoderInputsConfig):
-    """One or two texts, and the class of them, or a number."""
+    """One or two texts, and their class or a number."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]")
     GLOBALS: ClassVar[tuple[str, ...]] = ("none", "first", "question")
 
-    first: str = "text"  # the feature that is read
-    second: str = ""  # another one, read after it; empty: none
-    label: str = "label"  # the feature that is predicted
+    first: str = "text"  # name of the text feature
+    second: str = ""  # name of a second text feature; '': none
+    label: str = "label"  # name of the feature that is predicted
     target: str = "class"  # what a label is: "class" or "number"
-    truncate: bool = False  # train on longer items too, shortened as in evaluation
+    truncate: bool = False  # in training, truncate longer items instead of skipping
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""

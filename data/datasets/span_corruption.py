@@ -27,9 +27,9 @@ class SpanCorruptionConfig(TextConfig):
     SPECIALS: ClassVar[tuple[str, ...]] = tuple(f"<extra_id_{i}>" for i in range(100))
     USE: ClassVar[str] = "source"
 
-    text: str = "text"  # the feature: one document an example
-    noise_rate: float = 0.15  # share of the tokens that is left out
-    span_length: float = 3.0  # mean, tokens
+    text: str = "text"  # name of the text feature; one document per example
+    noise_rate: float = 0.15  # share of the tokens that is replaced by sentinels
+    span_length: float = 3.0  # mean length of a span, in tokens
 
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""

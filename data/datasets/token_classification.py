@@ -23,14 +23,14 @@ from triform.runtime.errors import DataError
 
 @dataclasses.dataclass
 class TokenClassificationConfig(EncoderInputsConfig):
-    """Words are the items of a list, or the characters of a text; so are their tags."""
+    """Words (items of a list, or characters of a text) and one tag for each."""
 
     SPECIALS: ClassVar[tuple[str, ...]] = ("[CLS]", "[SEP]")
 
-    tokens: str = "tokens"  # the feature that is read: a list of words, or a text
-    tags: str = "tags"  # the feature that is predicted: one for every word
+    tokens: str = "tokens"  # name of the input feature: a list of words, or a text
+    tags: str = "tags"  # name of the tag feature: one tag per word
     target: str = "class"  # what a tag is: "class" or "number"
-    mask: str = ""  # a feature with 1 for words that count, else 0; empty: all count
+    mask: str = ""  # feature with 1 for words that are scored, else 0; '': all
 
     def spec(self) -> Spec:
         """Words in pieces, and a tag at the first piece of each."""
