@@ -12,8 +12,8 @@ from triform.tasks.base import Array, Batch, Context, Outputs, Scalars, Task
 class AutoencodingConfig:
     """Predict batch['image'] from itself; latent images are to be sparse."""
 
-    latent_penalty: float = 0.0  # factor of sum |latent| of a row
-    warmup_steps: int = 0  # over which that factor grows from 0
+    latent_penalty: float = 0.0  # weight of sum |latent| of a row in the loss; 0: off
+    warmup_steps: int = 0  # steps over which latent_penalty grows from 0
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""

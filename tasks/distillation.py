@@ -14,9 +14,9 @@ from triform.tasks.prediction import Classification, PredictionConfig
 class LabelDistillationConfig(PredictionConfig):
     """Predict batch['label'], and what a teacher says of it."""
 
-    label_share: float = 0.5  # factor of the labels' cross-entropy
-    teacher_share: float = 0.5  # factor of the divergence from the teacher
-    temperature: float = 2.0  # both models' logits are divided by it
+    label_share: float = 0.5  # weight of the cross-entropy with the labels
+    teacher_share: float = 0.5  # weight of the divergence from the teacher
+    temperature: float = 2.0  # the logits of both models are divided by it
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""

@@ -25,15 +25,15 @@ class ImageCodingConfig:
     its own number in place of 192 a code of 4 pixels would cost 48 times as much.
     """
 
-    # laplace: of logits of pixels (A.3); squared: error / (2 spread^2), a Gaussian's.
+    # laplace: logit-Laplace loss of pixels (A.3); squared: error / (2 spread^2).
     reconstruction: str = "laplace"
-    spread: float = 0.25  # of squared errors: about the standard deviation of pixels
-    kl_weight: float = 6.6  # of the paper's summed divergence
-    kl_steps: int = 5000  # over which it rises from 0, along a cosine
-    numbers_per_code: int = 192  # of the pictures that kl_weight was chosen for
-    temperature: float = 1.0  # of Gumbel-softmax, at first
-    last_temperature: float = 0.0625  # in the end
-    temperature_steps: int = 150_000  # from the first to the last, along a cosine
+    spread: float = 0.25  # squared: about the standard deviation of pixels
+    kl_weight: float = 6.6  # weight of the KL divergence, as in the paper
+    kl_steps: int = 5000  # steps over which kl_weight grows from 0 (cosine)
+    numbers_per_code: int = 192  # numbers per code for which kl_weight was chosen
+    temperature: float = 1.0  # first temperature of Gumbel-softmax
+    last_temperature: float = 0.0625  # final temperature
+    temperature_steps: int = 150_000  # steps from the first to the final one (cosine)
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""

@@ -18,8 +18,8 @@ TERMS = {"text": ("text", "image"), "image": ("image", "text")}
 class MatchingConfig:
     """Find every row's partner among those of the whole batch, from either side."""
 
-    text_share: float = 0.5  # factor of choosing a picture for a text
-    image_share: float = 0.5  # factor of choosing a text for a picture
+    text_share: float = 0.5  # weight of the loss that finds the image of a text
+    image_share: float = 0.5  # weight of the loss that finds the text of an image
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""

@@ -28,8 +28,8 @@ Array = jax.Array
 class PredictionConfig:
     """Settings of every prediction of one among several classes."""
 
-    label_smoothing: float = 0.0  # Szegedy et al. 2016; in training only
-    z_loss: float = 0.0  # weight of log(Z)^2, keeps logits near 0 (PaLM, 5: 1e-4)
+    label_smoothing: float = 0.0  # in training only (Szegedy et al. 2016); 0: off
+    z_loss: float = 0.0  # weight of log(Z)^2 in the loss (PaLM, 5: 1e-4); 0: off
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -46,7 +46,7 @@ class PredictionConfig:
 
 @dataclasses.dataclass
 class TokenPredictionConfig(PredictionConfig):
-    """Predict batch["targets"] token by token: translation, language models, tags."""
+    """Predict batch["targets"] per token: translation, language models, tags."""
 
     label_smoothing: float = 0.1
 

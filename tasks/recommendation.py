@@ -27,10 +27,10 @@ LISTED = 100  # items that an answer has beside those of the longest history
 
 @dataclasses.dataclass
 class SampledItemsConfig:
-    """Tell batch['targets'] from batch['negatives'] (Kang & McAuley 2018, 3.5)."""
+    """Separate batch['targets'] from batch['negatives'] (Kang & McAuley 2018, 3.5)."""
 
-    # Are items that a user has had rivals, where all items are ranked? generate.py
-    # leaves them out.
+    # In evaluation against all items, also rank the items in the user's history.
+    # generate.py never recommends them.
     rank_seen: bool = True
 
     def validate(self) -> None:
@@ -41,7 +41,7 @@ class SampledItemsConfig:
 class ItemPredictionConfig(PredictionConfig):
     """Predict batch['targets'] among all items (Sun et al. 2019, eq. 7 and 8)."""
 
-    rank_seen: bool = True  # as above
+    rank_seen: bool = True  # evaluation also ranks the items in the user's history
 
 
 class Recommendation(Task):

@@ -15,8 +15,8 @@ Array = jax.Array
 class TextToImagePredictionConfig(PredictionConfig):
     """Predict the next id of a text, and the codes of a picture after it."""
 
-    text_share: float = 1 / 8  # factor of the texts' mean loss
-    code_share: float = 7 / 8  # factor of the codes' mean loss
+    text_share: float = 1 / 8  # weight of the mean loss of text tokens
+    code_share: float = 7 / 8  # weight of the mean loss of image codes
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
