@@ -54,17 +54,17 @@ logging.getLogger("absl").addFilter(_untold)
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """How often to save (read by the training loop), and which steps to retain.
+    """How often to save, and which checkpoints to keep.
 
     Steps that are no multiple of `every`, saved on an interruption, are retained while
     they are the newest only: they must not change what an uninterrupted run would keep.
     """
 
-    every: int = 1000  # steps between saves
-    keep_newest: int = 5  # checkpoints kept for being the last ones
-    keep_best: int = 1  # and for having the best scores
-    metric: str = "eval/loss"  # judges which step is best
-    mode: str = "min"  # 'min' or 'max': which value of the metric is better
+    every: int = 1000  # steps between checkpoints
+    keep_newest: int = 5  # number of newest checkpoints to keep
+    keep_best: int = 1  # number of best checkpoints to keep, by `metric`
+    metric: str = "eval/loss"  # which metric selects the best checkpoint
+    mode: str = "min"  # min: lower values of the metric are better; max: higher
 
     def validate(self) -> None:
         """Raise ValueError for a setting that cannot work."""

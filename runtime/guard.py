@@ -24,15 +24,15 @@ DONE = "done"  # metric of a guarded step: 1 if it changed the state
 
 @dataclasses.dataclass
 class RecoveryConfig:
-    """What follows a bad step: a loss or gradient that is not finite, or a spike."""
+    """What to do after a bad step: non-finite loss or gradient, or a spike."""
 
     action: str = "stop"  # 'stop', 'skip' the update, or 'rewind' to a checkpoint
-    # A loss so many standard deviations above the mean of the last steps is a spike; 0:
-    # none is.
+    # A loss this many standard deviations above the mean of the last `window` steps is
+    # a spike; 0: no check.
     spike: float = 0.0
-    window: int = 100  # steps of that mean and deviation; before so many, none is
-    leave_out: int = 2  # rewind: batches that are left out, that of the bad step last
-    most: int = 10  # bad steps of a run that skips or rewinds; one more stops it
+    window: int = 100  # number of these steps; no check before there are as many
+    leave_out: int = 2  # rewind: batches left out, up to the bad step's batch
+    most: int = 10  # skip, rewind: bad steps allowed; one more stops the run
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""

@@ -47,10 +47,14 @@ class Group:
 
 def define() -> None:
     """Defines the flags."""
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, of several.")
-    flags.DEFINE_integer("num_processes", None, "How many processes; 1: join nobody.")
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-    about = "Seconds to wait for the other processes before naming who is missing."
+    flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0, with several processes."
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "Number of processes; 1: this process alone."
+    )
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+    about = "Seconds to wait for the other processes before stopping with an error."
     flags.DEFINE_float("hosts_timeout", TIMEOUT, about, lower_bound=1)
     about = "Seconds without a sign of life after which a process counts as dead."
     flags.DEFINE_float("heartbeat_timeout", HEARTBEAT, about, lower_bound=1)

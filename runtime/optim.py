@@ -77,22 +77,23 @@ SCHEDULES = {
 
 @dataclasses.dataclass
 class OptimConfig:
-    """Optimiser, schedule and what surrounds them. Rates are peak rates."""
+    """Optimiser and learning-rate schedule."""
 
-    name: str = "adam"  # the update rule
-    learning_rate: float = 1e-3  # the highest of the schedule
-    schedule: str = "rsqrt"  # how the rate changes over the steps
-    warmup_steps: int = 4000  # steps in which the rate grows to its peak
+    name: str = "adam"  # the optimiser
+    learning_rate: float = 1e-3  # peak learning rate of the schedule
+    schedule: str = "rsqrt"  # shape of the learning rate over the steps
+    warmup_steps: int = 4000  # steps over which the rate grows linearly to its peak
     floor: float = 0.0  # final rate as a share of the peak (cosine, linear, wsd)
-    b1: float = 0.9  # not adafactor; of Muon, the part that Adam updates
-    b2: float = 0.98  # b2 and eps: Vaswani et al. 2017, 5.3; not adafactor
-    eps: float = 1e-9  # Adam, AdamW, Muon
-    weight_decay: float = 0.0  # decoupled; not on biases and norm scales
-    clip_norm: float = 0.0  # global gradient norm; 0: no clipping
-    accumulate: int = 1  # micro-batches an update
-    # Regular expressions of parameter paths that are trained; the rest is frozen.
+    b1: float = 0.9  # not adafactor; in Muon, for the parameters of Adam
+    b2: float = 0.98  # as b1; default: Vaswani et al. 2017, 5.3
+    eps: float = 1e-9  # added to denominators (adam, adamw, muon)
+    weight_decay: float = 0.0  # decoupled; never on biases and norm scales; 0: off
+    clip_norm: float = 0.0  # largest global norm of the gradient; 0: no clipping
+    accumulate: int = 1  # micro-batches per update (gradient accumulation)
+    # Regular expressions that match whole paths of trained parameters; others are
+    # frozen.
     train: tuple[str, ...] = (".*",)
-    ema_decay: float = 0.0  # moving average of parameters, used by evaluation; 0: none
+    ema_decay: float = 0.0  # moving average of parameters for evaluation; 0: off
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""

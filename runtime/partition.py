@@ -66,10 +66,10 @@ class Across:
 class MeshConfig:
     """Devices along each axis; their product must be the number of devices."""
 
-    data: int = 0  # batches are split, parameters replicated; 0: all remaining devices
-    fsdp: int = 1  # batches and parameters are split
-    tensor: int = 1  # heads, feed-forward width and vocabulary are split
-    sequence: int = 1  # positions are split
+    data: int = 0  # batches split, parameters replicated; 0: all remaining devices
+    fsdp: int = 1  # batches and parameters are sharded
+    tensor: int = 1  # heads, feed-forward width and vocabulary are sharded
+    sequence: int = 1  # positions are sharded
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
