@@ -13,13 +13,13 @@ from triform.runtime.progress import stage
 
 def define() -> None:
     """Defines the flags of a dry run but for --dry_run itself."""
-    about = "With --dry_run: plan for 8xH100, 2x8xA100-80GB, v5e-64, in place of these."
+    about = "With --dry_run: plan for other devices: 8xH100, 2x8xA100-80GB, v5e-64."
     flags.DEFINE_string("devices", None, about)
-    about = "With --dry_run: memory of a device, as 16GB; else what JAX takes of it."
+    about = "With --dry_run: memory per device, as 16GB; default: what JAX uses."
     flags.DEFINE_string("memory", None, about)
-    about = "With --dry_run: share of the devices' peak FLOP/s that is assumed."
+    about = "With --dry_run: assumed share of the peak FLOP/s of the devices."
     flags.DEFINE_float("utilisation", forecast.UTILISATION, about, 0.01, 1.0)
-    about = "With --dry_run: also compile the step, and say what memory it needs."
+    about = "With --dry_run: also compile the step and print the memory it needs."
     flags.DEFINE_bool("compile", False, about)
 
 

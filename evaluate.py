@@ -353,11 +353,15 @@ def main(argv: list[str]) -> None:
 def define() -> None:
     """Defines the flags."""
     flags.DEFINE_string("workdir", None, "A workdir of train.py.", required=True)
-    flags.DEFINE_string("split", "", "A split; empty: data.eval_split.")
+    flags.DEFINE_string("split", "", "Split to score; '': data.eval_split.")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
-    flags.DEFINE_integer("beam_size", 0, "Beams; 0: as the config says.")
-    flags.DEFINE_integer("examples", 0, "Score at most so many, spread evenly; 0: all.")
-    flags.DEFINE_string("predictions", "", "File for one JSON object per example.")
+    flags.DEFINE_integer("beam_size", 0, "Beam size; 0: decode.beam_size.")
+    flags.DEFINE_integer(
+        "examples", 0, "Largest number of examples, spread evenly; 0: all."
+    )
+    flags.DEFINE_string(
+        "predictions", "", "Write one JSON object per example to this file."
+    )
     joining.define()
 
 

@@ -264,12 +264,18 @@ def define() -> None:
         "A new file: one JSON object per input, or pictures as .png, or "
         "music as .mid (of several NAME_1.mid and so on, and NAME.png).",
     )
-    flags.DEFINE_bool("overwrite", False, "Replace --output if it is there.")
-    flags.DEFINE_bool("strict", False, "Refuse an input that would be cut or changed.")
+    flags.DEFINE_bool("overwrite", False, "Replace --output if it exists.")
+    flags.DEFINE_bool(
+        "strict", False, "Reject inputs that would be truncated or changed."
+    )
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
-    flags.DEFINE_integer("batch_size", 32, "Inputs answered together.", lower_bound=1)
-    flags.DEFINE_integer("max_tokens", 256, "Tokens written, at most.", lower_bound=1)
-    flags.DEFINE_multi_string("stop", None, "A text ends before this; repeatable.")
+    flags.DEFINE_integer("batch_size", 32, "Inputs per batch.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_tokens", 256, "Largest number of generated tokens.", lower_bound=1
+    )
+    flags.DEFINE_multi_string(
+        "stop", None, "Generation stops before this text; repeatable."
+    )
     flags.DEFINE_integer(
         "num_samples", 1, "Texts, pictures or pieces for each input.", lower_bound=1
     )
@@ -279,7 +285,7 @@ def define() -> None:
     flags.DEFINE_string(
         "rerank", "", "A workdir that scores pairs: of the samples the best come first."
     )
-    flags.DEFINE_integer("seed", 0, "Of sampling.")
+    flags.DEFINE_integer("seed", 0, "Seed of sampling.")
     flags.DEFINE_bool(
         "scores", False, "Print each score first; the tokens' stand in --output."
     )

@@ -1,4 +1,4 @@
-"""Shows what a workdir holds: config, checkpoints, scores, parameters, what is next.
+"""Shows a workdir: config, checkpoints, scores, parameters and the next command.
 
 triform inspect WORKDIR [--config]
 python -m triform inspect WORKDIR
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
 
 def define() -> None:
     """Defines the flags."""
-    flags.DEFINE_string("workdir", "", "The workdir, if it is not the argument.")
+    flags.DEFINE_string("workdir", "", "The workdir, instead of the argument.")
     flags.DEFINE_bool("config", False, "Print the whole config instead, as JSON.")
 
 

@@ -297,14 +297,20 @@ def define() -> None:
     flags.DEFINE_string(
         "workdir", None, "A workdir of a language model.", required=True
     )
-    flags.DEFINE_list("tasks", None, "Names of tasks, with commas.", required=True)
+    flags.DEFINE_list(
+        "tasks", None, "Names of tasks, separated by commas.", required=True
+    )
     flags.DEFINE_string("include_path", "", "A folder with tasks of your own (YAML).")
     flags.DEFINE_string("checkpoint", "best", "best, latest, average:K, or a step.")
-    flags.DEFINE_integer("batch_size", 16, "Rows scored together.", lower_bound=1)
-    flags.DEFINE_integer("num_fewshot", None, "Examples before a question.")
-    flags.DEFINE_integer("limit", None, "Examples of every task; none: all.")
-    flags.DEFINE_bool("apply_chat_template", False, "Ask through the chat template.")
-    flags.DEFINE_string("output", "", "A file for the scores, in JSON.")
+    flags.DEFINE_integer("batch_size", 16, "Rows per batch.", lower_bound=1)
+    flags.DEFINE_integer("num_fewshot", None, "Number of few-shot examples.")
+    flags.DEFINE_integer(
+        "limit", None, "Largest number of examples per task; default: all."
+    )
+    flags.DEFINE_bool(
+        "apply_chat_template", False, "Format requests with the chat template."
+    )
+    flags.DEFINE_string("output", "", "Write the scores to this JSON file.")
 
 
 def cli(argv: Sequence[str], program: str = "lm_eval") -> None:

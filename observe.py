@@ -38,7 +38,7 @@ def steps_of(text: str | None) -> Steps:
 
 def define() -> None:
     """Defines the flag --profile."""
-    about = "First and last step, as 20:25, of a profile that WORKDIR/profile gets."
+    about = "FIRST:LAST step to profile, as 20:25; written to WORKDIR/profile."
     flags.DEFINE_string("profile", None, about)
 
 

@@ -380,11 +380,11 @@ def main(argv: list[str]) -> None:
 
 def define() -> None:
     """Defines the flags."""
-    flags.DEFINE_string("output", "", "A file whose name ends with .svg or .png.")
+    flags.DEFINE_string("output", "", "Output file: .svg or .png.")
     flags.DEFINE_multi_string(
-        "metric", [], "Such as eval/accuracy; repeatable. Without it: the losses."
+        "metric", [], "Metric to draw, as eval/accuracy; repeatable; default: losses."
     )
-    flags.DEFINE_enum("x", "step", list(AXES), "What goes from left to right.")
+    flags.DEFINE_enum("x", "step", list(AXES), "Quantity on the x axis.")
 
 
 def cli(argv: Sequence[str], program: str = "plot") -> None:

@@ -279,9 +279,11 @@ def _end(sweep: Sweep, kind: str, stopped: str, unwritten: str) -> int:
 
 def define() -> None:
     """Defines the flags; those of train.py are passed on to it."""
-    about = "As for train.py; a workdir: its config."
+    about = "As for train.py; of a workdir, its config."
     flags.DEFINE_string("config", None, about)
-    flags.DEFINE_string("workdir", None, "Holds a folder a run.")
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the sweep, with one folder per run."
+    )
     about = (
         "KEY=VALUE,VALUE,... or KEY=log:LOW:HIGH[:COUNT], KEY=linear:...; repeatable."
     )
@@ -298,7 +300,7 @@ def define() -> None:
     )
     flags.DEFINE_string("on", "local", about)
     flags.DEFINE_multi_string("sbatch", [], "An option of sbatch; repeatable.")
-    flags.DEFINE_bool("retry", False, "Repeat failed runs, too.")
+    flags.DEFINE_bool("retry", False, "Also repeat failed runs.")
     flags.DEFINE_bool(
         "prune", False, "Stop runs that are worse than half of the others."
     )

@@ -3,7 +3,7 @@
     python train.py --config=configs/NAME.py[:variant] --workdir=DIR
         [--config.any.key=value] [--resume=STEP] [--fork=RUN:STEP]
         [--dry_run [--devices=8xH100]] [--profile=20:25]
-    python train.py --workdir=DIR     goes on with the config that is in DIR
+    python train.py --workdir=DIR     continues the run in DIR with its saved config
 
 --config takes a file, a name in configs/ (llama:8b) or the workdir of another run;
 --keys lists what can be set. `triform train` is the same from any folder.
@@ -471,14 +471,14 @@ def define() -> None:
     joining.define()
     ahead.define()
     observe.define()
-    flags.DEFINE_string("workdir", None, "Where all of this run is kept.")
-    about = "Go on after this step; checkpoints of later ones are set aside."
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    about = "Continue after this step; later checkpoints are set aside."
     flags.DEFINE_integer("resume", None, about)
-    about = "RUN:STEP: begin this workdir as that run was after this step."
+    about = "RUN:STEP: start this workdir from the state of RUN after STEP."
     flags.DEFINE_string("fork", "", about)
-    flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+    flags.DEFINE_bool("dry_run", False, "Print the plan and exit.")
     flags.DEFINE_string(
-        "keys", None, "List what --config.KEY=VALUE can set, below this key, and stop."
+        "keys", None, "List the keys below this one for --config.KEY=VALUE, and exit."
     )
 
 

@@ -138,10 +138,10 @@ class InitRule:
 class EvaluationSplit:
     """One more evaluation of a run, besides that of data.eval_split."""
 
-    name: str  # of its metrics: 'name/loss'
+    name: str  # prefix of its metrics: 'name/loss'
     split: str
-    source: str = ""  # empty: that of the training data
-    scores: tuple[str, ...] = ()  # names in scores.SCORES; none: losses only
+    source: str = ""  # '': the source of the training data
+    scores: tuple[str, ...] = ()  # names in scores.SCORES; (): losses only
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -169,19 +169,19 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    evaluations: tuple[EvaluationSplit, ...] = ()  # further ones
+    evaluations: tuple[EvaluationSplit, ...] = ()  # evaluations on more splits
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
-    # Parameters to start from: a workdir, or WORKDIR:best|latest|average:K|STEP.
+    # Initial parameters: WORKDIR or WORKDIR:best|latest|average:K|STEP; '': random.
     init_from: str = ""
-    init: tuple[InitRule, ...] = ()  # in place of init_from: of several runs, by name
-    placement: str = "mesh"  # jit over a device mesh, or pmap
+    init: tuple[InitRule, ...] = ()  # in place of init_from: several runs, by name
+    placement: str = "mesh"  # mesh: jit over a device mesh; pmap
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    steps: int = 100_000  # updates in all
-    seed: int = 0  # of parameters, dropout and data order
-    plugins: tuple[str, ...] = ()  # Python files with tables of your own
-    log_every: int = 100  # steps between two progress lines
-    log_norms: bool = False  # norms of gradients, parameters and updates by layer
+    steps: int = 100_000  # total number of updates
+    seed: int = 0  # of initial parameters, dropout and data order
+    plugins: tuple[str, ...] = ()  # Python files with your own components
+    log_every: int = 100  # steps between progress lines
+    log_norms: bool = False  # log norms of gradients, parameters, updates per layer
 
     def needs_classes(self) -> bool:
         """Whether `resolved` needs the data: a number of classes is left to them."""

@@ -29,18 +29,18 @@ UNSPACED = re.compile(
 class EvaluationConfig:
     """When and how a run is evaluated."""
 
-    every: int = 1000  # steps between evaluations; what is scored is saved, too
-    # Names in scores.SCORES; none: losses only, nothing is generated.
+    every: int = 1000  # steps between evaluations; each also saves a checkpoint
+    # Names in scores.SCORES; (): losses only, no text is generated.
     metrics: tuple[str, ...] = ("bleu", "chrf", "exact_match")
-    lowercase: bool = False  # compare text case-insensitively
-    language: str = "de"  # of the targets: decides how BLEU divides them into words
-    bleu_tokenizer: str = ""  # of sacreBLEU, such as "char"; empty: by the language
-    # While training, score at most so many examples of every split, or of each corpus
-    # in it, spread evenly; 0: all. The test at the end and evaluate.py score all.
+    lowercase: bool = False  # lower-case text before it is compared
+    language: str = "de"  # language of the targets: selects the tokenizer of BLEU
+    bleu_tokenizer: str = ""  # a sacreBLEU tokenizer ("char"); '': by language
+    # Largest number of examples scored per split (or corpus) during training, spread
+    # evenly; 0: all. The final test and evaluate.py score all.
     examples: int = 0
-    samples: int = 5  # shown and written with their references
-    # Parameters of the last evaluation: the mean of so many newest checkpoints
-    # (Vaswani et al. 2017, 6.1); 0: the best checkpoint by checkpoint.metric.
+    samples: int = 5  # generated examples printed and saved with references
+    # Parameters of the final test: the mean of this many newest checkpoints (Vaswani
+    # et al. 2017, 6.1); 0: the best checkpoint by checkpoint.metric.
     average: int = 0
 
     def validate(self) -> None:
