@@ -16,8 +16,12 @@ Exit codes: 0 all finished (or submitted), 1 a run failed (the others are done),
 interrupted as train.py is, the running runs saved: start the same command again.
 """
 
+import contextlib
 import os
+import re
+import shlex
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +30,8 @@ from absl import flags
 from triform import config_flag
 from triform.configs import plugins
 from triform.configs import sweeps as files_of_sweeps
-from triform.configs.schema import ExperimentConfig
-from triform.runtime import commands, files, launch, paths, signals
+from triform.configs.schema import CHOICES, ExperimentConfig
+from triform.runtime import commands, files, launch, paths, signals, stores
 from triform.runtime.errors import UserError
 from triform.sweeps import local, packs, report, runs, search, slurm, values
 from triform.sweeps.local import Stop
@@ -56,8 +60,10 @@ def _print(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     if not where:
         return local.show(sweep, todo)
     place = slurm.place(where, flags.FLAGS.sbatch)
-    found = [path for path, _ in slurm.scripts(sweep, todo, place)]
-    shown = [f"# {commands.path(path)}\n{files.read_text(path)}" for path in found]
+    shown = []
+    for path, after in slurm.scripts(sweep, todo, place):
+        words = slurm.sbatch(path, after, "JOB_ABOVE")
+        shown.append(f"# {shlex.join(words)}\n{files.read_text(path)}")
     return "\n".join(shown)
 
 
@@ -77,6 +83,8 @@ def _numbers(config: ExperimentConfig, keys: Sequence[str]) -> dict[str, type]:
     """The type of each key whose value is a number. UserError for no such key."""
     found = {}
     for key in keys:
+        if key in CHOICES:  # model=from:RUN: a type, whose name --config.model takes
+            continue
         config_flag.check_key(config, key, "...")
         value: Any = config
         for name in key.split("."):
@@ -95,11 +103,16 @@ def _file_plan(name: str) -> values.Plan:
         raise UserError(
             f"--sweep_file={name}: no such file; name a Python file or one of {known}"
         )
-    module = plugins.load(paths.absolute(path))
-    if not callable(getattr(module, "get_sweep", None)):
-        raise UserError(f"--sweep_file={name}: defines no get_sweep()")
-    with plugins.one_line(module.__file__):
-        return module.get_sweep()
+    # Not plugins.load: it may have the name of the config's file.
+    path = paths.absolute(path)
+    module = types.ModuleType("triform_sweep_file")
+    module.__file__, sys.modules[module.__name__] = path, module
+    with plugins.one_line(path):
+        with open(path, "rb") as f:
+            exec(compile(f.read(), path, "exec", dont_inherit=True), module.__dict__)
+        if not callable(getattr(module, "get_sweep", None)):
+            raise UserError(f"--sweep_file={name}: defines no get_sweep()")
+        return values.checked(module.get_sweep())
 
 
 def asked(workdir: str, passed: list[str]) -> Sweep:
@@ -130,11 +143,35 @@ def asked(workdir: str, passed: list[str]) -> Sweep:
         flag.jobs,
         flag.prune,
     )
+    _check_values(sweep, plan)
     if isinstance(plan, values.Search):
         sweep.search = plan
     else:
         sweep.members = [sweep.member(settings) for settings in plan]
-    _check_values(sweep, plan)
+    return sweep
+
+
+def _as_before(sweep: Sweep, passed: list[str]) -> Sweep:
+    """The sweep of the workdir, of which further flags were passed for all runs."""
+    flag = flags.FLAGS
+    for name, same in (("config", sweep.config), ("search", "")):
+        if flag[name].value not in (None, "", same):
+            raise UserError(
+                f"--{name}={flag[name].value}: say what is swept, too; without it "
+                "--workdir alone goes on with the sweep that is there"
+            )
+    if flag["jobs"].present:
+        sweep.jobs = flag.jobs
+    if flag["prune"].present:
+        sweep.prune = flag.prune
+    if passed:
+        kept = [word for word in sweep.arguments if word not in passed]
+        sweep.arguments = [*kept, *passed]
+        with contextlib.chdir(sweep.cwd):
+            config = config_flag.configured(sweep.config, sweep.arguments)
+        sweep.steps = config.steps
+        sweep.metric, sweep.mode = config.checkpoint.metric, config.checkpoint.mode
+        sweep.members = [sweep.member(x.settings) for x in sweep.members]
     return sweep
 
 
@@ -188,8 +225,14 @@ def _executor(text: str) -> tuple[str, str]:
     return kind, where
 
 
-def _check_search(sweep: Sweep, kind: str, where: str) -> None:
-    """UserError if what does the runs cannot ask for more of them."""
+def _check_kind(sweep: Sweep, kind: str, where: str) -> None:
+    """UserError if what is to do the runs cannot do them so."""
+    flag = flags.FLAGS
+    if kind == "packed" and (flag.jobs > 1 or flag.prune):
+        given = "--prune" if flag.prune else f"--jobs={flag.jobs}"
+        raise UserError(f"--on=packed: all runs are one process; leave out {given}")
+    if kind in ("local", "packed") and (jobs := slurm.queued(sweep)):
+        raise UserError(slurm.still_there(sweep, jobs))
     searches = kind in ("local", "slurm") or (kind == "print" and where)
     if sweep.search is not None and not searches:
         raise UserError(
@@ -213,6 +256,8 @@ def _do(sweep: Sweep, kind: str, where: str, stop: Stop) -> str:
 
 def main(argv: list[str]) -> int:
     """Runs, submits or reports on a sweep; the exit code."""
+    if stores.is_store(flags.FLAGS.workdir or ""):
+        raise UserError(f"--workdir={flags.FLAGS.workdir}: sweeps need a local folder")
     workdir, words = launch.folder_flag("workdir"), argv[1:]
     before = runs.read(workdir)
     if words[:1] == ["report"]:
@@ -224,13 +269,11 @@ def main(argv: list[str]) -> int:
     stop = Stop()
     flag = flags.FLAGS
     if before is not None and not (flag.sweep or flag.sweep_file):
-        sweep = before
-        sweep.arguments = [*sweep.arguments, *words]
-        sweep.jobs, sweep.prune = flag.jobs or sweep.jobs, flag.prune or sweep.prune
+        sweep = _as_before(before, words)
     else:
         sweep = asked(workdir, words)
         _continued(sweep, before)
-    _check_search(sweep, kind, where)
+    _check_kind(sweep, kind, where)
     os.makedirs(workdir, exist_ok=True)
     with runs.locked(workdir) as ours:
         if not ours:
@@ -269,6 +312,13 @@ def _end(sweep: Sweep, kind: str, stopped: str, unwritten: str) -> int:
         why = stopped or "a signal"
         print(f"interrupted by {why}: start again to go on", file=sys.stderr)
         return signals.INTERRUPTED
+    if (running := count.get("running", 0)) and kind not in LATER:
+        print(
+            f"done by another program: {running} of {len(rows)} runs; start again "
+            "when it has ended",
+            file=sys.stderr,
+        )
+        return signals.INTERRUPTED
     if failed := count.get("failed", 0):
         print(
             f"error: {failed} of {len(rows)} runs failed; --retry repeats them",
@@ -304,9 +354,24 @@ def define() -> None:
     )
 
 
+def _joined(argv: list[str]) -> list[str]:
+    """Flags of train.py as one word each: --config.KEY VALUE is --config.KEY=VALUE.
+
+    Our flags stop at a word that is none.
+    """
+    found: list[str] = []
+    for word in argv:
+        waits = found and re.fullmatch(r"--?config\.[^=]+", found[-1])
+        if waits and not re.match(r"-[^\d.]", word):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
 def cli(argv: Sequence[str], program: str = "sweep") -> None:
     """The program, from the command line to the exit code."""
-    launch.launch(main, define, __doc__, argv, passes_on=True)
+    launch.launch(main, define, __doc__, argv, prepare=_joined, passes_on=True)
 
 
 if __name__ == "__main__":

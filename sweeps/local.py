@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +30,9 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = ""
+        # Called for a further signal, which ends programs at once (runtime/signals.py).
+        self.again: Callable[[], object] = lambda: None
+        self._since = 0.0
         signals.install(self._request)
 
     def __call__(self) -> str:
@@ -37,7 +40,10 @@ class Stop:
         return self.requested
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = self.requested or signals.name(number)
+        if not self.requested:
+            self.requested, self._since = signals.name(number), time.monotonic()
+        elif time.monotonic() - self._since > 1:
+            self.again()
 
 
 class Queue(Protocol):
@@ -194,6 +200,8 @@ def work(sweep: Sweep, queue: Queue, stop: Stop) -> None:
     """As `run`, with the runs of a queue."""
     free, running = shares(max(sweep.jobs, 1)), []
     prefixed, looked = len(free) > 1, time.monotonic()
+    if isinstance(stop, Stop):
+        stop.again = lambda: [one.process.terminate() for one in running]
     try:
         while True:
             while free and not stop() and (member := queue.next()):

@@ -24,9 +24,6 @@ def at_most(where: str) -> int:
 
 def run(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     """Does these runs in one process; what came of each its folder says."""
-    if sweep.jobs > 1 or sweep.prune:
-        flag = "--prune" if sweep.prune else f"--jobs={sweep.jobs}"
-        raise UserError(f"--on=packed: all runs are one process; leave out {flag}")
     path = os.path.join(sweep.workdir, FILE)
     tree = [
         {"workdir": x.folder, "config": sweep.config, "flags": sweep.settings_of(x)}
@@ -39,6 +36,8 @@ def run(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     environment = os.environ | {signals.PARENT: str(os.getpid())}
     process = subprocess.Popen(command, env=environment, cwd=sweep.cwd)
     asked = False
+    if isinstance(stop, Stop):
+        stop.again = process.terminate
     while process.poll() is None:
         if stop() and not asked:
             process.terminate()

@@ -71,7 +71,8 @@ class Sweep:
 
     def member(self, settings: Settings) -> Member:
         """The run with these settings."""
-        steps = int(settings.get("steps", self.steps))
+        steps = settings.get("steps", str(self.steps))
+        steps = int(steps, 0 if "x" in steps else 10)  # as the flag takes it
         folder = os.path.join(self.workdir, name_of(settings))
         return Member(settings, folder, steps)
 

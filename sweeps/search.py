@@ -172,11 +172,15 @@ class Queue:
             self._todo = [m for m in asked if is_todo(m, False)]
             if not asked:
                 self._study.tell()  # the same values as an earlier trial
+            self._write()  # so that a report shows them
         return self._todo.pop(0) if self._todo else None
 
     def ended(self, member: Member) -> None:
         """Tells the search, and brings sweep.json up to date."""
         self._study.tell()
+        self._write()
+
+    def _write(self) -> None:
         with contextlib.suppress(OSError):  # it is written again at the end
             runs.write(self._sweep)
 

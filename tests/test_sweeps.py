@@ -216,6 +216,21 @@ def test_a_sweep_that_is_stopped_saves_its_runs_and_leaves_none(
     assert not (tmp_path / "out" / "seed=2").exists()
 
 
+def test_a_sweep_passes_a_second_signal_on(sweep, tmp_path):
+    """To runs that take long to save."""
+    words = ("--sweep=seed=0,1", f"--config.{WAIT}=60000", f"--config.{ENDS}=4")
+    process = sweep(*words, "--jobs=2")
+    for name in ("seed=0", "seed=1"):
+        pid_of(tmp_path / "out" / name)
+    for _ in range(2):
+        process.terminate()
+        time.sleep(1.2)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert gone(tmp_path)
+    assert not [*(tmp_path / "out").glob("*/saved")]
+
+
 def test_a_sweep_started_again_does_what_is_unfinished(sweep, tmp_path):
     words = ("--sweep=seed=0,1", f"--sweep={RATE}=inf,2,4", f"--sweep={ENDS}=0,1")
     process = sweep(*words, "--jobs=2")
@@ -239,7 +254,7 @@ def test_a_sweep_started_again_does_what_is_unfinished(sweep, tmp_path):
     process = sweep("--sweep=seed=0,1,2", f"--sweep={RATE}=2,3", f"--sweep={ENDS}=0,1")
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "no longer asked for, and kept: seed=0," in out
+    assert "no longer asked for, and kept: optim." in out
     count = {p.name: starts_of(p) for p in (tmp_path / "out").iterdir() if p.is_dir()}
     assert len(count) == 20 and set(count.values()) == {1}
     # Without flags it is the same sweep.
@@ -248,7 +263,7 @@ def test_a_sweep_started_again_does_what_is_unfinished(sweep, tmp_path):
     count = {p.name: starts_of(p) for p in (tmp_path / "out").iterdir() if p.is_dir()}
     repeated = {name for name, number in count.items() if number == 2}
     assert repeated == {
-        f"seed={seed},{RATE}={rate},{ENDS}=1" for seed in "012" for rate in "23"
+        f"{RATE}={rate},{ENDS}=1,seed={seed}" for seed in "012" for rate in "23"
     }
 
 
@@ -259,6 +274,8 @@ def test_a_sweep_started_again_does_what_is_unfinished(sweep, tmp_path):
         (["--sweep=optim.learning_rate=1,two"], "two"),
         (["--sweep=seed=0,1", "--config.stepz=3"], "did you mean steps"),
         (["--sweep=seed"], "expected KEY=VALUE,VALUE"),
+        (["--sweep=model=Encoder,LanguageModelConfig"], "expected one of Encoder"),
+        (["--sweep=seed=0,1", "--on=packed", "--jobs=2"], "leave out --jobs=2"),
         (["--sweep=seed=0,1", "--on=cloud"], "expected local,"),
         (["--sweep=seed=0,1", "--on=slurm:gpu"], "PARTITION,GPUS,HOURS"),
         (["--sweep_file=nowhere"], "one of sizes"),
@@ -273,6 +290,48 @@ def test_a_mistake_is_one_line_before_the_first_run(words, message, tmp_path, ma
     line = launch.one_line(caught.value)
     assert message in line and len(line.splitlines()) == 1, line
     assert not any((tmp_path / "out").glob("*"))
+
+
+def test_a_sweep_goes_on_with_further_flags(main, tmp_path, capsys):
+    """Which are checked as the first ones are; and flags may be two words."""
+    out, shown = tmp_path / "out", "--on=print"
+    hexadecimal = ("--sweep=steps=0x10,20", "--jobs=2", shown)
+    assert main(tmp_path, *program._joined(["--config.steps", "9"]), *hexadecimal) == 0
+    assert main(tmp_path, shown, "--config.log_every=7") == 0
+    assert main(tmp_path, shown, "--config.log_every=7") == 0
+    before = runs.read(str(out))
+    assert before.arguments == ["--config.steps=9", "--config.log_every=7"]
+    assert [m.steps for m in before.members] == [16, 20] and before.jobs == 2
+    for wrong in ("--config.log_evry=7", "--search=random:3", "--retyr"):
+        with pytest.raises((UserError, flags.Error)):
+            main(tmp_path, shown, wrong)
+    assert runs.read(str(out)) == before
+    joined = ["--config.a", "-1", "--config.b", "--on", "print", "--config.c=x", "y"]
+    assert program._joined(joined) == [
+        *("--config.a=-1", "--config.b", "--on", "print", "--config.c=x", "y")
+    ]
+
+
+def test_a_sweep_file_may_have_the_name_of_its_config(main, tmp_path, capsys):
+    (tmp_path / "sweeps").mkdir()
+    config, plan = tmp_path / "mine.py", tmp_path / "sweeps" / "mine.py"
+    config.write_text("from triform.configs.gpt_shakespeare_char import get_config\n")
+    plan.write_text("def get_sweep():\n    return [{'seed': 1}, {'log_every': 2}]\n")
+    words = (f"--config={config}", f"--sweep_file={plan}", "--on=print")
+    assert main(tmp_path, *words) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 2
+    plan.write_text("def get_sweep():\n    return 1 / 0\n")
+    with pytest.raises(UserError, match=r"mine.py:2: ZeroDivisionError"):
+        main(tmp_path, *words)
+
+
+def test_a_run_of_another_program_is_not_said_to_be_done(main, tmp_path, capsys):
+    run = tmp_path / "out" / "seed=0"
+    run.mkdir(parents=True)
+    (run / "runs.jsonl").write_text(json.dumps({"outcome": None}) + "\n")
+    with runs.locked(str(run)):
+        assert main(tmp_path, "--sweep=seed=0") == 75
+    assert "by another program: 1 of 1 runs" in capsys.readouterr().err
 
 
 def test_printed_commands_are_those_of_the_unfinished_runs(main, tmp_path, capsys):
