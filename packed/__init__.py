@@ -43,7 +43,8 @@ def run(
 
     What came of each, in their order. One that fails ends alone. `stop`: as of
     train.run. `at_most` members at once, for their memory; 0: all of a group. What a
-    member prints is appended to the file `output` in its workdir, too.
+    member prints is appended to the file `output` in its workdir; steps, scores and
+    errors are shown, too.
     """
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes: packs run on one host")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -15,14 +14,13 @@ from typing import Any, Protocol
 
 from triform.runtime import commands, history, signals
 from triform.runtime.errors import UserError
+from triform.runtime.progress import NEWS
 from triform.sweeps import pruning, runs
 from triform.sweeps.runs import Member, Sweep
 
 TRAIN = os.path.join(commands.ROOT, "train.py")
 LOOK = 0.1  # seconds between two looks at the processes
 PRUNE = 5.0  # seconds between two looks at the metrics
-# Lines that are shown of several runs at a time; output.log of each has all.
-SHOWN = re.compile(r"(step|test|error|resuming|finished)\b")
 
 
 class Stop:
@@ -200,7 +198,7 @@ def work(sweep: Sweep, queue: Queue, stop: Stop) -> None:
     """As `run`, with the runs of a queue."""
     free, running = shares(max(sweep.jobs, 1)), []
     prefixed, looked = len(free) > 1, time.monotonic()
-    if isinstance(stop, Stop):
+    if hasattr(stop, "again"):
         stop.again = lambda: [one.process.terminate() for one in running]
     try:
         while True:
@@ -277,7 +275,7 @@ def _show(one: _Process, prefixed: bool) -> None:
     one.shown += len(new)
     lead = f"{one.member.name} | " if prefixed else ""
     for line in new.decode(errors="replace").splitlines():
-        if not prefixed or SHOWN.match(line):
+        if not prefixed or NEWS.match(line):
             print(f"{lead}{line}")
     sys.stdout.flush()
 

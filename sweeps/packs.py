@@ -36,7 +36,7 @@ def run(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     environment = os.environ | {signals.PARENT: str(os.getpid())}
     process = subprocess.Popen(command, env=environment, cwd=sweep.cwd)
     asked = False
-    if isinstance(stop, Stop):
+    if hasattr(stop, "again"):
         stop.again = process.terminate
     while process.poll() is None:
         if stop() and not asked:

@@ -342,15 +342,15 @@ def test_what_is_left_lets_go():
 
 
 def test_lines_say_whose_they_are(capsys, tmp_path):
+    texts = ("1\n", "step 2", "3\ntest 4")
     with open(tmp_path / "a", "w") as f:
         lines = Lines(sys.stdout, {"a": f})
         thread = threading.Thread(
-            target=lambda: [print(x, end="", file=lines) for x in ("1\n", "2", "3\n4")],
-            name="a",
+            target=lambda: [print(x, end="", file=lines) for x in texts], name="a"
         )
         thread.start()
         thread.join()
         print("mine", file=lines)
-    assert capsys.readouterr().out == "a | 1\na | 23\nmine\n"
-    assert (tmp_path / "a").read_text() == "1\n23\n"
+    assert capsys.readouterr().out == "a | step 23\nmine\n"
+    assert (tmp_path / "a").read_text() == "1\nstep 23\n"
     assert not lines.isatty()
