@@ -17,9 +17,11 @@ interrupted as train.py is, the running runs saved: start the same command again
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ from typing import Any
 from absl import flags
 
 from triform import config_flag
-from triform.configs import plugins
+from triform.configs import plugins, schema
 from triform.configs import sweeps as files_of_sweeps
 from triform.configs.schema import CHOICES, ExperimentConfig
 from triform.runtime import commands, files, launch, paths, signals, stores
@@ -115,8 +117,11 @@ def _file_plan(name: str) -> values.Plan:
         return values.checked(module.get_sweep())
 
 
-def asked(workdir: str, passed: list[str]) -> Sweep:
-    """The sweep that the flags describe; UserError before anything starts."""
+def asked(workdir: str, passed: list[str]) -> tuple[Sweep, ExperimentConfig]:
+    """(the sweep that the flags describe, the config that its runs have in common).
+
+    UserError before anything starts.
+    """
     flag = flags.FLAGS
     if not flag.config:
         raise UserError("--config is missing: name a config, a file or a workdir")
@@ -148,11 +153,14 @@ def asked(workdir: str, passed: list[str]) -> Sweep:
         sweep.search = plan
     else:
         sweep.members = [sweep.member(settings) for settings in plan]
-    return sweep
+    return sweep, config
 
 
-def _as_before(sweep: Sweep, passed: list[str]) -> Sweep:
-    """The sweep of the workdir, of which further flags were passed for all runs."""
+def _as_before(sweep: Sweep, passed: list[str]) -> ExperimentConfig | None:
+    """Adds further flags, which all runs of a workdir's sweep get, to it.
+
+    The config with them; None without any.
+    """
     flag = flags.FLAGS
     for name, same in (("config", sweep.config), ("search", "")):
         if flag[name].value not in (None, "", same):
@@ -164,15 +172,16 @@ def _as_before(sweep: Sweep, passed: list[str]) -> Sweep:
         sweep.jobs = flag.jobs
     if flag["prune"].present:
         sweep.prune = flag.prune
-    if passed:
-        kept = [word for word in sweep.arguments if word not in passed]
-        sweep.arguments = [*kept, *passed]
-        with contextlib.chdir(sweep.cwd):
-            config = config_flag.configured(sweep.config, sweep.arguments)
-        sweep.steps = config.steps
-        sweep.metric, sweep.mode = config.checkpoint.metric, config.checkpoint.mode
-        sweep.members = [sweep.member(x.settings) for x in sweep.members]
-    return sweep
+    if not passed:
+        return None
+    kept = [word for word in sweep.arguments if word not in passed]
+    sweep.arguments = [*kept, *passed]
+    with contextlib.chdir(sweep.cwd):
+        config = config_flag.configured(sweep.base, passed)
+    sweep.steps = config.steps
+    sweep.metric, sweep.mode = config.checkpoint.metric, config.checkpoint.mode
+    sweep.members = [sweep.member(x.settings) for x in sweep.members]
+    return config
 
 
 def _check_values(sweep: Sweep, plan: values.Plan) -> None:
@@ -196,10 +205,6 @@ def _continued(sweep: Sweep, before: Sweep | None) -> None:
     """Takes over what an earlier sweep of the workdir knows, and says what differs."""
     if before is None:
         return
-    if before.config != sweep.config or before.arguments != sweep.arguments:
-        old = " ".join([before.config, *before.arguments])
-        new = " ".join([sweep.config, *sweep.arguments])
-        print(f"the runs here were started with {old}, are now with {new}")
     wanted = {member.folder for member in sweep.members}
     known = [m.settings for m in before.members] + before.others
     if sweep.search is None:
@@ -207,6 +212,35 @@ def _continued(sweep: Sweep, before: Sweep | None) -> None:
     if sweep.others:
         names = ", ".join(values.name_of(x) for x in sweep.others)
         print(f"no longer asked for, and kept: {names}")
+
+
+def _keep(sweep: Sweep, config: ExperimentConfig) -> None:
+    """Writes the config of all runs into the workdir, and says what was another."""
+    old = files.read_text(os.path.join(sweep.base, "config.json"))
+    if old is not None:
+        before, now = (_flat(json.loads(x)) for x in (old, schema.to_json(config)))
+        for key in dict.fromkeys((*before, *now)):
+            if before.get(key) != now.get(key):
+                print(f"config: {key} was {before.get(key)}, is now {now.get(key)}")
+    new, out = f"{sweep.base}.new", f"{sweep.base}.old"
+    for path in (new, out):
+        shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(new)
+    plugins.save(config.plugins, new)  # they may lie in the old folder
+    with files.replacing(os.path.join(new, "config.json")) as f:
+        f.write(schema.to_json(config))
+    if old is not None:
+        os.rename(sweep.base, out)
+    os.rename(new, sweep.base)
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def _flat(tree: Any, lead: str = "") -> dict[str, str]:
+    """{dotted key: value} of a tree of JSON."""
+    if not isinstance(tree, dict):
+        return {lead: json.dumps(tree)}
+    below = [_flat(x, f"{lead}.{k}" if lead else k) for k, x in tree.items()]
+    return {k: x for each in below for k, x in each.items()}
 
 
 # The program
@@ -269,9 +303,9 @@ def main(argv: list[str]) -> int:
     stop = Stop()
     flag = flags.FLAGS
     if before is not None and not (flag.sweep or flag.sweep_file):
-        sweep = _as_before(before, words)
+        sweep, config = before, _as_before(before, words)
     else:
-        sweep = asked(workdir, words)
+        sweep, config = asked(workdir, words)
         _continued(sweep, before)
     _check_kind(sweep, kind, where)
     os.makedirs(workdir, exist_ok=True)
@@ -281,6 +315,8 @@ def main(argv: list[str]) -> int:
                 f"workdir={workdir!r}: another sweep runs in it; wait for it, stop it, "
                 "or name another workdir"
             )
+        if config is not None:
+            _keep(sweep, config)
         runs.write(sweep)
         text = _do(sweep, kind, where, stop)
         unwritten = _write(sweep)

@@ -26,7 +26,7 @@ def run(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     """Does these runs in one process; what came of each its folder says."""
     path = os.path.join(sweep.workdir, FILE)
     tree = [
-        {"workdir": x.folder, "config": sweep.config, "flags": sweep.settings_of(x)}
+        {"workdir": x.folder, "config": sweep.base, "flags": sweep.settings_of(x)}
         for x in todo
     ]
     files.write_json(path, tree)

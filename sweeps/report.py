@@ -7,7 +7,6 @@ from triform.runtime.errors import UserError
 from triform.sweeps import page, runs
 from triform.sweeps.runs import Sweep
 
-
 LONG = 40  # characters of a value in a table of text
 
 

@@ -40,7 +40,12 @@ loss = flags.get("config.optim.learning_rate", "1.0")
 loss = loss if loss == "inf" else float(loss)
 print("step 2/6", flush=True)
 measure(2, **{"eval/loss": loss})
-end = time.time() + float(flags.get("config.log_every", 0)) / 1000
+try:  # what is common to all runs
+    with open(os.path.join(flags["config"], "config.json")) as f:
+        base = json.load(f)
+except FileNotFoundError:
+    base = {"log_every": 0, "optim": {"warmup_steps": 0}}
+end = time.time() + float(flags.get("config.log_every", base["log_every"])) / 1000
 while time.time() < end and not stop():
     time.sleep(0.01)
 if stop():

@@ -15,7 +15,10 @@ import sweep_runs
 from absl import flags
 from sweep_runs import BREAKS, DIES, FAILS, gone, pid_of, starts_of, sweep_of
 
+from triform import config_flag
 from triform import sweep as program
+from triform.configs import plugins
+from triform.models.feed_forward import FFNS
 from triform.runtime import history, launch
 from triform.runtime.errors import UserError
 from triform.sweeps import local, pruning, runs, search
@@ -218,10 +221,10 @@ def test_a_sweep_that_is_stopped_saves_its_runs_and_leaves_none(
 
 def test_a_sweep_passes_a_second_signal_on(sweep, tmp_path):
     """To runs that take long to save."""
-    words = ("--sweep=seed=0,1", f"--config.{WAIT}=60000", f"--config.{ENDS}=4")
+    words = ("--sweep=seed=0,1", f"--config.{WAIT}=60000", f"--sweep={ENDS}=4")
     process = sweep(*words, "--jobs=2")
-    for name in ("seed=0", "seed=1"):
-        pid_of(tmp_path / "out" / name)
+    for seed in (0, 1):
+        pid_of(tmp_path / "out" / f"{ENDS}=4,seed={seed}")
     for _ in range(2):
         process.terminate()
         time.sleep(1.2)
@@ -260,6 +263,7 @@ def test_a_sweep_started_again_does_what_is_unfinished(sweep, tmp_path):
     assert process.returncode == 1
     assert "no longer asked for, and kept: optim." in out
     count = {p.name: starts_of(p) for p in (tmp_path / "out").iterdir() if p.is_dir()}
+    assert count.pop("config") == 0
     assert len(count) == 20 and set(count.values()) == {1}
     # Without flags it is the same sweep.
     process = sweep("--retry")
@@ -342,8 +346,45 @@ def test_printed_commands_are_those_of_the_unfinished_runs(main, tmp_path, capsy
     assert main(tmp_path, "--sweep=seed=0,1", "--on=print", "--config.steps=3") == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2
-    assert all("train" in x and "--config.steps=3" in x for x in lines)
+    assert all("train" in x and f"--config={tmp_path}/out/config" in x for x in lines)
     assert "--config.seed=1" in lines[1] and f"{tmp_path}/out/seed=1" in lines[1]
+
+
+def test_runs_have_the_config_of_the_start_whatever_becomes_of_its_file(
+    main, tmp_path, capsys
+):
+    """The file and its plugin are edited while runs wait."""
+    config, plugin = tmp_path / "edited.py", tmp_path / "plug.py"
+    text = (
+        "from triform.configs import gpt_shakespeare_char\n"
+        "def get_config(variant=''):\n"
+        "    config = gpt_shakespeare_char.get_config('smoke')\n"
+        "    config.plugins = ('plug.py',)\n"
+        "    config.steps = {steps}\n"
+        "    return config\n"
+    )
+    config.write_text(text.format(steps=7))
+    plugin.write_text("FFNS = {'of_the_start': None}\n")
+    words = (f"--config={config}", "--sweep=seed=0,1", "--on=print")
+    assert main(tmp_path, *words, "--config.log_every=3") == 0
+    member = runs.read(str(tmp_path / "out")).members[0]
+    config.write_text("raise ValueError('half of an edit')\n")
+    plugin.unlink()
+    plugins._loaded.pop("plug.py")  # as in another process
+    del FFNS["of_the_start"]
+    words_of_first = capsys.readouterr().out.splitlines()[0].split()
+    base, *own = [x for x in words_of_first if x.startswith("--config")]
+    found = config_flag.configured(base.partition("=")[2], own)
+    assert (found.steps, found.log_every, found.seed) == (7, 3, 0)
+    assert "of_the_start" in FFNS and member.steps == 7
+    # Its own flags alone: they change that config, which is kept, too.
+    assert main(tmp_path, words[0], "--on=print", "--config.steps=9") == 0
+    assert "config: steps was 7, is now 9" in capsys.readouterr().out
+    sweep = runs.read(str(tmp_path / "out"))
+    assert config_flag.load(sweep.base).steps == sweep.members[1].steps == 9
+    assert set(os.listdir(tmp_path / "out")) == {".lock", "config", "sweep.json"}
+    plugins._loaded.pop("plug.py")
+    del FFNS["of_the_start"]
 
 
 def test_means_of_what_is_not_finite():
