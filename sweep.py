@@ -172,6 +172,10 @@ def _as_before(sweep: Sweep, passed: list[str]) -> ExperimentConfig | None:
         sweep.jobs = flag.jobs
     if flag["prune"].present:
         sweep.prune = flag.prune
+    if not os.path.exists(os.path.join(sweep.base, "config.json")):
+        raise UserError(
+            f"{sweep.base}: is gone; start the sweep again with --config and --sweep"
+        )
     if not passed:
         return None
     kept = [word for word in sweep.arguments if word not in passed]
@@ -265,8 +269,11 @@ def _check_kind(sweep: Sweep, kind: str, where: str) -> None:
     if kind == "packed" and (flag.jobs > 1 or flag.prune):
         given = "--prune" if flag.prune else f"--jobs={flag.jobs}"
         raise UserError(f"--on=packed: all runs are one process; leave out {given}")
-    if kind in ("local", "packed") and (jobs := slurm.queued(sweep)):
-        raise UserError(slurm.still_there(sweep, jobs))
+    if jobs := slurm.queued(sweep):
+        raise UserError(
+            f"{sweep.workdir}: jobs {', '.join(jobs)} of this sweep are still queued "
+            f"or running; wait, or scancel {' '.join(jobs)}"
+        )
     searches = kind in ("local", "slurm") or (kind == "print" and where)
     if sweep.search is not None and not searches:
         raise UserError(

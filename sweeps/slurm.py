@@ -196,8 +196,6 @@ def submit(sweep: Sweep, todo: list[Member], where: Place) -> list[str]:
     for program in ("sbatch", "squeue"):
         if not shutil.which(program):
             raise UserError(f"--on=slurm: no {program} here; run it where Slurm is")
-    if waiting := queued(sweep):
-        raise UserError(still_there(sweep, waiting))
     jobs: list[str] = []
     for path, after in scripts(sweep, todo, where):
         words = sbatch(path, after, jobs[-1] if jobs else "")
@@ -218,14 +216,6 @@ def sbatch(path: str, after: str | None, job: str) -> list[str]:
     if after:
         words += [f"--dependency={after}:{job}", "--kill-on-invalid-dep=yes"]
     return [*words, path]
-
-
-def still_there(sweep: Sweep, jobs: Sequence[str]) -> str:
-    """Why nothing is started while jobs of a sweep are."""
-    return (
-        f"{sweep.workdir}: jobs {', '.join(jobs)} of this sweep are still queued or "
-        f"running; wait, or scancel {' '.join(jobs)}"
-    )
 
 
 def queued(sweep: Sweep) -> list[str]:

@@ -350,6 +350,36 @@ def test_printed_commands_are_those_of_the_unfinished_runs(main, tmp_path, capsy
     assert "--config.seed=1" in lines[1] and f"{tmp_path}/out/seed=1" in lines[1]
 
 
+def test_printed_scripts_say_how_they_are_submitted(main, tmp_path, capsys):
+    assert main(tmp_path, "--sweep=seed=0,1", "--on=print:cpu,0,1") == 0
+    first, *script = capsys.readouterr().out.splitlines()
+    assert first == f"# sbatch --parsable {tmp_path}/out/slurm/1/wave0.sh"
+    assert "\n".join(script).strip() == (
+        (tmp_path / "out" / "slurm" / "1" / "wave0.sh").read_text().strip()
+    )
+
+
+def test_what_slurm_still_does_is_not_started_again(main, tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    jobs = tmp_path / "out" / "slurm" / "1" / "jobs.json"
+    jobs.parent.mkdir(parents=True)
+    jobs.write_text('["7"]')
+    for where in ("local", "packed", "slurm:cpu,0,1", "print"):
+        with pytest.raises(UserError, match="jobs 7 of this sweep"):
+            main(tmp_path, "--sweep=seed=0", f"--on={where}")
+    assert os.listdir(tmp_path / "out") == ["slurm"]  # what they use is as it was
+
+
+def test_a_sweep_whose_config_is_gone_says_so(main, tmp_path):
+    assert main(tmp_path, "--sweep=seed=0", "--on=print") == 0
+    (tmp_path / "out" / "config" / "config.json").unlink()
+    with pytest.raises(UserError, match="config: is gone; start the sweep again"):
+        main(tmp_path, "--on=print")
+    assert main(tmp_path, "--sweep=seed=0", "--on=print") == 0
+
+
 def test_runs_have_the_config_of_the_start_whatever_becomes_of_its_file(
     main, tmp_path, capsys
 ):
