@@ -223,9 +223,11 @@ def _keep(sweep: Sweep, config: ExperimentConfig) -> None:
     old = files.read_text(os.path.join(sweep.base, "config.json"))
     if old is not None:
         before, now = (_flat(json.loads(x)) for x in (old, schema.to_json(config)))
-        for key in dict.fromkeys((*before, *now)):
-            if before.get(key) != now.get(key):
-                print(f"config: {key} was {before.get(key)}, is now {now.get(key)}")
+        keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        for key in keys:
+            print(f"config: {key} was {before.get(key)}, is now {now.get(key)}")
+        if keys:
+            print("runs that have finished are not trained again")
     new, out = f"{sweep.base}.new", f"{sweep.base}.old"
     for path in (new, out):
         shutil.rmtree(path, ignore_errors=True)

@@ -397,6 +397,9 @@ def test_runs_have_the_config_of_the_start_whatever_becomes_of_its_file(
     plugin.write_text("FFNS = {'of_the_start': None}\n")
     words = (f"--config={config}", "--sweep=seed=0,1", "--on=print")
     assert main(tmp_path, *words, "--config.log_every=3") == 0
+    assert main(tmp_path, *words, "--config.log_every=3") == 0
+    assert "config: " not in capsys.readouterr().out  # nothing has changed
+    assert main(tmp_path, *words, "--config.log_every=3") == 0
     member = runs.read(str(tmp_path / "out")).members[0]
     config.write_text("raise ValueError('half of an edit')\n")
     plugin.unlink()
