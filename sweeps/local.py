@@ -28,8 +28,9 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = ""
-        # Called for a further signal, which ends programs at once (runtime/signals.py).
-        self.again: Callable[[], object] = lambda: None
+        # Passes signals on to programs, which save for the first one, and leave at once
+        # for a further one (runtime/signals.py): called with whether it is one.
+        self.told: Callable[[bool], object] = lambda again: None
         self._since = 0.0
         signals.install(self._request)
 
@@ -38,10 +39,14 @@ class Stop:
         return self.requested
 
     def _request(self, number: int, frame: Any) -> None:
-        if not self.requested:
-            self.requested, self._since = signals.name(number), time.monotonic()
-        elif time.monotonic() - self._since > 1:
-            self.again()
+        now, again = time.monotonic(), bool(self.requested)
+        if again and now - self._since <= 1:
+            return
+        if not again:
+            self.requested, self._since = signals.name(number), now
+        # Now: a terminal tells the programs, too, and what came later than a second
+        # after that would be a further signal.
+        self.told(again)
 
 
 class Queue(Protocol):
@@ -198,8 +203,7 @@ def work(sweep: Sweep, queue: Queue, stop: Stop) -> None:
     """As `run`, with the runs of a queue."""
     free, running = shares(max(sweep.jobs, 1)), []
     prefixed, looked = len(free) > 1, time.monotonic()
-    if hasattr(stop, "again"):
-        stop.again = lambda: [one.process.terminate() for one in running]
+    stop.told = lambda again: [_ask_to_leave(one, again) for one in running]
     try:
         while True:
             while free and not stop() and (member := queue.next()):
@@ -257,10 +261,10 @@ def _start(sweep: Sweep, member: Member, share: Share) -> _Process:
     return _Process(member, share, command, process, starts, begin, begin)
 
 
-def _ask_to_leave(one: _Process) -> None:
+def _ask_to_leave(one: _Process, again: bool = False) -> None:
     # A terminal tells the process too; train.py takes several signals as one. Once: a
     # program that is about to exit has no handler any more, and would die of another.
-    if not one.asked:
+    if again or not one.asked:
         one.asked = True
         one.process.terminate()
 

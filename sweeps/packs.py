@@ -35,13 +35,10 @@ def run(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     command = [sys.executable, "-m", "triform.packed", path, str(at_most(where))]
     environment = os.environ | {signals.PARENT: str(os.getpid())}
     process = subprocess.Popen(command, env=environment, cwd=sweep.cwd)
-    asked = False
-    if hasattr(stop, "again"):
-        stop.again = process.terminate
+    stop.told = lambda again: process.terminate()
+    if stop():  # it came before
+        process.terminate()
     while process.poll() is None:
-        if stop() and not asked:
-            process.terminate()
-            asked = True
         time.sleep(LOOK)
     if process.returncode in (0, signals.INTERRUPTED):
         return ""

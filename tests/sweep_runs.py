@@ -50,7 +50,7 @@ while time.time() < end and not stop():
     time.sleep(0.01)
 if stop():
     # Longer than subprocess.run waits.
-    time.sleep(60 if ends == "4" else 0.5)
+    time.sleep(2.5 if ends == "4" else 0.5)
     note("saved", stop())
     sys.exit(INTERRUPTED)
 if ends == "1":

@@ -13,7 +13,16 @@ import time
 import pytest
 import sweep_runs
 from absl import flags
-from sweep_runs import BREAKS, DIES, FAILS, gone, pid_of, starts_of, sweep_of
+from sweep_runs import (
+    BREAKS,
+    DIES,
+    FAILS,
+    SAVES_LONG,
+    gone,
+    pid_of,
+    starts_of,
+    sweep_of,
+)
 
 from triform import config_flag
 from triform import sweep as program
@@ -219,12 +228,45 @@ def test_a_sweep_that_is_stopped_saves_its_runs_and_leaves_none(
     assert not (tmp_path / "out" / "seed=2").exists()
 
 
+def test_a_sweep_passes_a_signal_on_at_once_whatever_it_is_busy_with(
+    done, tmp_path, monkeypatch
+):
+    """A terminal tells the runs, too: later on it would be a second signal."""
+    plan = [{ENDS: str(SAVES_LONG), WAIT: "60000"}, {WAIT: "1"}]
+    sweep = sweep_of(tmp_path / "out", plan, jobs=2)
+    handlers = {x: signal.getsignal(x) for x in signal.valid_signals()}
+    stop, folder = local.Stop(), tmp_path / "out" / sweep.members[0].name
+
+    def busy(queue, member):
+        if stop():
+            return
+        pid = pid_of(folder)
+        while "step" not in (folder / "output.log").read_text():
+            time.sleep(0.01)
+        for each in (pid, os.getpid()):
+            os.kill(each, signal.SIGINT)
+        time.sleep(1.5)
+
+    monkeypatch.setattr(local.Listed, "ended", busy)
+    try:
+        done(sweep, stop=stop)
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None and number not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(number, handler)
+    assert stop() == "SIGINT" and (folder / "saved").read_text() == "SIGINT"
+
+
 def test_a_sweep_passes_a_second_signal_on(sweep, tmp_path):
     """To runs that take long to save."""
-    words = ("--sweep=seed=0,1", f"--config.{WAIT}=60000", f"--sweep={ENDS}=4")
+    words = (
+        "--sweep=seed=0,1",
+        f"--config.{WAIT}=60000",
+        f"--sweep={ENDS}={SAVES_LONG}",
+    )
     process = sweep(*words, "--jobs=2")
     for seed in (0, 1):
-        pid_of(tmp_path / "out" / f"{ENDS}=4,seed={seed}")
+        pid_of(tmp_path / "out" / f"{ENDS}={SAVES_LONG},seed={seed}")
     for _ in range(2):
         process.terminate()
         time.sleep(1.2)
