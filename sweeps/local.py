@@ -284,12 +284,22 @@ def _show(one: _Process, prefixed: bool) -> None:
     sys.stdout.flush()
 
 
+def interrupted(code: int, asked: bool, begun: bool) -> bool:
+    """Did a program that ended with this code leave because it was asked to?
+
+    Until it has `begun`, which runs.jsonl says, it may leave in any way.
+    """
+    died = code in (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
+    return code == signals.INTERRUPTED or (asked and (died or not begun))
+
+
 def _settle(one: _Process) -> None:
     """Writes down how a run ended that could not do so, and says it."""
     code, member = one.process.returncode, one.member
     if code == 0 and runs.status_of(member).state == "finished":
         return
-    if code == signals.INTERRUPTED or (one.asked and code == -signal.SIGTERM):
+    begun = len(history.read(member.folder)) > one.starts
+    if interrupted(code, one.asked, begun):
         if one.pruned:
             runs.record(member.folder, f"{runs.PRUNED}: {one.pruned}", one.starts)
             print(f"{member.name}: pruned, {one.pruned}", flush=True)

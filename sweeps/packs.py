@@ -8,7 +8,7 @@ import time
 from triform.runtime import files, history, signals
 from triform.runtime.errors import UserError
 from triform.sweeps import runs
-from triform.sweeps.local import Stop
+from triform.sweeps.local import Stop, interrupted
 from triform.sweeps.runs import Member, Sweep
 
 FILE = "packed.json"  # of a sweep's workdir: the runs that are asked for
@@ -40,11 +40,13 @@ def run(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
         process.terminate()
     while process.poll() is None:
         time.sleep(LOOK)
-    if process.returncode in (0, signals.INTERRUPTED):
-        return ""
-    for member in todo:
+    code = process.returncode
+    for member in todo if code else ():
+        begun = len(history.read(member.folder)) > starts[member.folder]
+        if interrupted(code, bool(stop()), begun):
+            continue
         if runs.status_of(member).state == "unfinished":
-            error = runs.error_in(_output(member, begin), process.returncode)
+            error = runs.error_in(_output(member, begin), code)
             runs.record(member.folder, f"error: {error}", starts[member.folder])
     return ""
 

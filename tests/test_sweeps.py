@@ -164,6 +164,18 @@ def test_a_run_that_is_worse_than_half_of_the_others_is_pruned(
     assert time.monotonic() - begin > 3  # the other one was let go on
 
 
+def test_what_was_asked_to_leave_before_it_began_has_not_failed():
+    left = local.interrupted
+    assert left(75, asked=False, begun=True)  # by a signal of somebody else
+    for code in (-signal.SIGTERM, -signal.SIGINT, 130):
+        assert left(code, asked=True, begun=True)
+        assert not left(code, asked=False, begun=True)
+    assert left(1, asked=True, begun=False)  # KeyboardInterrupt in an import
+    assert not left(1, asked=True, begun=True)
+    assert not left(1, asked=False, begun=False)
+    assert not left(-signal.SIGKILL, asked=True, begun=True)
+
+
 # The whole program
 
 
