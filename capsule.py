@@ -107,8 +107,8 @@ def first_bad(experiment: Experiment, state: TrainState, batch: Any) -> str:
 
     `batch` as steps take it on a mesh; slow, operation by operation.
     """
-    task, k = experiment.task, experiment.config.optim.accumulate
-    batch = dict(batch)
+    k, batch = experiment.config.optim.accumulate, dict(batch)
+    task = _without_remat(experiment).task
     micros = experiment.micros(batch) if k > 1 else None
 
     def forward() -> None:
@@ -118,6 +118,12 @@ def first_bad(experiment: Experiment, state: TrainState, batch: Any) -> str:
             task.outputs(state.variables(), micro, ctx)
 
     return first_nonfinite(forward)
+
+
+def _without_remat(experiment: Experiment) -> Experiment:
+    """The same numbers, and all modules can be looked into."""
+    names = [f"model.{name}.remat" for name in experiment.config.model.trunks()]
+    return experiment.with_values(dict.fromkeys(names, False))
 
 
 def named(experiment: Experiment, state: TrainState, batch: Any) -> str:
@@ -144,8 +150,6 @@ def replay(folder: str) -> str:
     facts = json.loads(text)
     config = workdirs.open_config(folder)
     config.placement, config.mesh = "mesh", MeshConfig()
-    for trunk in config.model.trunks().values():
-        trunk.remat = False  # the same numbers, and modules can be looked into
     experiment = Experiment(config)
     with Checkpointer(workdirs.checkpoint_dir(folder), CheckpointConfig()) as kept:
         wanted = experiment.abstract_state().replace(opt_state={})

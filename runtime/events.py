@@ -1,5 +1,6 @@
 """Scalars as TensorBoard event files."""
 
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,9 @@ try:
 finally:
     for _name in _blocked:
         del sys.modules[_name]
+
+# An infinite perplexity is in metrics.jsonl, too, and no reason for a line each time.
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
 
 class Events:

@@ -1,6 +1,7 @@
 """A failed read of a checkpoint: are its bytes damaged, or could they not be had?"""
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +20,19 @@ _OF_READING = re.compile(
     "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|"
     "DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN"
 )
+
+
+def _untold(record: logging.LogRecord) -> bool:
+    """False for the four tracebacks that orbax logs of a failure it also raises, and
+    for damage to a file that nobody reads.
+    """
+    told = ("run() raised an exception", "Handler Commit", "Save Finalize thread")
+    text = str(record.msg)
+    again = record.exc_info and any(sign in text for sign in told)
+    return not (again or text.startswith("Failed to json parse Metadata file"))
+
+
+logging.getLogger("absl").addFilter(_untold)
 
 
 class Corrupt(Exception):
