@@ -253,6 +253,11 @@ def work() -> None:
         try:
             save(path, encode(tok, columns, examples))
             reason = ""
+        except OSError as error:
+            reason = (
+                f"{error.strerror or error}: {error.filename or path}; free disk space "
+                "or mend the path, and start again: finished parts are kept"
+            )
         except Exception as error:  # told to the one who asked, whatever it is
             reason = f"{type(error).__name__}: {error}"
         with contextlib.suppress(BrokenPipeError):  # it is gone; the part is kept

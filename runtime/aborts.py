@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-
 # What begins a connection of gRPC (RFC 9113, section 3.4): a server replies.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 

@@ -408,8 +408,8 @@ class Checkpointer:
     def _require(self, step: int | None) -> None:
         if step not in self.steps():
             raise CheckpointError(
-                f"no checkpoint of step {step} in {self.directory}; the steps there "
-                f"are {', '.join(map(str, self.steps())) or 'none'}"
+                f"no checkpoint of step {step} in {self.directory}; "
+                f"the steps there are {self.steps()}"
             )
 
     def _read_or_fail(self, step: int | None, abstract: Any, prefix: str = "") -> Any:
@@ -451,6 +451,7 @@ class Checkpointer:
     def _load_arrays(self, step: int, items: dict[str, Any]) -> dict[str, jax.Array]:
         """What is stored, as this process needs it; waits for no other process."""
         arrays, handler = {}, ocp.PyTreeCheckpointHandler()
+        read_errors.hush()
         try:
             for part in groups(items):
                 how = [ocp.ArrayRestoreArgs(sharding=x.sharding) for x in part.values()]

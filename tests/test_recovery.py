@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import os
+import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -265,3 +267,18 @@ def test_a_run_goes_on_after_a_step_that_ruined_it_and_back_to_older_ones(
     assert steps_of() == again
     with pytest.raises(TriformError, match="resume=77"):
         train.run(slower, workdir, resume=77)
+
+
+def test_readers_that_orbax_leaves_behind_end_without_a_traceback(monkeypatch):
+    """Those of a damaged checkpoint: of the damage itself there is a line."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    read_errors.hush.__wrapped__()
+    orbax = SimpleNamespace(co_filename="/lib/orbax/checkpoint/serialization.py")
+    behind = SimpleNamespace(cr_code=orbax)
+    other = SimpleNamespace(object=None, exc_value=ValueError("ours"))
+    closed = RuntimeError("Event loop is closed")
+    sys.unraisablehook(SimpleNamespace(object=behind, exc_value=ValueError()))
+    sys.unraisablehook(SimpleNamespace(object=None, exc_value=closed))
+    sys.unraisablehook(other)
+    assert told == [other]
