@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from triform import workdir as workdirs
@@ -99,7 +100,11 @@ def norms(params: Any) -> dict[str, float]:
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    return jax.numpy.linalg.norm(x.astype(jax.numpy.float32).reshape(-1))
+    x = x.astype(jnp.float32).reshape(-1)
+    # Squares of what is large and finite would not be.
+    most = jnp.abs(x).max(initial=0.0)
+    scale = jnp.where(jnp.isfinite(most) & (most > 0), most, 1.0)
+    return scale * jnp.linalg.norm(x / scale)
 
 
 def first_bad(experiment: Experiment, state: TrainState, batch: Any) -> str:

@@ -199,6 +199,13 @@ def test_a_bad_step_can_be_replayed_and_names_the_module(config, tmp_path):
     assert set(facts["norms"]) and facts["batch"] == 1
 
 
+def test_norms_of_what_is_large_and_finite_are_finite():
+    large = {"a": jnp.full(4, 1e30), "b": jnp.array([3.0, 4.0]), "c": jnp.zeros((0,))}
+    found = capsule.norms(large | {"d": jnp.array([1.0, jnp.nan])})
+    assert found["a"] == pytest.approx(2e30) and found["b"] == pytest.approx(5)
+    assert found["c"] == 0 and math.isnan(found["d"])
+
+
 class Net(nn.Module):
     """Two layers, the second of which overflows for large inputs."""
 
