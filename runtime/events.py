@@ -1,5 +1,6 @@
 """Scalars as TensorBoard event files."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -45,4 +46,10 @@ class Events:
 
     def close(self) -> None:
         """Flushes and closes the file."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError:
+            # It is open still, and would be flushed again, with a traceback, at exit.
+            with contextlib.suppress(OSError):
+                self._writer._py_recordio_writer.close()
+            raise
