@@ -49,7 +49,7 @@ class Compiled:
         if not self._found:
             steps = self._experiment.config.steps
             order += needed(self._train, self._start, steps)
-        new = [one for one in order if one not in self._found]
+        new = [one for one in dict.fromkeys(order) if one not in self._found]
         for one in new:
             self._found[one] = self._pool.submit(self._compile, one)
         for one in order[:1] if self._beside else order:

@@ -134,6 +134,7 @@ def define(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[s
         kind, rest = _take(rest, f"config.{key}")
         if kind is not None:
             choose(config, key, kind)
+    _check_sections(config, rest)
     for key, value in _keys(rest):
         check_key(config, key, value)
         if not value and isinstance(operator.attrgetter(key)(config), tuple):
@@ -204,6 +205,19 @@ def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             return
         if found := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, re.S):
             yield found[1], found[2] or ""
+
+
+def _check_sections(config: Any, argv: Sequence[str]) -> None:
+    """UserError for --confg.KEY, and for --KEY without 'config.'."""
+    for word in argv[1:]:
+        found = re.match(r"--?([a-z_]+)\.([\w.]+)", word)
+        if not found or found[1] == "config":
+            continue
+        key = f"{found[1]}.{found[2]}"
+        if difflib.get_close_matches(found[1], ["config"]):
+            key = found[2]
+        check_key(config, key, "")
+        raise UserError(f"unknown flag {found[0]}: did you mean --config.{key}?")
 
 
 def check_key(config: Any, key: str, value: str) -> None:

@@ -188,9 +188,9 @@ class Evaluator:
             line = {"split": split.name, "example": item}
             if text := dataset.input_text(item):
                 line["input"] = text
-            line |= dataset.decoded(row)
+            line |= {**dataset.decoded(row), **dataset.truth(item)}
             if item in written:
-                line["output"] = written[item]
+                line |= {"output": written[item], "reference": dataset.text(item)[1]}
             lines[item] = line
         return [lines[item] for item in sorted(lines)]
 

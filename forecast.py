@@ -163,6 +163,13 @@ def needed(
     """
     if not written_out(config):
         return traced
+    experiment = countable(config)
+    state = jax.eval_shape(experiment.make_state)
+    return trace(experiment, state, shape, rows)
+
+
+def countable(config: ExperimentConfig) -> Experiment:
+    """The same, with attention written out and the layers of a cycle traced once."""
     config = copy.deepcopy(config)
     for trunk in config.model.trunks().values():
         trunk.remat = False
@@ -170,9 +177,7 @@ def needed(
         if trunk.attention == "flash":
             trunk.attention = "dot"
             trunk.attention_options = ("scale", trunk.scale())
-    experiment = Experiment(config)
-    state = jax.eval_shape(experiment.make_state)
-    return trace(experiment, state, shape, rows)
+    return Experiment(config)
 
 
 def seen(config: ExperimentConfig, shape: Mapping[str, Any]) -> program.Share:

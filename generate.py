@@ -11,10 +11,11 @@ python generate.py --workdir=runs/music --input=opening.mid --num_samples=8
     --output=bach.mid
 """
 
+import contextlib
 import dataclasses
 import itertools
+import math
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -28,12 +29,13 @@ from triform.answers.sampler import Sampler
 from triform.models.decode import METHODS
 from triform.runtime import commands, hosts, joining, launch, paths
 from triform.runtime.errors import UserError
+from triform.runtime.progress import QUIET, Heartbeat, stage
 
 __all__ = ["Output", "PictureFile", "Sampler", "cli", "define", "main"]
 
 FLAGS = (
     *("method", "beam_size", "length_penalty", "temperature", "top_k", "top_p"),
-    "guidance",
+    *("guidance", "repetition_penalty", "no_repeat_ngram"),
 )
 SAME = (
     *("max_tokens", "num_samples", "seed", "batch_size", "stop", "scores", "strict"),
@@ -44,7 +46,6 @@ FILES = {
     "image": ("images", ".png", PictureFile),
     "music": ("music", ".mid", MusicFiles),
 }
-NEWS = 20.0  # seconds between two lines on standard error while a file is written
 
 
 def requests(flag: Any) -> tuple[Iterator[Asked], int]:
@@ -79,7 +80,6 @@ class Report:
     def __init__(self, path: str, rows: bool, log: TextIO):
         self.path, self.rows, self.log = path, rows, log  # rows hold warnings
         self.answers = self.warned = self.empty = 0
-        self.told = time.monotonic()
 
     def __call__(self, asked: Asked, output: Output) -> None:
         """One more answer."""
@@ -91,9 +91,6 @@ class Report:
             first = self.warned == 1 and not nothing
             if first or (self.path and not self.rows):
                 print(f"warning: {asked.where}: {output.warnings[0]}", file=self.log)
-        if self.path and time.monotonic() - self.told > NEWS:
-            self.told = time.monotonic()
-            print(f"{self.path}: {self._counted()} so far", file=self.log)
 
     def close(self, written: Sequence[str] = ()) -> None:
         """The counts, and which files are `written`."""
@@ -116,6 +113,14 @@ class Report:
             files = ", ".join(map(commands.path, written))
             told = f"{files}: {self._counted()}" if files else "no file was written"
             print(told, file=self.log)
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Counts the answers aloud now and then."""
+        lead = f"{self.path}: " if self.path else ""
+        heart = Heartbeat(lambda: f"{lead}{self._counted()} so far", QUIET, self.log)
+        with contextlib.closing(heart):
+            yield
 
     def _counted(self) -> str:
         return f"{self.answers} answer{'s' * (self.answers != 1)}"
@@ -178,6 +183,8 @@ def main(argv: list[str]) -> None:
     if flag.num_samples > 1:
         given = {"method": "sample", **given}
     group = joining.join(joining.asked("workdir", "checkpoint", *FLAGS, *SAME))
+    if flag.system and not flag.chat:
+        raise UserError("--system: it begins a conversation; add --chat")
     if flag.chat and group.count > 1:
         raise UserError("--chat: it runs on one process; leave out the others")
     asked, size = requests(flag)
@@ -185,10 +192,13 @@ def main(argv: list[str]) -> None:
     kind = next((x for _, end, x in FILES.values() if path.endswith(end)), JsonLines)
     file = kind(path, flag.overwrite) if path and group.is_first else None
     rerank = paths.absolute(flag.rerank) if flag.rerank else ""
-    sampler = Sampler(workdir, flag.checkpoint, rerank, **given)
-    check_output(sampler, workdir, flag.output, kind)
-    method = sampler.config.decode.method if sampler.writes else sampler.gives[0]
     log = sys.stderr if group.is_first else sys.stdout  # which says nothing
+    with stage(f"opening {workdir}", least=math.inf, file=log):
+        sampler = Sampler(workdir, flag.checkpoint, rerank, **given)
+    check_output(sampler, workdir, flag.output, kind)
+    if flag.input_file:
+        asked = inputs.gathered(asked, sampler.kind)
+    method = sampler.config.decode.method if sampler.writes else sampler.gives[0]
     print(f"{workdir}: {sampler.run.which}, {method}", file=log)
     options = {
         "seed": flag.seed,
@@ -204,7 +214,7 @@ def main(argv: list[str]) -> None:
                 "--chat: it prints one answer for every line; leave out --output, "
                 "--scores and --num_samples"
             )
-        chat.talk(sampler, asked, options)
+        chat.talk(sampler, asked, options, flag.system)
         return
     if file is not None:
         file.open()
@@ -216,13 +226,16 @@ def main(argv: list[str]) -> None:
             report(one, write_live(sampler, one, number, options))
         report.close()
         return
-    for one, output in answered(sampler, asked, size, options):
-        report(one, output)
-        if file is not None:
-            file.write({"input": one.value, **output.row(sampler.gives)})
-            continue
-        for line in shown(output, flag.scores and "score" in sampler.gives):
-            print(line, flush=True)
+    # Who answers lines as they are written waits in silence.
+    waits = flag.input is None and not flag.input_file and not path
+    with contextlib.nullcontext() if waits else report.going_on():
+        for one, output in answered(sampler, asked, size, options):
+            report(one, output)
+            if file is not None:
+                file.write({"input": one.repeated(), **output.row(sampler.gives)})
+                continue
+            for line in shown(output, flag.scores and "score" in sampler.gives):
+                print(line, flush=True)
     report.close(file.close() if file is not None else ())
 
 
@@ -244,6 +257,7 @@ def define() -> None:
     flags.DEFINE_bool(
         "chat", False, "Keep a conversation; a line /reset begins another."
     )
+    flags.DEFINE_string("system", "", "What the system says first, with --chat.")
     flags.DEFINE_string(
         "output",
         "",
@@ -276,6 +290,9 @@ def define() -> None:
     flags.DEFINE_integer("top_k", None, "Instead of decode.top_k.")
     flags.DEFINE_float("top_p", None, "Instead of decode.top_p.")
     flags.DEFINE_float("guidance", None, "Instead of decode.guidance.")
+    about = "Instead of decode.repetition_penalty."
+    flags.DEFINE_float("repetition_penalty", None, about)
+    flags.DEFINE_integer("no_repeat_ngram", None, "Instead of decode.no_repeat_ngram.")
     joining.define()
 
 

@@ -4,6 +4,7 @@ triform inspect WORKDIR [--config]
 python -m triform inspect WORKDIR
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +16,8 @@ from triform import workdir as workdirs
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
 from triform.experiment import Experiment
-from triform.runtime import commands, launch, metrics, paths
+from triform.interop.workdir import exportable
+from triform.runtime import commands, launch, metrics, paths, stores
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 
@@ -112,7 +114,9 @@ def _next(config: ExperimentConfig, workdir: str) -> str:
     if asked := workdirs.request_command(config, workdir=workdir):
         lines.append(asked)
     lines.append(commands.line("evaluate", workdir=workdir))
-    lines.append(commands.line("export", commands.path(workdir), "HF_DIR"))
+    with contextlib.suppress(UserError):  # that it has no counterpart
+        exportable(config, stores.local(workdir))
+        lines.append(commands.line("export", commands.path(workdir), "HF_DIR"))
     return "\n".join(["next", *(f"  {line}" for line in lines)])
 
 

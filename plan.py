@@ -13,18 +13,19 @@ from typing import Any
 
 import jax
 
+from triform import forecast
 from triform import workdir as workdirs
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
 from triform.data import store
 from triform.data.codecs import Codec
 from triform.data.codecs import files as codec_files
-from triform.experiment import Experiment
+from triform.experiment import Experiment, TrainState
 from triform.input_pipeline import Batches, Split, TrainBatches, moved, report
 from triform.interop.workdir import exportable
-from triform.runtime import commands, optim, stores
+from triform.runtime import commands, optim, program, stores
 from triform.runtime.errors import DataError, UserError
-from triform.runtime.partition import parameter_table
+from triform.runtime.partition import TRACING, Across, parameter_table
 from triform.runtime.progress import stage
 
 BACKWARD = 2  # a gradient costs so many forward passes
@@ -175,12 +176,12 @@ class Splits:
         train = self.train.batches.dataset
         return {"data": {"train": train.digest, **found}, "rows": len(train)}
 
-    def print(self) -> None:
+    def print(self, experiment: Experiment) -> None:
         """Sizes, the first batch, and what an evaluation costs."""
         print(report(self.train))
         first = self.train.batches.dataset.preview(self.train[0])
         print(f"first batch:\n{first}")
-        print(evaluations(self), flush=True)
+        print(evaluations(experiment, self), flush=True)
 
     def tests(self) -> str:
         """The evaluation that scores all of the test split while training, or ''."""
@@ -191,11 +192,10 @@ class Splits:
         return ""
 
 
-def evaluations(splits: Splits) -> str:
-    """What an evaluation costs beside the steps between two, from numbers of positions.
-
-    A position that is generated counts as one that is read, and takes longer: with
-    scores of generated text the share is a lower bound.
+def evaluations(experiment: Experiment, splits: Splits) -> str:
+    """What an evaluation costs beside the steps between two: positions, times what one
+    costs. A position that is generated counts as one that is read, and takes longer:
+    with scores of generated text the share is a lower bound.
     """
     config, count, written, cost = splits.config, 0, 0, 0.0
     limit = config.evaluation.examples
@@ -210,7 +210,7 @@ def evaluations(splits: Splits) -> str:
     shapes, rows = config.data.shapes(), config.data.rows
     steps = [rows(shapes[i]) * _length(shapes[i]) for i, _ in splits.train.plan(0)]
     every = config.evaluation.every * (1 + BACKWARD) * sum(steps) / len(steps)
-    share = cost / every
+    share = cost / every * position_cost(experiment)
     text = f", text for {written:,}" if written else ""
     line = (
         f"evaluation: every {config.evaluation.every:,} steps, {count:,} examples"
@@ -220,6 +220,29 @@ def evaluations(splits: Splits) -> str:
     if share > DEAR:
         line += "; lower evaluation.examples or raise evaluation.every to spend less"
     return line
+
+
+def position_cost(experiment: Experiment) -> float:
+    """FLOPs of a row's forward pass in evaluation, beside those in training."""
+    counted = forecast.countable(experiment.config)
+    shape = forecast.longest(counted.config)
+    batch = counted.empty_batch(shape, rows=1)
+    state = jax.eval_shape(counted.make_state)
+
+    def trained(state: TrainState, batch: Any) -> Any:
+        context = counted.context(state, Across(), 0)
+        outputs, _ = counted.task.outputs(state.variables(), batch, context)
+        return counted.task.terms(outputs, batch, context)
+
+    def scored(state: TrainState, batch: Any) -> Any:
+        return counted.eval_step(state.variables(), state.step, batch, Across())
+
+    with TRACING:
+        one, other = (
+            program.trace(fn, state, batch).flops(again=False).total()
+            for fn in (scored, trained)
+        )
+    return one / other if one and other else 1.0
 
 
 def _forward(batches: Batches, limit: int) -> tuple[int, float]:

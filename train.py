@@ -336,7 +336,7 @@ def run(
         what = "preparing the data"
         splits = group.in_turn(what, lambda: parts.splits(experiment, codecs))
         group.same(what, splits.digests())
-        splits.print()
+        splits.print(experiment)
         about = experiment, splits.train, checkpointer
         state, meta = restore_or_init(*about, anew=resume == 0)
         if resume is not None:

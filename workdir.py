@@ -366,7 +366,9 @@ class Report:
                 *lines(self.adapted, "restored in another shape:"),
                 *lines({k: f"from {v}" for k, v in self.copied.items()}, "copied:"),
                 f"  skipped: {len(self.skipped)} saved arrays, {size(self.skipped)}",
-                *lines(self.skipped, "skipped, the model has no such parameter:"),
+                *lines(
+                    self.skipped, "skipped, the model has none of that name and shape:"
+                ),
                 f"  newly initialised: {len(self.new)} arrays, {size(self.new)}",
                 *lines(self.new, "newly initialised:"),
                 *lines(dict.fromkeys(self.mismatches, ""), "other settings there:"),

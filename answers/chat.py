@@ -16,17 +16,21 @@ RESET = "/reset"  # a line that begins another conversation
 
 
 class Conversation:
-    """What was said so far; `answer` adds what is asked and what is answered."""
+    """What was said so far; `answer` adds what is asked and what is answered.
 
-    def __init__(self, sampler: Sampler):
+    It begins with what the system says, if anything.
+    """
+
+    def __init__(self, sampler: Sampler, system: str = ""):
         if not sampler.continues or "chat" not in sampler.codecs:
             raise UserError(
                 f"{sampler.run.path}: it holds no chat template; train on "
                 "conversations (configs/my_chat.py), or put a chat_template.jinja into "
                 "it"
             )
-        self.sampler, self.messages = sampler, []
-        self.answers = 0
+        self.sampler, self.answers = sampler, 0
+        self.begun = [{"role": "system", "content": system}] if system else []
+        self.messages = [*self.begun]
         sampler.codecs["text"].end_at(sampler.codecs["chat"].end())
 
     def answer(self, asked: Asked, **options: Any) -> Iterator[str | Output]:
@@ -64,16 +68,23 @@ class Conversation:
         return removed
 
 
-def talk(sampler: Sampler, lines: Iterable[Asked], options: dict[str, Any]) -> None:
+def talk(
+    sampler: Sampler, lines: Iterable[Asked], options: dict[str, Any], system: str = ""
+) -> None:
     """Answers every line: as it is written on a terminal, else in one line.
 
     '/reset' begins anew, and is not answered.
     """
-    conversation = Conversation(sampler)
+    conversation = Conversation(sampler, system)
     live = sys.stdout.isatty()
     for asked in lines:
+        if not isinstance(asked.value, str):
+            raise UserError(
+                f"--chat: {asked.where} is no line of text; leave out --chat to answer "
+                "conversations that are written down"
+            )
         if asked.value.strip() == RESET:
-            conversation.messages.clear()
+            conversation.messages = [*conversation.begun]
             continue
         output = Output()
         if asked.value.strip():

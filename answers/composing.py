@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from triform.answers.output import Output
-from triform.answers.writing import compiler_options, plan, prompts, row_keys, written
+from triform.answers.writing import (
+    compiler_options,
+    plan,
+    prompts,
+    read_ids,
+    row_keys,
+    written,
+)
 from triform.data.codecs.music import LAST, MASK
 from triform.data.datasets.music import Melodies, Openings
 from triform.data.datasets.piano_roll import FrameOpenings
@@ -64,7 +71,7 @@ class TokenComposer:
                 return jnp.where(allowed[turn], logits, decode.NEVER), cache
 
             start = model.apply(variables, batch, room, method="start")
-            text = decode.begin(*start, room, keys, before)
+            text = decode.begin(*start, room, keys, before, read_ids(batch))
             text = decode.advance(config, extend, text, LAST, until)
             return text.tokens, text.logp
 

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
+from triform.data.datasets import Requests
 from triform.data.music import SUFFIXES as MIDI
 from triform.data.sources.files import read_rows
 from triform.data.sources.locate import PICTURES, TABLES, suffix
 from triform.data.sources.streams import BOM, opened
 from triform.runtime import hosts, paths
-from triform.runtime.errors import UserError
+from triform.runtime.errors import DataError, UserError
 
 ROWS = (".jsonl", ".ndjson")  # of which a bad line does not spoil the next
 
@@ -25,6 +26,18 @@ class Asked:
     where: str  # 'input 3', 'standard input, line 3', 'a.jsonl, line 3'
     notes: tuple[str, ...] = ()  # what was changed to read it
     fault: str = ""  # why it cannot be read
+
+    def repeated(self) -> Any:
+        """The value as an answer repeats it: of a file inside a table its path."""
+        if not isinstance(self.value, dict):
+            return self.value
+        return {name: self._repeated(x) for name, x in self.value.items()}
+
+    def _repeated(self, cell: Any) -> Any:
+        inside = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(inside, bytes):
+            return cell
+        return (isinstance(cell, dict) and cell.get("path")) or self.where
 
 
 def of_flags(values: Iterable[str]) -> Iterator[Asked]:
@@ -111,6 +124,26 @@ def _row(asked: Asked) -> Asked:
     if not isinstance(value, str | dict | list):
         return dataclasses.replace(asked, fault=f"{value!r:.40} is no object or text")
     return dataclasses.replace(asked, value=value)
+
+
+def gathered(asked: Iterable[Asked], kind: Requests) -> Iterator[Asked]:
+    """The same; rows that are parts of one request are one, where the first stands."""
+    if type(kind).owner is Requests.owner:
+        yield from asked
+        return
+    groups: dict[str | int, list[Asked]] = {}
+    for number, one in enumerate(asked):
+        owner = kind.owner(one.value)
+        groups.setdefault(number if owner is None else owner, []).append(one)
+    for owner, parts in groups.items():
+        first = parts[0]
+        if isinstance(owner, str):
+            try:
+                value = kind.united([part.value for part in parts])
+                first = dataclasses.replace(first, value=value)
+            except DataError as error:
+                first = dataclasses.replace(first, fault=str(error))
+        yield first
 
 
 def shared(requests: Iterator[Asked], size: int) -> Iterator[Asked]:

@@ -95,13 +95,6 @@ class Sampler:
                 "; score it with evaluate.py"
             )
         self._targets: dict[int, Targets] = {}
-        if self.continues and config.decode.method == "beam":
-            if config.decode.beam_size > 1:
-                raise UserError(
-                    "--method=beam: prompts are continued by greedy or sample; set one "
-                    "of them"
-                )
-            config.decode.method = "greedy"
         if self.continues:
             self.continuation = Continuation(experiment, self.codecs["text"])
         elif self.composes:
@@ -158,7 +151,7 @@ class Sampler:
                 shown = safe
         if draft.text.startswith(shown):
             yield for_terminal(draft.text[len(shown) :])
-        notes += self._outgrown(draft)
+        notes += self._outgrown(draft, how)
         output = self._output(draft, how, item.shown)
         yield dataclasses.replace(output, warnings=tuple(notes))
 
@@ -331,7 +324,7 @@ class Sampler:
             for i, draft in enumerate(copies)
         ]
         for i, draft in enumerate(copies[::n]):
-            read[i][2].extend(self._outgrown(draft))
+            read[i][2].extend(self._outgrown(draft, how))
         notes = [notes for _, _, notes in read]
         return self._joined(outputs, notes, [item for item, _, _ in read], how)
 
@@ -342,15 +335,21 @@ class Sampler:
             return item, Draft([], finish="end"), notes
         draft = Draft(item.parts[0].tolist())
         context, total = self.continuation.context, len(draft.prompt)
-        left = total - plan(total, how.max_tokens, context)[0]
+        new = self.continuation.most(how.max_tokens)
+        left = total - plan(total, new, context)[0]
         if left:
-            limit = f"a context of {context} tokens, up to {how.max_tokens} of them new"
+            limit = f"a context of {context} tokens, up to {new} of them new"
             notes.append(self._cut(asked, left, total, limit, how))
         return item, draft, notes
 
-    def _outgrown(self, draft: Draft) -> list[str]:
+    def _outgrown(self, draft: Draft, how: Options) -> list[str]:
         """What to say of a text that is longer than the model's context."""
-        context = self.continuation.context
+        context, most = self.continuation.context, self.continuation.most
+        if draft.finish == "length" and most(how.max_tokens) < how.max_tokens:
+            return [
+                f"shortened: beams write {most(how.max_tokens)} tokens at most, half "
+                "of the context"
+            ]
         given, new = len(draft.prompt), len(draft.ids)
         if plan(given, new, context)[1] >= new or len(draft.ids) < 1:
             return []
@@ -375,13 +374,21 @@ class Sampler:
 
 
 def with_method(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with the method that they imply."""
+    """The settings, with the method that they imply; UserError if they are of two."""
     implied = {}
     if any(name in given for name in OF_BEAMS):
         implied = {"method": "beam"}
     if any(name in given for name in OF_SAMPLING):
         implied = {"method": "sample"}
-    return implied | dict(given)
+    found = implied | dict(given)
+    for method, names in (("beam", OF_BEAMS), ("sample", OF_SAMPLING)):
+        for name in names:
+            if name in given and found["method"] != method:
+                raise UserError(
+                    f"{name}={given[name]!r}: method={found['method']!r} does not read "
+                    f"it; leave it out, or set method={method!r}"
+                )
+    return found
 
 
 def _tuple(name: str, value: Any) -> Any:

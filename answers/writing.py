@@ -13,7 +13,7 @@ from triform.data import datasets
 from triform.data.codecs import Codec
 from triform.data.codecs.text import Tokenizer
 from triform.experiment import Experiment
-from triform.models import decode
+from triform.models import decode, repeats
 from triform.runtime import host
 
 STRETCH = 8  # tokens between two looks at what has been written
@@ -163,34 +163,48 @@ def plan(given: int, left: int, context: int) -> tuple[int, int]:
 
 
 class Continuation:
-    """Continues prompts piece by piece, as far as wanted; see `plan`."""
+    """Continues prompts piece by piece, as far as wanted; see `plan`.
+
+    With beams in one pass, and so at most as far as half the context; see `most`.
+    """
 
     def __init__(self, experiment: Experiment, tok: Tokenizer):
         self.tokenizer, self.context = tok, experiment.config.model.longest()["L"]
         config, model = experiment.config.decode, experiment.model
         self.placement = experiment.placement
+        self.beams = config.method == "beam" and config.beam_size > 1
+
+        def extender(variables: Any) -> decode.Extend:
+            return lambda *args: model.apply(variables, *args, method="extend")
 
         def start(
             variables: Any, batch: Any, seed: Any, numbers: Any, before: Any, room: int
         ) -> decode.Text:
             first = model.apply(variables, batch, room, method="start")
-            return decode.begin(*first, room, row_keys(seed, numbers), before)
+            keys, read = row_keys(seed, numbers), read_ids(batch)
+            return decode.begin(*first, room, keys, before, read)
 
         def advance(
             variables: Any, text: decode.Text, until: Any, ends: tuple[int, ...]
         ) -> decode.Text:
-            def extend(*args: Any) -> tuple:
-                return model.apply(variables, *args, method="extend")
+            return decode.advance(config, extender(variables), text, ends, until)
 
-            return decode.advance(config, extend, text, ends, until)
+        def search(
+            variables: Any, batch: Any, seed: Any, numbers: Any, room: int, ends: Any
+        ) -> tuple:
+            first = model.apply(variables, batch, room, method="start")
+            how = {"rng": row_keys(seed, numbers), "read": read_ids(batch)}
+            how |= {"eos": ends, "length": room}
+            return decode.generate(config, extender(variables), *first, **how)
 
+        own = {"compiler_options": compiler_options()}
         self._start = jax.jit(start, static_argnums=5)
-        self._advance = jax.jit(
-            advance,
-            static_argnums=3,
-            donate_argnums=1,
-            compiler_options=compiler_options(),
-        )
+        self._advance = jax.jit(advance, static_argnums=3, donate_argnums=1, **own)
+        self._search = jax.jit(search, static_argnums=(4, 5), **own)
+
+    def most(self, limit: int) -> int:
+        """How many of `limit` tokens can be written."""
+        return min(limit, max(1, self.context // 2)) if self.beams else limit
 
     def __call__(
         self,
@@ -208,6 +222,7 @@ class Continuation:
         padding. A stretch is as long as a pass unless `live` or `stop`.
         """
         placement, seed = self.placement, np.uint32(seed % 2**32)
+        limit = self.most(limit)
         spread = jax.process_count() > 1
         if spread:  # every device writes some of the rows
             numbers = np.pad(numbers, ((0, -len(numbers) % placement.rows), (0, 0)))
@@ -224,6 +239,16 @@ class Continuation:
             batch = prompts(given, self.context)
             if spread:
                 batch = placement.put(batch, {"inputs": "BL", "segments": "BL"})
+            if self.beams:
+                found = self._search(variables, batch, seed, numbers, room, ends)
+                found = zip(*placement.fetch(found), strict=True)
+                for draft, (tokens, score, logp) in zip(drafts, found, strict=False):
+                    if not draft.finish:
+                        self._take(draft, tokens, logp, ends, limit)
+                        self._settle(draft, stop, len(draft.ids))
+                        draft.score = float(score)
+                yield
+                return
             text = self._start(variables, batch, seed, numbers, before, room)
             stretch = STRETCH if live or stop else room
             for end in range(stretch, int(until.max()) + stretch, stretch):
@@ -308,6 +333,11 @@ def prompts(given: list[list[int]], context: int) -> dict[str, np.ndarray]:
         inputs[row, length - len(ids) :] = ids
         segments[row, length - len(ids) :] = 1
     return {"inputs": inputs, "segments": segments}
+
+
+def read_ids(batch: Mapping[str, Any]) -> jax.Array:
+    """int32 [B, L]: the ids of prompts, repeats.NONE where there are none."""
+    return jax.numpy.where(batch["segments"] > 0, batch["inputs"], repeats.NONE)
 
 
 def beginning_of(text: str, stop: Sequence[str]) -> int:

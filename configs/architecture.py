@@ -1,4 +1,4 @@
-"""What of a model is its architecture: taken from another run, and compared with it."""
+"""Architecture of a model: which settings belong to it, copying, and comparing."""
 
 import copy
 import dataclasses

@@ -4,12 +4,12 @@
     python train.py --config=configs/bert_finetune.py:clinc150 --config.init_from=DIR \
         --workdir=DIR2
 
-The `cpu` variant, measured on 2 cores of an AMD EPYC beside other jobs: 3,000 steps of
-64 rows in 52 minutes, 51 minutes of CPU time; on the three held-out books 28.4 % of the
-masked tokens and 70.3 % of the next sentences right, 4.35 nats per masked token. A
-second run gave the same digits. With --config.steps=16000 on an H200 (checkpoints and
-evaluations every 4,000): 35.6 % and 79.5 %, 3.69 nats. `base`, `large` and `roberta`
-were dry-run only.
+The `cpu` variant was measured on 2 cores of an AMD EPYC beside other jobs: 3,000 steps
+of 64 rows took 52 minutes (51 minutes of CPU time). On the three held-out books, 28.4 %
+of the masked tokens and 70.3 % of the next-sentence predictions were correct, with 4.35
+nats per masked token. A second run gave the same digits. With --config.steps=16000 on
+an H200 (checkpoints and evaluations every 4,000 steps): 35.6 % and 79.5 %, 3.69 nats.
+`base`, `large` and `roberta` were dry-run only.
 """
 
 import functools

@@ -3,17 +3,17 @@
     python train.py --config=configs/bert_finetune.py:clinc150 --workdir=DIR \
         --config.init_from=PRETRAINED
 
-PRETRAINED is a workdir of configs/bert_books.py:cpu. Without init_from the same model
-starts from scratch; --config.data.tokenizer.path=PRETRAINED/tokenizer.json gives it the
-same tokens.
+PRETRAINED is a workdir of configs/bert_books.py:cpu. Without init_from, the same model
+starts from scratch; --config.data.tokenizer.path=PRETRAINED/tokenizer.json then gives
+it the same tokens.
 
-Measured on 2 cores of an AMD EPYC beside other jobs, 5 seeds each, test accuracy, mean
-and standard deviation; pre-trained are 3,000 steps of bert_books.py:cpu:
+Measured on 2 cores of an AMD EPYC beside other jobs: test accuracy, mean and standard
+deviation over 5 seeds. The pre-trained model had 3,000 steps of bert_books.py:cpu:
 
     clinc150        pre-trained 79.6 +- 1.6 %    from scratch 76.4 +- 5.2 %
     mr_sentiment    pre-trained 72.9 +- 1.0 %    from scratch 74.7 +- 1.0 %
 
-`probe` was not run. By sweep.py:
+`probe` was not run. The table was made with sweep.py:
 
     python sweep.py --config=configs/bert_finetune.py:clinc150 --workdir=DIR \
         --sweep=init_from=PRETRAINED, --sweep=seed=0,1,2,3,4 \

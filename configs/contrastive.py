@@ -5,10 +5,10 @@
         --num_samples=64 --rerank=runs/contrastive_digits --output=grid.png
 
 Measured on 2 shared cores of an AMD EPYC, niced: `digits`, 1,000 steps in 1 min 42 s of
-CPU time (4 min 59 s from start to end). Of drawn digits 98.25 % are what was asked for,
-of the best of 8 by this model 99.33 % (docs/dalle.md). For 15 % of the captions the own
-picture is first among up to 64, of which about six show the same digit. `mnist`,
-`emoji` and `own` were not run.
+CPU time (4 min 59 s from start to end). Of drawn digits, 98.25 % show the requested
+digit; if this model selects the best of 8, 99.33 % do (docs/dalle.md). For 15 % of the
+captions, the caption's own picture ranks first among up to 64, of which about six show
+the same digit. `mnist`, `emoji` and `own` were not run.
 """
 
 import functools

@@ -4,25 +4,24 @@
     python train.py --config=configs/dalle.py --workdir=runs/dalle_digits \
         --config.data.codes=runs/dvae_digits
 
-Measured on one core of an AMD EPYC with AVX-512, in a virtual machine whose time other
-programs share. The judge of digits is a ViT that has seen no drawn picture:
-benchmarks/dalle.py, docs/dalle.md.
+Measured on one core of an AMD EPYC with AVX-512, in a shared virtual machine. A ViT
+that has seen no drawn picture judges the digits: benchmarks/dalle.py, docs/dalle.md.
 
 `digits`, 1,200 steps: 6 min 27 s from start to end together with stage 1, 3 min 20 s of
-CPU time. Of 1,200 pictures drawn from captions with a guidance of 2, 97.67 % are what
-was asked for; the ViT is right on 97.0 % of 100 test pictures.
+CPU time. Of 1,200 pictures drawn from captions with a guidance of 2, 97.67 % show the
+requested digit; the ViT has 97.0 % accuracy on 100 test pictures.
 
 `mnist`, 2,000 steps: 8 min 27 s from start to end, 5 min 32 s of CPU time; 2.009 nats
-per code of the test pictures. Of 1,200 drawn pictures 98.58 % are what was asked for;
-the ViT is right on 98.90 % of the test images.
+per code of the test pictures. Of 1,200 drawn pictures, 98.58 % show the requested
+digit; the ViT has 98.90 % accuracy on the test images.
 
 `emoji`, 900 steps, on 2 cores beside some 20 other processes: 2 min 57 s of CPU time,
-3.330 nats per code of the test pictures; with captions left out 3.340, of a model that
-was trained without them 3.339, by the codes' frequencies 5.004. Captions are worth
-0.010 +- 0.010 (standard error over figures), of figures without skin tone 0.038 +-
-0.007; among 138 test pictures the named one has a median rank of 34.
+3.330 nats per code of the test pictures. Without captions: 3.340; trained without
+captions: 3.339; by the codes' frequencies: 5.004. Captions save 0.010 +- 0.010
+(standard error over figures), for figures without skin tone 0.038 +- 0.007. Among 138
+test pictures, the named one has a median rank of 34.
 
-`12b` was counted and dry-run only: 12,292,808,448 parameters. So was `own`.
+`12b` (12,292,808,448 parameters) and `own` were counted and dry-run only.
 """
 
 import functools

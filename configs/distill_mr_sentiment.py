@@ -4,11 +4,12 @@
         --workdir=runs/mr_sentiment
     python train.py --config=configs/distill_mr_sentiment.py --workdir=DIR
 
-The first command trains the teacher. The student starts from every other layer of it
+The first command trains the teacher. The student starts from every other teacher layer
 (Sanh et al. 2019, 3).
 
-Measured on 2 cores of an AMD EPYC beside other jobs, one seed, accuracy on the 1,077
-test sentences: teacher of 4 layers 74.4 %, student of 2 layers 77.2 %, in 1 min 28 s.
+Measured on 2 cores of an AMD EPYC beside other jobs, one seed: accuracy on the 1,077
+test sentences is 74.4 % for the teacher of 4 layers and 77.2 % for the student of 2
+layers, which took 1 min 28 s.
 """
 
 import copy

@@ -2,18 +2,17 @@
 
     python train.py --config=configs/dvae.py --workdir=runs/dvae_digits
 
-Evaluations write samples/*.png: pictures of the split above what comes back of them.
-What the divergence's factor of 6.6 is relative to: tasks/image_coding.py,
-docs/dalle.md.
+Evaluations write samples/*.png: pictures of the split above their reconstructions. For
+the divergence's factor of 6.6, see tasks/image_coding.py and docs/dalle.md.
 
-Measured on one core of an AMD EPYC with AVX-512, in a virtual machine whose time other
-programs share. `digits`, 2,500 steps: 3 min 35 s from start to end, together with stage
-2 3 min 20 s of CPU time; a squared error of 0.0061 per test pixel in [0, 1], 64 of 64
-codes in use on validation, perplexity 53. `mnist`, 1,500 steps, of which the last 900
-took 2 min 13 s of CPU time: 0.0079, 128 of 128 codes, perplexity 85. `emoji`, on 2
-cores beside some 20 other processes, 1,500 steps in 5 min 45 s of CPU time: 0.0134,
-where the mean picture has 0.076; 240 of 256 codes, perplexity 138. `own` was dry-run
-only: it is for an accelerator (docs/dalle.md).
+Measured on one core of an AMD EPYC with AVX-512, in a shared virtual machine. `digits`,
+2,500 steps: 3 min 35 s from start to end, 3 min 20 s of CPU time together with stage 2;
+squared error 0.0061 per test pixel in [0, 1]; 64 of 64 codes in use on validation,
+perplexity 53. `mnist`, 1,500 steps (2 min 13 s of CPU time for the last 900): squared
+error 0.0079; 128 of 128 codes, perplexity 85. `emoji`, 1,500 steps, on 2 cores beside
+some 20 other processes: 5 min 45 s of CPU time; squared error 0.0134 (the mean picture:
+0.076); 240 of 256 codes, perplexity 138. `own` is for an accelerator and was dry-run
+only (docs/dalle.md).
 """
 
 import functools

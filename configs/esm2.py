@@ -4,13 +4,13 @@
         --config.data.source=uniref50.fasta
     python train.py --config=configs/esm2.py:650m --workdir=DIR --dry_run
 
-Shapes are the published ones; batches of 2 million tokens, cut to 1,024, and the rates
-are the paper's in outline. Counted and dry-run only: 7,512,353 parameters (8m),
-33,501,153 (35m), 148,139,553 (150m), 651,042,593 (650m), 2,839,004,193 (3b) and
-15,129,098,273 (15b): those of transformers' EsmForMaskedLM without its contact head,
-which is no part of this model.
+Shapes are the published ones. Batches have 2 million tokens, sequences are truncated to
+1,024, and the learning rates roughly follow the paper. Counted and dry-run only:
+7,512,353 parameters (8m), 33,501,153 (35m), 148,139,553 (150m), 651,042,593 (650m),
+2,839,004,193 (3b) and 15,129,098,273 (15b). These counts equal those of transformers'
+EsmForMaskedLM without its contact head, which this model does not have.
 
-Published weights are taken in and given back by `python -m triform.interop`.
+`python -m triform.interop` imports and exports published weights.
 """
 
 from typing import Any

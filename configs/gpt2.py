@@ -2,7 +2,7 @@
 
     python train.py --config=configs/gpt2.py:small --workdir=DIR --dry_run
 
-Shapes and initialisation are the paper's, the text is C4 in place of WebText. Counted
+Shapes and initialisation are the paper's; the text is C4 instead of WebText. Counted
 and dry-run only: 124,439,808, 354,823,168, 774,030,080 and 1,557,611,200 parameters.
 """
 

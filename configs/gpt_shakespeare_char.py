@@ -4,16 +4,16 @@
     python generate.py --workdir=DIR --input="ROMEO:" --temperature=0.8
 
 The `cpu` variant has nanoGPT's shape and schedule (4 layers, 4 heads, width 128,
-context 64, batch 12, 2,000 steps) and twice its learning rate, which was better in one
-run of each: 1.824 against 1.897 nats per character, on the full validation split
-(111,540 characters, windows of 64). Measured on 2 cores of an AMD EPYC: 1 min 59 s from
-start to end, 5 evaluations included; a step with attention=flash takes 0.98 of
+context 64, batch 12, 2,000 steps) and twice its learning rate. In one run of each, the
+doubled rate gave 1.824 nats per character and nanoGPT's 1.897, on the full validation
+split (111,540 characters, windows of 64). Measured on 2 cores of an AMD EPYC: 1 min 59
+s from start to end, including 5 evaluations. A step with attention=flash takes 0.98 of
 PyTorch's time (benchmarks/gpt_step.py: 38.2 against 39.0 ms, medians of 20 rounds).
 
-The full recipe (6 layers, width 384, context 256, 5,000 steps of 64), in bfloat16 on an
-H200 beside six other jobs: the best was 1.463 at step 1,750; after that it overfits
-(1.471 at 2,000); it was stopped at step 2,200. nanoGPT reports a best of 1.4697, on
-random windows of the same split.
+The full recipe (6 layers, width 384, context 256, 5,000 steps of 64) ran in bfloat16 on
+an H200 beside six other jobs. The best value was 1.463 at step 1,750. After that it
+overfits (1.471 at step 2,000); it was stopped at step 2,200. nanoGPT reports a best of
+1.4697, on random windows of the same split.
 """
 
 import functools

@@ -2,15 +2,16 @@
 
     python train.py --config=configs/gpt_wikitext2.py:cpu --workdir=DIR
 
-Perplexity is per word: exp(nats of the validation text / its 217,646 words, one <eos>
-per line among them), so that models with other tokens compare. The nats include the
-end of every article. Each token is predicted once; all but the first of the text see at
-least max_len - eval_stride tokens before them. No other text was used for training.
+Perplexity is per word: exp(nats of the validation text / its 217,646 words, including
+one <eos> per line). So models with different tokens can be compared. The nats include
+the end of every article. Each token is predicted once, with at least max_len -
+eval_stride tokens before it, except at the beginning of the text. No other text was
+used for training.
 
-Measured on 2 cores of an AMD EPYC beside other jobs: `cpu`, 1,500 steps in 16 min
-9 s (about one pass over the training text), 19 min 13 s of CPU time: 321.4 per word on
-the validation split (44.1 per token, of 4,000), and it was still falling. The full
-recipe was not run.
+Measured on 2 cores of an AMD EPYC beside other jobs: `cpu` ran 1,500 steps in 16 min 9
+s (about one pass over the training text), 19 min 13 s of CPU time. Its perplexity on
+the validation split was 321.4 per word (44.1 per token, with 4,000 tokens), still
+falling. The full recipe was not run.
 """
 
 import functools

@@ -1,13 +1,14 @@
 """What can be set: every key of a config with its value, choices and meaning.
 
-A key's meaning is the comment beside its field in the source, or else the comment lines
-right above it; a section's is the first line of its class's docstring. Its choices are
-those that `validate` names when it refuses a value.
+The meaning of a key is the comment beside its field in the source, or the comment lines
+directly above it. The meaning of a section is the first line of its class's docstring.
+The choices are those that `validate` names when it refuses a value.
 """
 
 import ast
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import io
@@ -57,8 +58,11 @@ def listing(config: ExperimentConfig, section: str = "") -> list[Key]:
         if not section or f"{name}.".startswith(f"{section}.")
     ]
     if not found:
+        names = [name for name, _, _ in _walk(config)]
         tops = ", ".join(field.name for field in dataclasses.fields(config))
-        raise UserError(f"--keys={section}: no such key; the first ones are {tops}")
+        close = difflib.get_close_matches(section, names, 1)
+        hint = f"did you mean {close[0]}?" if close else f"the first ones are {tops}"
+        raise UserError(f"--keys={section}: no such key; {hint}")
     return found
 
 

@@ -5,21 +5,21 @@
 
 The full recipe is that of Tay et al. 2021 (google-research/long-range-arena,
 listops/configs/base_listops_config.py): 6 layers of width 512, 8 heads, 5,000 steps of
-32 rows, AdamW at 0.05 / sqrt(max(step, 1000)). Differences: positions are learned,
-attention weights have no dropout, so that every attention algorithm trains alike, and
-the head is BERT's pooler. They report 36.37 % of the test expressions right with
+32 rows, AdamW at 0.05 / sqrt(max(step, 1000)). Differences: positions are learned;
+attention weights have no dropout, so that all attention algorithms train alike; the
+head is BERT's pooler. The paper reports 36.37 % of the test expressions correct with
 dot-product attention; always answering the same digit gives 17 %.
 
 Longformer: attention=local with --config.model.trunk.windows="(256,)" and
 --config.data.global_tokens=first. Performer: attention=performer.
 
-Measured, variant `cpu` (2 layers of width 64, 1,000 steps of 4 to 10 expressions, one
-seed), on 2 cores of an AMD EPYC beside another training: share of the 2,000 test
-expressions that are right, by the checkpoint that is best on validation: flash 36.6 %
-in 16 minutes, local 31.8 % in 15, performer 17.4 % in 9. The paper has, after 160,000
-expressions, 36.37 for the Transformer, 35.63 for Longformer and 18.01 for Performer;
-here they are some 6,200. dot has flash's losses, 2.2813 after 100 steps and 1.9277
-after 200, and was stopped there: it takes twice as long. The full recipe was not run.
+The variant `cpu` (2 layers of width 64, 1,000 steps of 4 to 10 expressions, one seed)
+was measured on 2 cores of an AMD EPYC beside another training. Correct among the 2,000
+test expressions, with the best checkpoint on validation: flash 36.6 % in 16 minutes,
+local 31.8 % in 15, performer 17.4 % in 9. After 160,000 expressions, the paper has
+36.37 for the Transformer, 35.63 for Longformer and 18.01 for Performer; here the models
+see some 6,200. dot has the losses of flash, 2.2813 after 100 steps and 1.9277 after
+200; it was stopped there, because it takes twice as long. The full recipe was not run.
 """
 
 from triform.configs.schema import (

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/llama.py:8b --workdir=DIR --dry_run
 
-Shapes are the published ones, the text is C4. Counted and dry-run only: 1,235,814,400
+Shapes are the published ones; the text is C4. Counted and dry-run only: 1,235,814,400
 and 8,030,261,248 parameters.
 """
 

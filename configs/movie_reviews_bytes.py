@@ -3,19 +3,19 @@
     python train.py --config=configs/movie_reviews_bytes.py --workdir=DIR \
         --config.model.trunk.attention=flash
 
-The task of the Long Range Arena's "Text" (Tay et al. 2021) on a corpus that is small
-and free: 1,600 reviews to train on, where theirs, of IMDb, are 25,000. The shape is
-theirs (google-research/long-range-arena, text_classification/configs/
-base_tc_config.py, with the paper's length): 4 layers of width 256, 4 heads; so are
-batches and optimiser, for as many epochs, 26, with as large a share of warm-up.
-Differences: positions are learned, attention weights have no dropout, so that every
-attention algorithm trains alike, and the head is BERT's pooler. They report 64.27 % on
-IMDb. This recipe was not run.
+This is the task "Text" of the Long Range Arena (Tay et al. 2021) on a small, free
+corpus: 1,600 training reviews, where the original has 25,000 from IMDb. The shape is
+the original one (google-research/long-range-arena,
+text_classification/configs/base_tc_config.py, with the paper's length): 4 layers of
+width 256, 4 heads. Batches, optimiser, number of epochs (26) and share of warm-up are
+also the original ones. Differences: positions are learned; attention weights have no
+dropout, so that all attention algorithms train alike; the head is BERT's pooler. The
+paper reports 64.27 % on IMDb. This recipe was not run.
 
 Longformer: attention=local with --config.model.trunk.windows="(256,)" and
 --config.data.global_tokens=first. Performer: attention=performer.
 
-On 2 cores the model first has to learn words from bytes, on short rows:
+On 2 cores, the model first has to learn words from bytes, on short rows:
 
     python train.py --config=configs/movie_reviews_bytes.py:pretrain --workdir=A
     python train.py --config=configs/movie_reviews_bytes.py:sentences --workdir=B \
@@ -25,9 +25,9 @@ On 2 cores the model first has to learn words from bytes, on short rows:
         --config.model.trunk.windows="(256,)" --config.data.global_tokens=first
 
 Measured on 2 cores of an AMD EPYC, one seed: 1.071 nats per masked byte of the test
-reviews after 54 minutes on one of the cores; 66.6 % of mr_sentiment's test sentences
-right after 15 minutes. Then one epoch of reviews, by the checkpoint that is best on
-validation; a step is 4 reviews, memory is the peak of the process:
+reviews after 54 minutes on one core; 66.6 % of mr_sentiment's test sentences correct
+after 15 minutes. Then follows one epoch of reviews, with the best checkpoint on
+validation. A step is 4 reviews; memory is the peak of the process:
 
                  validation    test    a step    memory    minutes
     local            79.0 %    71.0 %    0.95 s    2.5 GB      8
@@ -35,16 +35,16 @@ validation; a step is 4 reviews, memory is the peak of the process:
     performer        56.5      57.0      0.8       2.2         7
     dot              65.5        -       2.9       6.9         -
 
-dot was stopped after its first evaluation, at step 100: accuracy and losses are flash's
-to four digits. With 200 reviews each, a standard error is 3 points. Before this step
-the model had seen no bytes more than 270 apart; with local it still does not.
-Performer is not clearly above chance: it starts from weights of exact softmax, its loss
-over the first 100 steps is 1.03 where local's is 0.66, and 300 steps of `sentences`
-with it stayed at chance too. From scratch, and without `sentences`, reviews shortened
-to 1,024 bytes were at chance after two epochs of dot that read the first token, and of
-flash in windows of 64 that read the mean (from `pretrain`). Naive Bayes on the words of
-these bytes, with one added to all counts, has 78.5 % of validation and 83.5 % of test;
-of complete reviews 79.0 % and 87.5 %.
+dot was stopped after its first evaluation, at step 100: its accuracy and losses equal
+those of flash to four digits. With 200 reviews each, a standard error is 3 points.
+Before this stage, the model had seen no bytes more than 270 apart; with local it still
+does not. Performer is not clearly above chance. It starts from weights trained with
+exact softmax: its loss over the first 100 steps is 1.03 (local: 0.66). 300 steps of
+`sentences` with it also stayed at chance. Without `sentences`, two models stayed at
+chance after two epochs of reviews shortened to 1,024 bytes: dot from scratch, reading
+the first token, and flash in windows of 64 from `pretrain`, reading the mean. Naive
+Bayes on the words of these bytes, with one added to all counts, reaches 78.5 % on
+validation and 83.5 % on test; on complete reviews 79.0 % and 87.5 %.
 """
 
 import functools

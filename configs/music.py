@@ -5,11 +5,11 @@
         --max_tokens=1024 --output=bach.mid
     python benchmarks/music.py write --workdir=runs/music
 
-Measured on one core of an AMD EPYC with AVX-512 that other processes shared; minutes
-are of CPU time, then from start to end. In training all pieces are transposed.
+Measured on one shared core of an AMD EPYC with AVX-512. Times are CPU time, then (in
+brackets) from start to end. All pieces are transposed in training.
 
 '' and `absolute`: nats per token of the validation pieces (test pieces in brackets),
-soprano, alto, tenor, bass of every 16th.
+for soprano, alto, tenor, bass of every 16th.
 
     '', relative attention        .413 (.427) in 7 min 4 s (16 min 41 s)
     '' --config.steps=10000       .380 (.389) in 16 min 19 s (37 min 39 s)
@@ -17,24 +17,25 @@ soprano, alto, tenor, bass of every 16th.
     a Markov chain of each voice  .936   benchmarks/music.py
 
 Published: .417 without and .357 with relative attention, .335 with relative pitch and
-time too (Huang et al. 2018, for models of 5 layers, 256 and 512 wide; figures as they
-are commonly quoted, the paper's own text was not at hand); on the same file, token by
-token in rows of 2,048, .508 with rotary positions and .489 with polar ones
-(Gopalakrishnan et al. 2025, by a summary of it). What differs here: rows of 192 tokens,
-of which the later 96 are scored, so that a token sees 96 to 192 before it; the end of a
-piece is a token; transposed pieces; the model, 3 layers, 128 wide, 0.7 million
-parameters.
+time too (Huang et al. 2018, models of 5 layers, 256 and 512 wide; commonly quoted
+figures, not checked in the paper). On the same file, token by token in rows of 2,048:
+.508 with rotary positions and .489 with polar ones (Gopalakrishnan et al. 2025, from a
+summary). Differences here: in rows of 192 tokens only the later 96 are scored, so a
+token sees 96 to 192 before it; the end of a piece is a token; pieces are transposed;
+the model has 3 layers, 128 wide, 0.7 million parameters.
 
-`quarter`: 8.028 nats per frame of the test pieces (7.975 of the validation pieces) in
-4 min 24 s (9 min 8 s), summed over 88 keys, the first frame of a piece not scored, all
-frames alike, the checkpoint chosen on the validation pieces. Published: 8.10, a
-temporal convolutional network (Bai et al. 2018), by the same protocol (music_test.py of
-locuslab/TCN). What differs here: pieces are transposed in training by up to 6
-semitones. 2 layers, dropout 0.2 and 3,000 steps of 8 rows: 8.157 (8.135).
+`quarter`: 8.028 nats per frame of the test pieces (7.975 on the validation pieces) in 4
+min 24 s (9 min 8 s). The nats are summed over 88 keys, the first frame of a piece is
+not scored, all frames have equal weight, and the checkpoint was chosen on the
+validation pieces. Published with the same protocol (music_test.py of locuslab/TCN):
+8.10, a temporal convolutional network (Bai et al. 2018). Difference here: pieces are
+transposed in training by up to 6 semitones. 2 layers, dropout 0.2 and 3,000 steps of 8
+rows gave 8.157 (8.135).
 
-`harmonise`: 1.151 (1.138) nats per hidden token in 22 min 57 s (29 min 7 s); to the
-sopranos of 48 test pieces alto, tenor and bass are Bach's in 28.1, 25.2 and 18.7 % of
-16ths, a voice's commonest pitch in 13.7, 11.8 and 12.5 %. With 3,000 steps: 1.491.
+`harmonise`: 1.151 (1.138) nats per hidden token in 22 min 57 s (29 min 7 s). For the
+sopranos of 48 test pieces, alto, tenor and bass equal Bach's in 28.1, 25.2 and 18.7 %
+of 16ths; a voice's commonest pitch does in 13.7, 11.8 and 12.5 %. With 3,000 steps:
+1.491.
 
 `midi` was not run.
 """

@@ -1,12 +1,12 @@
-"""A model that answers, trained on your own conversations. docs/chat.md says more.
+"""A chat model, trained on your own conversations. More: docs/chat.md.
 
     python train.py --config=configs/my_chat.py --workdir=DIR \
         --config.data.source=chats.jsonl
     python generate.py --workdir=DIR --chat
 
-A row is {"messages": [{"role": "user", "content": "..."}, ...]}, or two columns:
+A row is {"messages": [{"role": "user", "content": "..."}, ...]}, or has two columns:
 --config.data.prompt=question --config.data.response=answer. From imported weights:
---config.model=from:WORKDIR --config.init_from=WORKDIR; `lora` trains adapters alone.
+--config.model=from:WORKDIR --config.init_from=WORKDIR; `lora` trains only adapters.
 """
 
 from triform.configs import schema

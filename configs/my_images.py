@@ -3,13 +3,13 @@
     python train.py --config=configs/my_images.py --workdir=DIR \
         --config.data.source=FOLDER
 
-FOLDER holds a folder of pictures for every class, or pictures and a metadata.csv or
-.jsonl with the columns file_name and label. Folders called train, validation and test
-are the splits; of what there is none 5 % are held out. All are resized to
---config.data.size (pixels a side); of one channel: --config.data.channels=1.
+FOLDER holds one folder of pictures per class, or pictures and a metadata.csv or .jsonl
+with the columns file_name and label. Folders named train, validation and test are the
+splits; 5 % are held out for each missing one. Pictures are resized to
+--config.data.size (pixels per side). For one channel: --config.data.channels=1.
 
-To start from a workdir with other weights, imported ones say:
---config.model=from:WEIGHTS --config.init_from=WEIGHTS --config.data.size=224
+To start from another workdir, for example imported weights: --config.model=from:WEIGHTS
+--config.init_from=WEIGHTS --config.data.size=224
 """
 
 from triform.configs import schema

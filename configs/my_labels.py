@@ -4,14 +4,14 @@
         --config.data.source=TABLE
     python generate.py --workdir=DIR --input="What is this?"
 
-TABLE: a .csv, .tsv, .jsonl or .parquet with the columns text and label (names or
-numbers), a folder of such, or several with commas between. Columns of other names:
---config.data.first=COLUMN --config.data.label=COLUMN; two texts: --config.data.second.
-5 % are held out to choose the checkpoint, and 5 % to test it, unless there are files
-of such names.
+TABLE is a .csv, .tsv, .jsonl or .parquet with the columns text and label (names or
+numbers), a folder of such files, or several separated by commas. For other column
+names: --config.data.first=COLUMN --config.data.label=COLUMN; for two texts:
+--config.data.second. 5 % are held out to choose the checkpoint and 5 % for the test,
+unless files with the names of these splits exist.
 
-To start from a workdir with other weights, imported ones say, and with `:lora` train
-adapters only: --config.model=from:WEIGHTS --config.init_from=WEIGHTS
+To start from another workdir, for example imported weights (`:lora` then trains only
+adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS
 """
 
 from triform.configs import schema

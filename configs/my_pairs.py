@@ -4,13 +4,14 @@
         --config.data.source=train.en,train.de
     python generate.py --workdir=DIR --input="How are you?"
 
-Two files whose lines belong together; their suffixes name the columns that are read:
---config.data.inputs=en --config.data.targets=de. Or a table (.csv, .tsv, .jsonl,
-.parquet) with such columns. 5 % are held out to choose the checkpoint, and 5 % to test
-it, unless there are files of such names: train.en,train.de,test.en,test.de
+The source is two line-aligned files; their suffixes name the columns:
+--config.data.inputs=en --config.data.targets=de. Or it is a table (.csv, .tsv, .jsonl,
+.parquet) with these columns. 5 % are held out to choose the checkpoint and 5 % for the
+test, unless files with the names of these splits exist:
+train.en,train.de,test.en,test.de
 
-To start from a workdir with other weights, imported ones say, and with `:lora` train
-adapters only: --config.model=from:WEIGHTS --config.init_from=WEIGHTS
+To start from another workdir, for example imported weights (`:lora` then trains only
+adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS
 """
 
 from triform.configs import schema

@@ -3,13 +3,13 @@
     python train.py --config=configs/my_text.py --workdir=DIR --config.data.source=TEXT
     python generate.py --workdir=DIR --input="The"
 
-TEXT: a folder of .txt files; a file; a pattern such as 'notes/*.md'; or a table
-(.jsonl, .csv, .tsv, .parquet, also .gz, .xz, .zst) and --config.data.text=COLUMN. 5 %
-are held out to choose the checkpoint, and 5 % to test it, unless there are files of
-such names.
+TEXT is a folder of .txt files, a file, a pattern such as 'notes/*.md', or a table
+(.jsonl, .csv, .tsv, .parquet, also .gz, .xz, .zst) with --config.data.text=COLUMN. 5 %
+are held out to choose the checkpoint and 5 % for the test, unless files with the names
+of these splits exist.
 
-To start from a workdir with other weights, imported ones say, and with `:lora` train
-adapters only: --config.model=from:WEIGHTS --config.init_from=WEIGHTS
+To start from another workdir, for example imported weights (`:lora` then trains only
+adapters): --config.model=from:WEIGHTS --config.init_from=WEIGHTS
 """
 
 from triform.configs import schema

@@ -1,8 +1,8 @@
 """Plugins: Python files outside the repository, whose tables join those of the product.
 
-A plugin holds literal tables of the names in TABLES, such as FFNS = {"relu2": ...}.
-`config.plugins` names the files. A run keeps copies of them in workdir/code, with their
-checksums; whatever opens the workdir later loads the copies.
+A plugin holds literal tables with names from TABLES, such as FFNS = {"relu2": ...}.
+`config.plugins` names the files. A run keeps copies of them, with checksums, in
+workdir/code; every program that opens the workdir later loads the copies.
 """
 
 import dataclasses

@@ -6,34 +6,36 @@
     python train.py --config=configs/protein.py:regression --workdir=DIR \
         --config.data.source=TABLE
 
-The chains are those of NetSurfP-2.0 (Klausen et al. 2019) as FLIP has them (Dallago et
-al. 2021): 9,712 to train on, 1,080 for validation, and NEW364 for the test. Accuracy is
-Q3, over the resolved residues of all chains; of the 75,402 in the test (benchmarks/
-protein.py windows):
+The chains are those of NetSurfP-2.0 (Klausen et al. 2019) in FLIP's version (Dallago et
+al. 2021): 9,712 for training, 1,080 for validation, and NEW364 for the test. Accuracy
+is Q3 over the resolved residues of all chains, 75,402 in the test
+(benchmarks/protein.py windows):
 
     most frequent state of training    38.4 %
     window of 9 residues               55.9 %
     log-odds of 15 residues            61.7 %
     this recipe                        71.65 %
 
-3,200 steps of 3,328 residues, three epochs, on one shared core of an AMD EPYC with
-AVX-512: 28 min 48 s of CPU time, compilation and evaluations included, 39 min 38 s from
-start to end, 2.2 GB of memory; 72.06 % on validation. With 1,600 steps, and attention
-as `dot`, which took 44 min of CPU time and 7 GB for these: 70.84 %.
+3,200 steps of 3,328 residues (three epochs) on one shared core of an AMD EPYC with
+AVX-512 took 28 min 48 s of CPU time, including compilation and evaluations, 39 min 38 s
+from start to end, and 2.2 GB of memory; validation: 72.06 %. 1,600 steps with attention
+`dot` gave 70.84 %, in 44 min of CPU time with 7 GB.
 
-Models of single sequences are published with 72.57 (SPIDER3-Single, ProteinUnet) and
-74.28 (SPOT-1D-Single) on TEST2018, and with 71.31, 72.20 and 73.80 on TEST2020 (Singh
-et al. 2022, tables 2 and 3). Test and training sets are others: the numbers only say
-what can be hoped for.
+Published single-sequence models reach 72.57 (SPIDER3-Single, ProteinUnet) and 74.28
+(SPOT-1D-Single) on TEST2018, and 71.31, 72.20 and 73.80 on TEST2020 (Singh et al. 2022,
+tables 2 and 3). Their test and training sets differ, so these numbers are only a rough
+guide.
 
-`pretrain` masks residues of the training chains alone, `finetune` starts from it with
-the same recipe. Pre-trained for 1,400 steps (2.645 nats per masked residue on
-validation; 13 min of CPU time), seeds 0, 1 and 2, --config.steps=300, on the test:
+`pretrain` masks residues of the training chains only; `finetune` starts from it with
+the same recipe. After 1,400 steps of pre-training (2.645 nats per masked residue on
+validation; 13 min of CPU time), test results for seeds 0, 1 and 2 with
+--config.steps=300:
 
     from scratch     64.36  64.32  64.38 %
     pre-trained      67.56  67.30  67.52 %
 
-With all 3,200 steps it gains nothing more: 71.69 % (72.16 % on validation), one seed.
+With all 3,200 steps, pre-training gains nothing more: 71.69 % (72.16 % on validation),
+one seed.
 
     python train.py --config=configs/protein.py:pretrain --config.steps=1400 \
         --workdir=runs/protein_pretrain
@@ -42,11 +44,11 @@ With all 3,200 steps it gains nothing more: 71.69 % (72.16 % on validation), one
         --sweep=seed=0,1,2
 
 `regression` reads the columns sequence and target of a table, or a FASTA file and its
-labels (docs/data.md), and reports Spearman's correlation. The share of helix of a chain
-(benchmarks/protein.py helices), test: .890 after 200 steps from the weights of '', .766
-after 400 from scratch; least squares on the residues' counts .749. Imported ESM-2
-weights are fine-tuned with --config.model=from:WEIGHTS
---config.init_from=WEIGHTS --config.data.max_len=1026.
+labels (docs/data.md), and reports Spearman's correlation. On the share of helix of a
+chain (benchmarks/protein.py helices), test: .890 after 200 steps from the weights of
+'', .766 after 400 steps from scratch, .749 for least squares on the residue counts. To
+fine-tune imported ESM-2 weights: --config.model=from:WEIGHTS --config.init_from=WEIGHTS
+--config.data.max_len=1026.
 """
 
 from triform.configs.schema import (

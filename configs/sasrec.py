@@ -6,42 +6,43 @@
 
 Published: HR@10 .7410, NDCG@10 .5360 on this corpus ("Games"). A second implementation,
 pmixer/SASRec.pytorch (Result_Norm.md), reports .7318 and .5308 with the authors' blocks
-and .7442 and .5376 with pre-norm ones, of up to 1,000 epochs, by the same protocol.
-Measured by that protocol, 200 epochs, the checkpoint that validation chose (epoch 200):
-test .7444 and .5447, that is .003 and .009 above the paper (of all users, not 10,000,
-.7440 and .5430); among all items .0638 and .0295. Popularity has .4806 and .2805 (.0189
-and .0097 among all), a first-order Markov chain .5048 and .3298 (.0729 and .0438 among
-all, more than the model). Validation by epoch, HR@10 and NDCG@10: 20 .7437 .5213, 40
-.7695 .5542, 60 .7769 .5630, 80 .7755 .5652, 100 .7775 .5688, 120 .7778 .5724, 160 .7788
-.5730, 200 .7794 .5758.
+and .7442 and .5376 with pre-norm blocks, after up to 1,000 epochs, with the same
+protocol. Measured here with that protocol, 200 epochs, and the checkpoint that
+validation chose (epoch 200): test .7444 and .5447, which is .003 and .009 above the
+paper (over all users, not 10,000: .7440 and .5430); among all items .0638 and .0295.
+Popularity reaches .4806 and .2805 (.0189 and .0097 among all items), a first-order
+Markov chain .5048 and .3298 (.0729 and .0438 among all items, more than the model).
+Validation by epoch, HR@10 and NDCG@10: 20 .7437 .5213, 40 .7695 .5542, 60 .7769 .5630,
+80 .7755 .5652, 100 .7775 .5688, 120 .7778 .5724, 160 .7788 .5730, 200 .7794 .5758.
 
-What validation chose, on all users: after 60 epochs standard pre-norm blocks have .7575
-and .5395, these without dropout on what attention gives and with dropout inside the
-feed-forward network .7590 and .5450, the authors' blocks .7673 and .5538, and these
-with the moving average of the parameters .7712 and .5621. Standard blocks without the
+Choices made on validation, over all users, after 60 epochs: standard pre-norm blocks
+.7575 and .5395; these without dropout after attention and with dropout inside the
+feed-forward network .7590 and .5450; the authors' blocks .7673 and .5538; these with
+the moving average of the parameters .7712 and .5621. Standard blocks without the
 average: .7296 and .5242 on the test (epoch 140 of 200).
 
-One core of an AMD EPYC with AVX-512, shared: 14 minutes of CPU time, evaluations
-included, 26 minutes from start to end. Epochs 1 to 100 ran with the same block as a
-plugin, the others were a run that went on from there.
+One shared core of an AMD EPYC with AVX-512: 14 minutes of CPU time, including
+evaluations, 26 minutes from start to end. Epochs 1 to 100 ran with the same block as a
+plugin; a second run continued from there.
 
 `softmax`, 16 epochs: test .6606 and .4914; among all items .0852 and .0434, more hits
-than the chain (.0729) and not quite its NDCG (.0438); 12 minutes of CPU time there.
-Validation was still rising, among all: epoch 4 .0517 .0268, 8 .0799 .0412, 12 .0923
-.0471, 16 .0983 .0502 (the chain: .0858 .0515). `bert4rec`, 14 epochs: test .7107 and
-.4985; among all items .0646 and .0324; 15 minutes of CPU time there; validation by the
-protocol .7326 and .5179, still rising.
+than the chain (.0729) and almost its NDCG (.0438); 12 minutes of CPU time. Validation
+among all items was still rising: epoch 4 .0517 .0268, 8 .0799 .0412, 12 .0923 .0471, 16
+.0983 .0502 (the chain: .0858 .0515). `bert4rec`, 14 epochs: test .7107 and .4985; among
+all items .0646 and .0324; 15 minutes of CPU time; validation with the protocol .7326
+and .5179, still rising.
 
-Protocol (that of the authors' code): the target among 100 items that are drawn
-uniformly and leave out training items only; a random 10,000 of 31,013 users; the
-input of the test ends with the validation item. Beside it all items are ranked.
+Protocol (as in the authors' code): the target is ranked among 100 items that are drawn
+uniformly and exclude only training items, for a random 10,000 of 31,013 users. The
+input of the test ends with the validation item. The target is also ranked among all
+items.
 
-What differs from the authors' code: evaluation reads a moving average of the
-parameters. Rows hold several users (16 rows of 50: 135 users on average, each once an
-epoch) where theirs hold one of 128 users, drawn with repetition. Tables begin as normal
-draws, theirs as Glorot's. Of equal scores every order is equally likely. The checkpoint
-is the best of validation by NDCG@10; theirs prints a test every 20 epochs. Neither has
-weight decay; padding needs no item id here.
+Differences from the authors' code: evaluation uses a moving average of the parameters.
+Rows hold several users (16 rows of 50: 135 users on average, each once an epoch); a row
+of theirs holds one user, and a batch 128, drawn with repetition. Tables are initialised
+from a normal distribution, theirs with Glorot's. Items with equal scores are in random
+order. The checkpoint is the best on validation by NDCG@10; theirs prints test results
+every 20 epochs. Neither has weight decay. Padding needs no item id here.
 """
 
 from triform.configs.schema import (

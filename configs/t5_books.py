@@ -2,11 +2,11 @@
 
     python train.py --config=configs/t5_books.py:cpu --workdir=DIR
 
-Next: configs/t5_multitask.py. The tokenizer is trained on the corpora of that, too.
+Next: configs/t5_multitask.py. The tokenizer is also trained on its corpora.
 
 Measured on 2 cores of an AMD EPYC beside other jobs, after 2,000 steps: 4.36 nats per
-token and 32.7 % of the tokens right on the validation split. Adam at 2e-3 with an rsqrt
-schedule reached 4.66 and 32.0 %.
+token and 32.7 % of the tokens correct on the validation split. Adam at 2e-3 with an
+rsqrt schedule reached 4.66 and 32.0 %.
 """
 
 import functools

@@ -3,11 +3,12 @@
     python train.py --config=configs/transformer_wmt14.py:base --workdir=DIR
     python train.py --config=configs/transformer_wmt14.py:big --workdir=DIR --dry_run
 
-The corpus is TFDS wmt14_translate/de-en; preparing it needs a network and
-pip install 'triform[tensorflow]'. Not trained by us. The paper (tables 2 and 3): base
-65 M parameters, BLEU 27.3 on newstest2014 (tokenised, case-sensitive, compound
-splitting, which scores a little higher than sacreBLEU); big 213 M, 28.4; 8 P100.
-Ours count 63,082,496 and 214,245,376 parameters: the paper does not say how it counts.
+The corpus is TFDS wmt14_translate/de-en; preparing it needs a network and pip install
+'triform[tensorflow]'. We did not train on it. The paper (tables 2 and 3) reports for
+base 65 M parameters and BLEU 27.3 on newstest2014 (tokenised, case-sensitive, compound
+splitting, which scores a little higher than sacreBLEU); for big 213 M and 28.4; 8 P100.
+Our models have 63,082,496 and 214,245,376 parameters; the paper does not say how it
+counts.
 """
 
 from triform.configs.schema import (

@@ -2,9 +2,9 @@
 
     python train.py --config=configs/vit.py:b16 --workdir=DIR --dry_run
 
-Shapes are the paper's; the recipe is that of Beyer et al. 2022, "Better plain ViT
-baselines", in outline. Counted and dry-run only: 86,567,656 parameters (b16),
-304,326,632 (l16), 632,045,800 (h14).
+Shapes are the paper's; the recipe roughly follows Beyer et al. 2022, "Better plain ViT
+baselines". Counted and dry-run only: 86,567,656 parameters (b16), 304,326,632 (l16),
+632,045,800 (h14).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Texts of a corpus to ids, part by part, on all cores.
+"""A corpus to ids, part by part, on all cores.
 
 A part is a file of arrays; parts that an interrupted program has finished are kept. The
 processes that encode are started by name, not forked: a fork of a process with threads,
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,29 +43,76 @@ class Column:
     end: bool  # EOS after every text
 
 
-Arrays = dict[str, np.ndarray]  # 'column/ids', 'column/sizes', ...
+Arrays = dict[str, np.ndarray]  # by name
 
 
-def encode(
-    tok: Tokenizer, columns: Sequence[Column], examples: Sequence[Sequence[list]]
-) -> Arrays:
-    """Arrays of some examples, each of which has a list of values a column.
+class ExampleError(DataError):
+    """An example that cannot be encoded; `number` counts those of the split."""
 
-    Of texts: `ids`, flat; `sizes`, of every text; `first`, texts of every example;
-    `counts`, whitespace words and newlines, and UTF-8 bytes. Of others: `values` and
-    `first`.
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.number)
+
+
+class Encoder(Protocol):
+    """Examples to arrays, in this process or in others."""
+
+    def __call__(self, examples: Sequence[Any]) -> Arrays:
+        """Arrays of some examples; DataError if one cannot be encoded."""
+        ...
+
+    def size(self, example: Any) -> int:
+        """Its characters."""
+        ...
+
+    def elsewhere(self, folder: str) -> tuple[Callable[..., "Encoder"], tuple]:
+        """A function and its arguments, both to be pickled, that make this encoder from
+        what is saved into a folder now.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Encodes examples that have a list of values a column.
+
+    Of texts: `column/ids`, flat; `sizes`, of every text; `first`, texts of every
+    example; `counts`, whitespace words and newlines, and UTF-8 bytes. Of others:
+    `column/values` and `first`.
     """
-    arrays: Arrays = {}
-    for i, column in enumerate(columns):
-        rows = [example[i] for example in examples]
-        values = [value for row in rows for value in row]
-        found = {"first": np.array([len(row) for row in rows], np.int64)}
-        if column.is_text:
-            found |= _texts(tok, values, column.end)
-        else:
-            found["values"] = _values(values)
-        arrays |= {f"{column.name}/{key}": x for key, x in found.items()}
-    return arrays
+
+    tok: Tokenizer
+    columns: Sequence[Column]
+
+    def __call__(self, examples: Sequence[Sequence[list]]) -> Arrays:
+        """The arrays."""
+        arrays: Arrays = {}
+        for i, column in enumerate(self.columns):
+            rows = [example[i] for example in examples]
+            values = [value for row in rows for value in row]
+            found = {"first": np.array([len(row) for row in rows], np.int64)}
+            if column.is_text:
+                found |= _texts(self.tok, values, column.end)
+            else:
+                found["values"] = _values(values)
+            arrays |= {f"{column.name}/{key}": x for key, x in found.items()}
+        return arrays
+
+    def size(self, example: Sequence[list]) -> int:
+        """Characters of all texts."""
+        return sum(len(x) for row in example for x in row if isinstance(x, str))
+
+    def elsewhere(self, folder: str) -> tuple[Callable[..., "Texts"], tuple]:
+        """With the saved tokenizer."""
+        return Texts.loaded, (self.tok.save(folder), self.columns)
+
+    @classmethod
+    def loaded(cls, path: str, columns: Sequence[Column]) -> "Texts":
+        """The same with the tokenizer at `path`."""
+        return cls(text.load(path), columns)
 
 
 def _texts(tok: Tokenizer, texts: list[str], end: bool) -> Arrays:
@@ -108,12 +155,12 @@ def _values(values: list) -> np.ndarray:
     return np.array([[repr(values[0])]]) if found.dtype.kind == "O" else found
 
 
-def grouped(examples: Iterable[list[list]]) -> Iterator[list[list[list]]]:
+def grouped(encoder: Encoder, examples: Iterable[Any]) -> Iterator[list[Any]]:
     """Examples of one part after another, the same for the same examples."""
     part, size = [], 0
     for example in examples:
         part.append(example)
-        size += sum(len(x) for row in example for x in row if isinstance(x, str))
+        size += encoder.size(example)
         if size >= PART or len(part) >= EXAMPLES:
             yield part
             part, size = [], 0
@@ -127,12 +174,7 @@ def save(path: str, arrays: Arrays) -> None:
         np.savez(f, **arrays)
 
 
-def write_parts(
-    tok: Tokenizer,
-    columns: Sequence[Column],
-    examples: Iterable[list[list]],
-    folder: str,
-) -> list[str]:
+def write_parts(encoder: Encoder, examples: Iterable[Any], folder: str) -> list[str]:
     """Encodes into parts in a folder; their paths. What is there is not made again.
 
     A second part is what makes it worth to start processes.
@@ -140,7 +182,7 @@ def write_parts(
     paths: list[str] = []
     with contextlib.ExitStack() as stack:
         pool = None
-        groups = grouped(examples)
+        groups = grouped(encoder, examples)
         group, following = next(groups, None), None
         while group is not None:
             following = next(groups, None)
@@ -149,23 +191,30 @@ def write_parts(
             if not os.path.exists(path):
                 if pool is None and following is not None:
                     count = WORKERS or len(os.sched_getaffinity(0))
-                    pool = stack.enter_context(Pool(tok, columns, count))
+                    pool = stack.enter_context(Pool(encoder, count))
                 if pool is None:
-                    save(path, encode(tok, columns, group))
+                    save(path, encoder(group))
                 else:
                     pool.put(path, group)
             group = following
     return paths
 
 
+def joined(parts: Sequence[str], name: str) -> Iterator[np.ndarray]:
+    """The array of that name of every part."""
+    for path in parts:
+        with np.load(path) as arrays:
+            yield arrays[name]
+
+
 class Pool:
     """Processes that encode parts. Leaving it waits for all; DataError if one fails."""
 
-    def __init__(self, tok: Tokenizer, columns: Sequence[Column], count: int):
+    def __init__(self, encoder: Encoder, count: int):
         self._folder = tempfile.TemporaryDirectory(prefix="triform-")
-        saved = tok.save(self._folder.name)
+        setting = encoder.elsewhere(self._folder.name)
         self._jobs: queue.Queue = queue.Queue(1)
-        self._failed: list[str] = []
+        self._failed: list[DataError] = []
         code = f"import sys; sys.path[:] = {sys.path!r}\n"
         code += f"from {__name__} import work; work()"
         environment = os.environ | {
@@ -184,13 +233,13 @@ class Pool:
             for _ in range(count)
         ]
         self._threads = [
-            threading.Thread(target=self._feed, args=(p, (saved, columns)), daemon=True)
+            threading.Thread(target=self._feed, args=(p, setting), daemon=True)
             for p in self._processes
         ]
         for thread in self._threads:
             thread.start()
 
-    def put(self, path: str, examples: list[list[list]]) -> None:
+    def put(self, path: str, examples: list[Any]) -> None:
         """Has a part encoded; waits while all are busy."""
         self._raise()
         self._jobs.put((path, examples))
@@ -203,13 +252,15 @@ class Pool:
                     continue
                 pickle.dump(job, process.stdin, pickle.HIGHEST_PROTOCOL)
                 process.stdin.flush()
-                if reason := pickle.load(process.stdout):
-                    self._failed.append(reason)
+                if error := pickle.load(process.stdout):
+                    self._failed.append(error)
         except (OSError, EOFError, pickle.PickleError):
             code = process.wait()
             self._failed.append(
-                f"a process that encodes texts ended with {code}; is there enough "
-                "memory? Start again: finished parts are kept"
+                DataError(
+                    f"a process that encodes texts ended with {code}; is there enough "
+                    "memory? Start again: finished parts are kept"
+                )
             )
             while self._jobs.get() is not None:  # nobody waits for ever
                 pass
@@ -219,14 +270,16 @@ class Pool:
 
     def _raise(self) -> None:
         if self._failed:
-            raise DataError(self._failed[0])
+            raise self._failed[0]
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         if kind is not None:
-            self._failed.append("interrupted")  # parts that wait are not begun
+            self._failed.append(
+                DataError("interrupted")
+            )  # parts that wait are not begun
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -240,26 +293,28 @@ class Pool:
 
 
 def work() -> None:
-    """What a process of a pool does: reads jobs, answers each with '' or an error."""
+    """What a process of a pool does: reads jobs, answers each with None or an error."""
     answers: Callable = sys.stdout.buffer
     jobs = sys.stdin.buffer
-    saved, columns = pickle.load(jobs)
-    tok = text.load(saved)
+    make, arguments = pickle.load(jobs)
+    encoder = make(*arguments)
     while True:
         try:
             path, examples = pickle.load(jobs)
         except EOFError:
             return
         try:
-            save(path, encode(tok, columns, examples))
-            reason = ""
+            save(path, encoder(examples))
+            failed = None
+        except DataError as error:
+            failed = error
         except OSError as error:
-            reason = (
+            failed = DataError(
                 f"{error.strerror or error}: {error.filename or path}; free disk space "
                 "or mend the path, and start again: finished parts are kept"
             )
         except Exception as error:  # told to the one who asked, whatever it is
-            reason = f"{type(error).__name__}: {error}"
+            failed = DataError(f"{type(error).__name__}: {error}")
         with contextlib.suppress(BrokenPipeError):  # it is gone; the part is kept
-            pickle.dump(reason, answers)
+            pickle.dump(failed, answers)
             answers.flush()

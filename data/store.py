@@ -18,7 +18,7 @@ import numpy as np
 
 from triform.data import encoding, progress, sources
 from triform.data.codecs.text import Tokenizer
-from triform.data.sources import Column, Reading, Source
+from triform.data.sources import LABEL, TEXT, Column, Reading, Source
 from triform.runtime import paths
 from triform.runtime.errors import DataError
 
@@ -112,10 +112,17 @@ class TokenStore:
 def origin(config: Any, source: str) -> Source:
     """A source, with the folders that a config names and what it reads of files."""
     columns = tuple(
-        Column(f.field, f.name, f.is_text, divided=f.divide is each)
+        Column(
+            f.field,
+            f.name,
+            TEXT if f.is_text else LABEL,
+            divided=f.divide is each,
+            many=f.divide is not single,
+        )
         for f in config.features()
         if f.source == source
     )
+    columns += config.columns()
     cache = os.path.join(cache_root(config), "files")
     reading = Reading(columns, config.txt_example, config.held_out, cache)
     found = sources.source(source, config.data_dir, config.manual_dir, reading)
@@ -294,7 +301,7 @@ def _write(
     """Streams: the texts of a corpus need not fit into memory, only their lengths."""
     columns = [encoding.Column(f.field, f.is_text, f.end) for f in features]
     found = read(config, split, features, f"tokenising {split}")
-    written = encoding.write_parts(tok, columns, found, parts)
+    written = encoding.write_parts(encoding.Texts(tok, columns), found, parts)
     for feature in features:
         target = os.path.join(path, feature.field)
         if feature.is_text:
@@ -303,26 +310,21 @@ def _write(
             _join_values(written, feature, target)
 
 
-def _joined(parts: Sequence[str], name: str) -> Iterator[np.ndarray]:
-    for path in parts:
-        with np.load(path) as arrays:
-            yield arrays[name]
-
-
 def _join_texts(parts: Sequence[str], field: str, target: str) -> None:
     """Writes what `Tokens` reads."""
     dtype = np.dtype(np.uint16)
     with open(f"{target}.tokens", "wb") as f:
-        for ids in _joined(parts, f"{field}/ids"):
+        for ids in encoding.joined(parts, f"{field}/ids"):
             dtype = ids.dtype
             f.write(ids.data)  # `tofile` would not say why it fails
     sizes, first, counts = (
-        list(_joined(parts, f"{field}/{name}")) for name in ("sizes", "first", "counts")
+        list(encoding.joined(parts, f"{field}/{name}"))
+        for name in ("sizes", "first", "counts")
     )
     np.savez(
         f"{target}.npz",
-        offsets=_sums(sizes),
-        first=_sums(first),
+        offsets=sums(sizes),
+        first=sums(first),
         counts=np.sum(counts, 0) if counts else np.zeros(2, np.int64),
         dtype=np.zeros(0, dtype),
     )
@@ -332,19 +334,19 @@ def _join_values(parts: Sequence[str], feature: Feature, target: str) -> None:
     """Writes the values of all examples as one array; DataError if they are neither
     numbers nor names.
     """
-    found = list(_joined(parts, f"{feature.field}/values"))
+    found = list(encoding.joined(parts, f"{feature.field}/values"))
     for values in found:
         if values.ndim != 1 or values.dtype.kind not in "biufU":
             raise DataError(
                 f"data.{feature.field}: feature {feature.name!r} of "
                 f"{feature.source!r} holds neither numbers nor names "
-                f"({values.flat[0]!r:.40}); name another"
+                f"({values.flat[0]!s:.40}); name another"
             )
     values = np.concatenate(found) if found else np.zeros(0)
-    first = _sums(list(_joined(parts, f"{feature.field}/first")))
+    first = sums(list(encoding.joined(parts, f"{feature.field}/first")))
     np.savez(f"{target}.npz", values=values, first=first)
 
 
-def _sums(parts: list[np.ndarray]) -> np.ndarray:
+def sums(parts: list[np.ndarray]) -> np.ndarray:
     """0 and the running sums of all numbers, int64."""
     return np.concatenate([[0], *parts]).cumsum(dtype=np.int64)

@@ -57,12 +57,14 @@ def taken(given: Keys, model: ModelConfig) -> tuple[DecodeConfig, list[str]]:
     sampled = left.pop("do_sample", False)
     if sampled:
         found.method, found.top_k = "sample", TOP_K
-    for key in ("temperature", "top_k", "top_p"):
+    for key in ("temperature", "top_k", "top_p", "repetition_penalty"):
         if key in left:
             _take(found, key, key, left)
+    if "no_repeat_ngram_size" in left:
+        _take(found, "no_repeat_ngram", "no_repeat_ngram_size", left)
     if given.get("top_k") == 0:
         found.top_k = 0
-    lines += _beams(found, left, model, sampled)
+    lines += _beams(found, left, sampled)
     lines += _length(found, left, model)
     words = [*left.get("bad_words_ids", ()), *([x] for x in _suppressed(left))]
     single = {ids[0] for ids in words if len(ids) == 1}
@@ -92,20 +94,13 @@ def _take(found: DecodeConfig, ours: str, key: str, left: dict[str, Any]) -> boo
     return True
 
 
-def _beams(
-    found: DecodeConfig, left: dict[str, Any], model: ModelConfig, sampled: bool
-) -> list[str]:
+def _beams(found: DecodeConfig, left: dict[str, Any], sampled: bool) -> list[str]:
     """Sets beams and their penalty; lines."""
     count = left.pop("num_beams", 1)
     if count <= 1:
         left.pop("length_penalty", None)  # of beams only
         left.pop("early_stopping", None)
         return []
-    if "S" not in model.longest():
-        lines = [f"num_beams={count} is not taken: prompts are continued without beams"]
-        if left.pop("length_penalty", None):
-            lines.append("length_penalty is not taken, either")
-        return lines
     if sampled:
         return [f"num_beams={count} is not taken: samples are drawn without beams"]
     found.method, found.beam_size = "beam", count
@@ -170,7 +165,7 @@ def given_back(
             "top_k": decode.top_k,
             "top_p": decode.top_p,
         }
-    elif decode.method == "beam" and writes:
+    elif decode.method == "beam":
         found = {
             "num_beams": decode.beam_size,
             "length_penalty": decode.length_penalty,
@@ -179,6 +174,10 @@ def given_back(
         found = {"do_sample": False, "num_beams": 1}
     if writes:
         found["max_length"] = (decode.max_len or longest) + 1
+    if decode.repetition_penalty != 1:
+        found["repetition_penalty"] = decode.repetition_penalty
+    if decode.no_repeat_ngram:
+        found["no_repeat_ngram_size"] = decode.no_repeat_ngram
     if decode.banned:
         found["bad_words_ids"] = [[i] for i in decode.banned]
     return found
@@ -188,5 +187,6 @@ def merged(original: Keys, ours: Keys) -> dict[str, Any]:
     """`original` with our keys in place of all that say the same."""
     replaced = {f.name for f in dataclasses.fields(DecodeConfig)} | {"max_new_tokens"}
     replaced |= {"do_sample", "num_beams", "bad_words_ids", "suppress_tokens"}
+    replaced |= {"no_repeat_ngram_size"}
     kept = {k: x for k, x in original.items() if not ours or k not in replaced}
     return {**kept, **ours}

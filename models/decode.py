@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from triform.models import repeats
+from triform.models.repeats import NEVER
+
 Array = jax.Array
 Extend = Callable[[Array, Array, Any], tuple[Array, Any]]
 Ends = int | tuple[int, ...]  # the ids that end a text
 METHODS = ("greedy", "beam", "sample")
-NEVER = -1e9  # finite, so that sums of it stay finite
 BLOCK = 128  # entries that `best` takes together
 
 
@@ -35,6 +37,10 @@ class DecodeConfig:
     guidance: float = 1.0
     max_len: int = 0  # tokens at most; 0: data.max_len
     banned: tuple[int, ...] = ()  # ids that are never written
+    # Of tokens read or written logits above 0 are divided by it, others multiplied; 1:
+    # off
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0  # so many tokens in a row never come twice; 0: off
 
     def validate(self) -> None:
         """Raises ValueError with the value, the rule and the fix."""
@@ -54,6 +60,10 @@ class DecodeConfig:
         require(self.max_len >= 0, "max_len", "must not be negative; 0: data.max_len")
         ids = all(isinstance(i, int) and i >= 0 for i in self.banned)
         require(ids, "banned", "must be a tuple of ids")
+        rule = "must be positive; 1 is off"
+        require(self.repetition_penalty > 0, "repetition_penalty", rule)
+        rule = "must not be negative; 0 is off"
+        require(self.no_repeat_ngram >= 0, "no_repeat_ngram", rule)
 
 
 def generate(
@@ -66,17 +76,20 @@ def generate(
     eos: Ends,
     length: int,
     rng: Array,
+    read: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Continues every row.
 
     Returns (tokens int32 [B, length], score of each text [B], log-probability of each
     token [B, length]). `first` and `positions` int32 [B] are the token to feed first
-    and its position; `rng` is a key, or one a row. The tokens end with one of `eos`
-    where it was reached, then zeros. One beam is greedy search.
+    and its position; `rng` is a key, or one a row. `read` int32 [B, P] is what was
+    read, for penalties (`repeats.restrained`); None: `first` alone. The tokens end with
+    one of `eos` where it was reached, then zeros. One beam is greedy search.
     """
+    start = cache, first, positions
     if config.method == "beam" and config.beam_size > 1:
-        return beam_search(config, extend, cache, first, positions, eos, length)
-    text = begin(cache, first, positions, length, rng)
+        return beam_search(config, extend, *start, eos, length, read)
+    text = begin(*start, length, rng, read=read)
     text = advance(config, extend, text, eos, length)
     return text.tokens, text.logp.sum(-1), text.logp
 
@@ -94,6 +107,7 @@ class Text:
     cache: Any
     keys: Array  # [B]
     before: Array  # int32 [B]: tokens that each text has from an earlier call
+    read: Array  # int32 [B, P]: what a penalty looks at besides `tokens`
 
 
 def begin(
@@ -103,6 +117,7 @@ def begin(
     length: int,
     rng: Array,
     before: Array | int = 0,
+    read: Array | None = None,
 ) -> Text:
     """Nothing written yet; see `generate`.
 
@@ -116,7 +131,8 @@ def begin(
         rng = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
     before = jnp.broadcast_to(jnp.asarray(before, jnp.int32), (batch,))
     count = jnp.int32(0)
-    return Text(count, tokens, logp, done, first, positions, cache, rng, before)
+    read = first[:, None] if read is None else read
+    return Text(count, tokens, logp, done, first, positions, cache, rng, before, read)
 
 
 def advance(
@@ -137,8 +153,12 @@ def advance(
         rests = resting(t)
         logits, cache = extend(t.last[:, None], t.positions[:, None], t.cache)
         logp = without_banned(config, jax.nn.log_softmax(logits[:, 0]))
+        wanted = logp
+        if repeats.acts(config):  # of logits: what is divided must not be shifted
+            wanted = logits[:, 0], t.read, t.tokens, t.count
+            wanted = without_banned(config, repeats.restrained(config, *wanted))
         keys = jax.vmap(jax.random.fold_in)(t.keys, t.before + t.count)
-        token = jnp.where(rests, 0, pick(keys, logp))
+        token = jnp.where(rests, 0, pick(keys, wanted))
         gained = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
         return t.replace(
             count=t.count + 1,
@@ -247,27 +267,31 @@ def beam_search(
     positions: Array,
     eos: Ends,
     length: int,
+    read: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """The hypothesis with the best log-probability / length_norm of every row.
 
     Keeps beam_size live and beam_size finished hypotheses a row. Stops when no live one
     can still beat the best finished one. Returns (tokens [B, length], score [B],
-    log-probability of each token [B, length]).
+    log-probability of each token [B, length]). Penalties change scores, not these.
     """
     batch, beams = first.shape[0], config.beam_size
     alpha = config.length_penalty
 
     cache = cache.map_rows(lambda x: jnp.repeat(x, beams, 0))
     positions = jnp.repeat(positions, beams)
+    read = jnp.repeat(first[:, None] if read is None else read, beams, 0)
     rows = jnp.arange(batch)[:, None] * beams
 
     def body(carry):
         i, token, cache, live, live_logp, done, done_score = carry
         logits, cache = extend(token.reshape(-1, 1), (positions + i)[:, None], cache)
         logp = without_banned(config, jax.nn.log_softmax(logits[:, 0]))
-        logp = logp.reshape(batch, beams, -1)
+        written = live[0].reshape(batch * beams, -1)
+        wanted = repeats.restrained(config, logp, read, written, i)
+        logp, wanted = (x.reshape(batch, beams, -1) for x in (logp, wanted))
         vocab = logp.shape[-1]
-        total = live_logp[..., None] + logp
+        total = live_logp[..., None] + wanted
         # So many candidates that at least `beams` of them do not end.
         score, index = best(total, beams * min(vocab, 1 + np.size(eos)))
         parent, token = index // vocab, index % vocab
@@ -297,16 +321,10 @@ def beam_search(
     shape = (batch, beams, length)
     empty = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
     # At first all beams are equal: only one may live.
-    start_logp = jnp.full((batch, beams), NEVER).at[:, 0].set(0.0)
-    carry = (
-        jnp.int32(0),
-        jnp.broadcast_to(first[:, None], (batch, beams)),
-        cache,
-        empty,
-        start_logp,
-        empty,
-        jnp.full((batch, beams), NEVER),
-    )
+    never = jnp.full((batch, beams), NEVER)
+    token = jnp.broadcast_to(first[:, None], (batch, beams))
+    start_logp = never.at[:, 0].set(0.0)
+    carry = jnp.int32(0), token, cache, empty, start_logp, empty, never
     _, _, _, live, live_logp, done, done_score = jax.lax.while_loop(
         unfinished, body, carry
     )

@@ -5,6 +5,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -141,6 +142,8 @@ def one_line(error: Exception) -> str:
 
 def _flag_error(error: flags.Error) -> str:
     """One line for a flag that is unknown or has a value that it cannot have."""
+    if missing := re.search(r"Flag (--\w+) must have a value other", str(error)):
+        return f"{missing[1]} is missing: add {missing[1]}=VALUE"
     if not isinstance(error, flags.UnrecognizedFlagError):
         return " ".join(str(error).split())
     name = error.flagname

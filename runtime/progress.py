@@ -6,6 +6,7 @@ it says what it is doing, on a terminal and in a log file alike.
 
 import contextlib
 import datetime
+import re
 import shutil
 import sys
 import threading
@@ -21,6 +22,8 @@ from triform.runtime.units import scaled
 SOON = 2.0  # seconds after which a stage says that it has begun
 WIDE = 109  # characters of a progress line, at most
 QUIET = 20.0  # seconds between lines, at most
+# Lines of a run that are shown where several run at a time.
+NEWS = re.compile(r"(step|test|error|resuming|finished)\b")
 # Made now: tqdm imports for it, and in a thread that may meet TFDS's lazy imports,
 # which replace those of all threads for a while.
 tqdm.get_lock()

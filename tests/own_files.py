@@ -96,7 +96,7 @@ def write(folder: pathlib.Path, name: str, found) -> str:
 def source(path, texts=("text",), labels=("label",), **options):
     """A source of such files."""
     columns = [Column(name, name) for name in texts]
-    columns += [Column(name, name, is_text=False) for name in labels]
+    columns += [Column(name, name, "label") for name in labels]
     return sources.source(str(path), reading=Reading(tuple(columns), **options))
 
 

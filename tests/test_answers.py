@@ -31,6 +31,7 @@ from triform.models import (
     EncoderDecoderConfig,
     LanguageModelConfig,
     VisionConfig,
+    decode,
 )
 from triform.models.config import TransformerConfig
 from triform.models.decode import DecodeConfig
@@ -248,6 +249,31 @@ def test_a_text_ends_before_a_stop(sampler):
         ours(["ab"], stop=[""])
 
 
+def test_prompts_have_beams(sampler):
+    """Each its own, of at most half the context; a stop ends them, too."""
+    ours, half = sampler("prompts", beam_size=3), CONTEXT // 2
+    together = ours(PROMPTS, scores=True)
+    long = together[1]
+    assert long.finish == "length" and len(long.token_scores) == half
+    assert [x.split(":")[0] for x in long.warnings] == ["cut", "shortened"]
+    *_, alone = ours.live(PROMPTS[0])
+    assert (alone.text, alone.finish) == (together[0].text, together[0].finish)
+    for output in together:
+        n = len(output.token_scores)
+        assert output.tokens and n <= half
+        expected = sum(output.token_scores) / decode.length_norm(n, 0.6)
+        assert output.score == pytest.approx(expected, rel=1e-4)
+    # Some text is likelier than what greedy search finds.
+    greedy = sampler("prompts")(PROMPTS, max_tokens=half, scores=True)
+    assert any(
+        sum(a.token_scores) > sum(b.token_scores) + 0.1
+        for a, b in zip(together, greedy, strict=True)
+    )
+    stop = next(c for c in long.text[1:] if c.isascii())
+    stopped = ours(PROMPTS, stop=[stop])[1]
+    assert stopped.text == long.text[: long.text.find(stop)]
+
+
 def test_a_prompt_that_is_cut_says_by_how_much(sampler):
     ours = sampler("prompts")
     read = CONTEXT + 1 - 8
@@ -367,11 +393,12 @@ def test_settings_that_make_no_sense_are_refused(sampler, workdir):
         sampler("labels")(["a\tb"], num_samples=2)
     with pytest.raises(UserError, match="max_tokens=0"):
         sampler("prompts")(["a"], max_tokens=0)
-    with pytest.raises(UserError, match="method=beam"):
-        Sampler(workdir("prompts"), beam_size=2)
+    with pytest.raises(UserError, match="beam_size=2: method='sample' does not read"):
+        Sampler(workdir("prompts"), beam_size=2, top_k=3)
+    with pytest.raises(UserError, match="top_p=0.5: .* set method='sample'"):
+        Sampler(workdir("prompts"), method="greedy", top_p=0.5)
     with pytest.raises(UserError, match="warmth=2: no setting"):
         Sampler(workdir("prompts"), warmth=2)
-    assert Sampler(workdir("prompts"), beam_size=1).config.decode.method == "greedy"
 
 
 def test_rows_of_a_file_are_strict_json(tmp_path):

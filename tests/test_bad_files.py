@@ -43,6 +43,14 @@ def pictured(**files: bytes) -> dict[str, bytes]:
     return good | {name.replace("__", "/"): x for name, x in files.items()}
 
 
+def cells(*pictures: bytes) -> bytes:
+    """A Parquet file of pictures with labels."""
+    rows = [{"image": x, "label": i % 2} for i, x in enumerate(pictures)]
+    file = io.BytesIO()
+    own_files.parquet(file, rows)
+    return file.getvalue()
+
+
 # What is wrong -> (files, source, what the line says).
 TEXT = {
     "no UTF-8": (
@@ -79,7 +87,11 @@ TEXT = {
     "an empty folder": ({"x/.hidden": b""}, "x", "x: holds no file"),
     "no such file": ({}, "a.txt", "a.txt: no such file or folder"),
     "a pattern of nothing": ({}, "*.txt", r"\*.txt: no such file or folder"),
-    "one example": ({"a.txt": b"x"}, "a.txt", "has 1 different example.*txt_example"),
+    "one example": (
+        {"a.txt": b"x"},
+        "a.txt",
+        "1 different examples are too few.*txt_example",
+    ),
     "unknown suffixes": ({"x/a.exe": b"x"}, "x", "x: no file in it has a suffix"),
     "tables and texts": (
         {"x/a.csv": CSV, "x/a.txt": b"x"},
@@ -157,10 +169,15 @@ TABLES = {
         "a.jsonl",
         "line 40: .*'yes'|line 1: .*'yes'",
     ),
-    "a label that is a list of lists": (
-        {"a.jsonl": lines('{"text": "x", "label": [[1]]}')},
+    "several labels": (
+        {"a.jsonl": lines('{"text": "x", "label": [1, 0]}')},
         "a.jsonl",
-        r"line 40: data.label='label' is \[1\], neither number nor name",
+        r"line 40: data.label='label' is the list \[1, 0\], and an example has one cl",
+    ),
+    "a label that is an object": (
+        {"a.jsonl": lines('{"text": "x", "label": {"a": 1}}')},
+        "a.jsonl",
+        r"line 40: data.label='label' is {'a': 1}, neither number nor name",
     ),
     "a number as text": (
         {"a.jsonl": lines('{"text": 5, "label": 1}')},
@@ -226,6 +243,21 @@ PICTURES = {
         {f"p/a/{i}.png": picture() for i in range(9)},
         "p",
         "p has one class, 'a'",
+    ),
+    "paths in a table that is not beside pictures": (
+        {"own.csv": b"image,label\na/0.png,1\n"},
+        "own.csv",
+        r"own.csv, line 2: data.image='image' is 'a/0.png', not the bytes .*metadata.c",
+    ),
+    "a table without the picture": (
+        {"own.csv": CSV},
+        "own.csv",
+        "data.image='image': .*own.csv, line 2 has no such column; it has 'text', 'la",
+    ),
+    "a torn picture in a table": (
+        {"own.parquet": cells(*[picture()] * 5, picture()[:-200])},
+        "own.parquet",
+        "own.parquet, row 6: is torn or no picture",
     ),
     "another table": (pictured(**{"p__own.csv": CSV}), "p", "own.csv.*called metadata"),
 }

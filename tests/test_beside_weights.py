@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from flax import struct
 from hf_models import BERT, CASES, build, save
 from test_interop_workdir import SIZES, edit, words
+from toy_decoder import NoCache
 
 from triform import workdir as workdirs
 from triform.answers.sampler import Sampler
@@ -49,7 +49,12 @@ GENERATION = [
         {"method": "beam", "beam_size": 4, "length_penalty": 0.8},
         ["num_beams=4", "length_penalty=0.8"],
     ),
-    ({"num_beams": 4, "length_penalty": 0.8}, LM, {}, ["num_beams=4", "length_pen"]),
+    (
+        {"num_beams": 4, "no_repeat_ngram_size": 2},
+        LM,
+        {"method": "beam", "beam_size": 4, "length_penalty": 1.0, "no_repeat_ngram": 2},
+        ["num_beams=4", "length_penalty=1.0"],
+    ),
     (
         {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
         LM,
@@ -69,10 +74,16 @@ GENERATION = [
     ({"max_length": 64}, LM, {}, ["max_length=64", "--max_tokens"]),
     ({"temperature": -1.0}, LM, {}, ["temperature=-1.0"]),
     (
-        {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "of_tomorrow": [1]},
+        {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2},
+        LM,
+        {"repetition_penalty": 1.8, "no_repeat_ngram": 2},
+        [],
+    ),
+    (
+        {"repetition_penalty": -1.0, "encoder_no_repeat_ngram_size": 2, "new": [1]},
         LM,
         {},
-        ["repetition_penalty=1.8", "no_repeat_ngram_size=2", "of_tomorrow=[1]"],
+        ["repetition_penalty=-1.0", "encoder_no_repeat_ngram_size=2", "new=[1]"],
     ),
 ]
 
@@ -99,14 +110,6 @@ def test_settings_of_decoding_come_back(keys, model, ours, named):
     ):
         setattr(again, name, getattr(decoding, name))
     assert again == decoding
-
-
-@struct.dataclass
-class NoCache:
-    """For logits that do not depend on the text."""
-
-    def map_rows(self, change, memory=True):
-        return self
 
 
 @pytest.mark.parametrize("method", decode.METHODS)

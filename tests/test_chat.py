@@ -372,6 +372,9 @@ def test_which_template_is_chosen(tmp_path):
         return chat.choose(name, tokenizer(tok), str(folder), "").template
 
     assert choose("") == choose("chatml") == chat.TEMPLATES["chatml"]
+    (tmp_path / "torn.jinja").write_text("{{ bos_token }}\n{% if %}")
+    with pytest.raises(DataError, match="data.template='.*torn.jinja': .*line 2: Exp"):
+        choose(str(tmp_path / "torn.jinja"))
     assert choose("plain", tok="mistral") == chat.TEMPLATES["plain"]
     (tmp_path / "mine.jinja").write_text(QWEN)
     assert choose(str(tmp_path / "mine.jinja")) == QWEN

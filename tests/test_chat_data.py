@@ -13,6 +13,7 @@ from triform.configs.schema import (
     TokenPredictionConfig,
     TransformerConfig,
 )
+from triform.data import encoding
 from triform.data.codecs import files as codec_files
 from triform.data.datasets.base import EVALUATION
 from triform.data.datasets.conversations import packed
@@ -225,6 +226,28 @@ def test_columns_of_an_instruction_file_take_the_same_path(sources):
     assert all((a[k] == b[k]).all() for k in a)
     with pytest.raises(DataError, match="no such feature; expected one of a, q"):
         opened(config_of(source="pairs"))
+
+
+def test_several_processes_give_what_one_gives(sources, monkeypatch, tmp_path):
+    """Of every kind of tokenizer: its special tokens are the same there."""
+    sources(chats=[talk(i) for i in range(40)])
+    bpe = TokenizerConfig(kind="bpe")
+    configs = [config_of(), config_of(tokenizer=bpe, template="plain")]
+    opened_ones = [opened(config, "all") for config in configs]
+    monkeypatch.setattr(encoding, "PART", 500)
+    monkeypatch.setattr(encoding, "WORKERS", 2)
+    for config, (split, codecs) in zip(configs, opened_ones, strict=True):
+        config.cache_dir = str(tmp_path / config.tokenizer.kind)
+        one = split.dataset.store
+        other = Split.open(config, codecs, "all", {"vocab_size": 300}).dataset.store
+        assert one.digest == other.digest
+        for name in ("ids", "trained", "offsets", "example", "answer"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    bad = [talk(i) for i in range(40)]
+    bad[30] = {"messages": [{"role": "user"}]}
+    sources(chats=bad)
+    with pytest.raises(DataError, match=r"chats all, example 30: .*cannot write"):
+        Split.open(configs[0], opened_ones[0][1], "all", {"vocab_size": 300})
 
 
 def test_errors_name_the_example(sources):

@@ -14,7 +14,7 @@ from triform import evaluate, train
 from triform import lm_eval as harnessed
 from triform import workdir as workdirs
 from triform.answers.chat import Conversation, talk
-from triform.answers.inputs import of_lines
+from triform.answers.inputs import Asked, of_lines
 from triform.answers.sampler import Sampler
 from triform.configs import my_chat
 from triform.configs.schema import smoke
@@ -127,6 +127,14 @@ def test_chat_asks_with_all_that_was_said(trained, capsys):
     assert one_line(again.text) == second
     assert one_line(alone.text) == third
     assert text.text == alone.text  # of a chat, a text is what a user says
+    lines = [b"/reset\n", b"And?"]
+    talk(sampler, of_lines(lines, "lines"), {"max_tokens": 6}, system="Add.")
+    (begun,) = sampler(
+        [[{"role": "system", "content": "Add."}, said[-1]]], max_tokens=6
+    )
+    assert capsys.readouterr().out == one_line(begun.text) + "\n"
+    with pytest.raises(UserError, match="--chat: a.jsonl, line 1 is no line of text"):
+        talk(sampler, [Asked({"messages": said}, "a.jsonl, line 1")], {})
 
 
 def test_a_long_conversation_forgets_its_oldest_turns(trained):

@@ -205,6 +205,25 @@ def test_every_key_has_a_meaning():
                 assert meaning not in ("Sizes", "Parts"), name
 
 
+def test_a_key_that_is_not_there_is_answered_with_the_nearest():
+    config = config_flag.load("llama:8b")
+    assert "mean model.trunk?" in refusal(keys.listing, config, "model.trnk")
+    assert "first ones are model, " in refusal(keys.listing, config, "qq")
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("--confg.data.source=x", "did you mean --config.data.source?"),
+        ("--data.source=x", "unknown flag --data.source: did you mean --config.data"),
+        ("-model.trunk.ffn=x", "did you mean --config.model.trunk.ffn?"),
+        ("--dta.source=x", "no field 'dta'"),
+    ],
+)
+def test_a_misspelt_section_is_one_line_with_the_nearest(word, hint):
+    assert hint in refusal(parsed, "--config=llama:8b", word)
+
+
 def test_choices_are_those_of_the_tables():
     found = {key.name: key for key in keys.listing(config_flag.load("llama:8b"))}
     for name, table in {

@@ -84,13 +84,18 @@ def test_numbers_are_regression(sources):
     config = SequenceClassificationConfig(source="m", target="number")
     codecs, sizes = coded(config)
     assert codecs.keys() == {"text"}
-    batch = rows(datasets.dataset(config, "train", codecs, sizes))
+    dataset = datasets.dataset(config, "train", codecs, sizes)
+    batch = rows(dataset)
     assert batch["label"].dtype == np.float32
     assert batch["label"].tolist() == [2.5, 1.0]
+    said = "data.label='label': from 1 to 2.5, mean 1.75, standard deviation 0.75"
+    assert dataset.remarks() == [said]
     with pytest.raises(DataError, match=r'example 0: .* 2.5.*data.target="number"'):
         opened(SequenceClassificationConfig(source="m"))
     sources(m=[{"text": "x", "label": "2.5"}])  # as CSV has them
     assert rows(opened(config))["label"].tolist() == [2.5]
+    sources(m=[{"text": "x", "label": x} for x in (70, 80)])
+    assert opened(config).remarks()[0].endswith("1 training takes fewer steps")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,12 @@ def test_tagged_rows_are_written_as_documented(sources):
     assert dataset.codecs["tags"].names == ("X", "Y", "Z")
     equal(rows(dataset), expected)
     expected["weights"][0, 3] = 0
-    equal(rows(opened(dataclasses.replace(config, mask="mask"))), expected)
+    masked = opened(dataclasses.replace(config, mask="mask"))
+    equal(rows(masked), expected)
+    # What is true stands in the order of what is decoded.
+    assert dataset.truth(0) == {"true_tags": ["X", "Z", "X"]}
+    shown = {k: expected[k][0] for k in ("targets", "weights")}
+    assert masked.decoded(shown)["tags"] == masked.truth(0)["true_tags"] == ["X", "X"]
     short = rows(opened(dataclasses.replace(config, max_len=6)))
     assert short["inputs"].tolist() == [ids("CabcdS")]
     assert short["weights"].tolist() == [[0, 1, 0, 1, 0, 0]]

@@ -84,7 +84,7 @@ def test_what_fails_in_a_process_is_told(corpus, monkeypatch):
     bad = [[["good text"]], [["bad \ud83d"]], [["more text"]]] * 3
     folder = os.path.dirname(corpus)
     with pytest.raises(DataError, match="Unicode|surrogate|TypeError"):
-        encoding.write_parts(tok, columns, bad, folder)
+        encoding.write_parts(encoding.Texts(tok, columns), bad, folder)
 
 
 PROGRAM = """

@@ -104,11 +104,6 @@ def test_a_table_gives_a_file_of_rows(run, workdir, tmp_path):
     assert "line 2: failed: " in run("generate.py", *strict, code=1).stderr
 
 
-def test_prompts_have_no_beams(run, workdir):
-    args = (f"--workdir={workdir}", "--beam_size=2", "--input=x")
-    assert "--method=beam" in run("generate.py", *args, code=1).stderr
-
-
 def test_a_run_starts_from_another(run, workdir, tmp_path):
     done = run(
         "train.py",

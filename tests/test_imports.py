@@ -22,7 +22,7 @@ IMPORTS = {
     "tools": ("capsule",),
     "forks": ("workdir",),
     # The plan says whether a run can be exported.
-    "plan": ("interop", "input_pipeline"),
+    "plan": ("forecast", "interop", "input_pipeline"),
     "capsule": ("workdir", "input_pipeline"),
     "stepping": ("compilation", "observe", "recovery"),
     "observe": ("forecast",),
@@ -36,7 +36,8 @@ IMPORTS = {
     "config_flag": ("forks",),
     "sweep": ("config_flag", "sweeps"),
     "sweeps": ("runtime",),
-    "inspection": ("workdir",),
+    # It names the commands that a workdir can go on with.
+    "inspection": ("interop",),
     "interop": ("workdir",),
     "workdir": ("experiment", "trained_codecs"),
     "trained_codecs": ("configs",),
@@ -82,7 +83,7 @@ ROWS = {
         ("models.algorithms*",),
         ("models.positions", "models.embedding", "models.layers", "models.logits"),
         ("models.config", "models.mask", "models.matmul", "models.decode"),
-        ("models.patterns", "models.stacking"),
+        ("models.patterns", "models.repeats", "models.stacking"),
     ),
     "data": (
         ("data.datasets*",),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 
 import jax
 import mido
@@ -206,9 +207,13 @@ def test_a_long_piece_has_several_lines_in_its_picture():
     assert height > 4 * 8 * 4  # four lines, of 8 keys of 4
 
 
-def test_a_file_of_music_says_what_was_written_and_all_warnings(tmp_path):
+def test_a_file_of_music_says_what_was_written_and_all_warnings(tmp_path, monkeypatch):
     log, file = io.StringIO(), MusicFiles(str(tmp_path / "a.mid"))
     report = generate.Report("a.mid", file.rows, log)
+    monkeypatch.setattr(generate, "QUIET", 0.01)
+    with report.going_on():
+        while "a.mid: 0 answers so far" not in log.getvalue():
+            time.sleep(0.01)
     for i, warnings in enumerate((("failed: torn",), ("failed: no music",), ())):
         output = Output(music=Music.of_notes([], 4) if i == 2 else None)
         output.warnings = warnings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triform import train, workdir
+from triform import evaluate, train, workdir
 from triform.configs import bert_finetune, my_images, my_labels, my_pairs, my_text
 from triform.data import store
 from triform.data.codecs import files as codec_files
@@ -81,7 +81,19 @@ def test_a_template_trains_and_goes_on_where_the_data_went(
     own.rename(tmp_path / "moved")
     config.data.source = source.replace(str(own), str(tmp_path / "moved"))
     config.steps = 8
-    assert train.run(config, str(run))["test/loss"] != scores["test/loss"]
+    scores, before = train.run(config, str(run)), scores
+    assert scores["test/loss"] != before["test/loss"]
+    # What is predicted stands beside what is true.
+    split = config.data.test_split
+    found = evaluate.run(str(run), split, predictions=True).predictions
+    if "test/accuracy" in scores and "true_label" in found[0]:
+        right = np.mean([x["label"] == x["true_label"] for x in found])
+        assert right == pytest.approx(scores["test/accuracy"])
+    else:
+        assert template in (my_text, my_pairs)
+    references = [x.get("reference") for x in found]
+    expected = [f"de {x['input'].split()[1]}" for x in found if template is my_pairs]
+    assert references == (expected or [None] * len(found))
 
 
 def test_a_template_trains_adapters_of_another_run(tmp_path, monkeypatch):

@@ -4,9 +4,13 @@ import json
 import shutil
 
 import numpy as np
+import own_files
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from triform.answers.inputs import of_file
 from triform.data import sources
 from triform.data.codecs import files as codec_files
 from triform.data.datasets import ImagesConfig
@@ -105,7 +109,7 @@ def opened(folder, split="train", **fields):
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (9, 7, 3)])
-def test_class_folders_and_a_table_give_the_same(folder, tmp_path, shape):
+def test_class_folders_and_tables_give_the_same(folder, tmp_path, shape):
     rows = []
     for i in range(24):
         name = f"{'abc'[i % 3]}/{i:02}.png"
@@ -118,14 +122,48 @@ def test_class_folders_and_a_table_give_the_same(folder, tmp_path, shape):
     rows.sort(key=lambda row: (row["label"], row["file_name"]))  # as folders come
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (flat / "metadata.jsonl").write_text(text)
+    inside = [
+        {"label": x["label"], "image": (flat / x["file_name"]).read_bytes()}
+        for x in rows
+    ]
+    table = tmp_path / "inside.parquet"
+    own_files.parquet(table, inside)
     for split in ("train", "validation", "test"):
-        (one, codecs), (other, same) = opened(folder, split), opened(flat, split)
-        assert codecs["label"].names == same["label"].names == ("a", "b", "c")
-        for (_, x), (_, y) in zip(
-            one.batches.evaluation(), other.batches.evaluation(), strict=True
-        ):
-            for key in x:
-                np.testing.assert_array_equal(x[key], y[key], key)
+        one, codecs = opened(folder, split)
+        for place in (flat, table):
+            other, same = opened(place, split)
+            assert codecs["label"].names == same["label"].names == ("a", "b", "c")
+            assert one.dataset.digest == other.dataset.digest
+            for (_, x), (_, y) in zip(
+                one.batches.evaluation(), other.batches.evaluation(), strict=True
+            ):
+                for key in x:
+                    np.testing.assert_array_equal(x[key], y[key], key)
+
+
+def test_a_table_of_datasets_has_names_of_classes_and_pictures_beside_paths(folder):
+    folder.mkdir()
+    names = {"names": ["no", "yes"], "_type": "ClassLabel"}
+    about = {"features": {"y": names, "x": {"_type": "Image"}}}
+    paths = [write(folder / "drawn", f"{i}.png") for i in range(9)]
+    rows = [
+        {"x": {"bytes": p.read_bytes(), "path": p.name}, "y": i % 2}
+        for i, p in enumerate(paths)
+    ]
+    found = pa.Table.from_pylist(rows)
+    found = found.replace_schema_metadata({"huggingface": json.dumps({"info": about})})
+    pq.write_table(found, folder / "train.parquet")
+    table = str(folder / "train.parquet")
+    split, codecs = opened(table, image="x", label="y")
+    assert codecs["label"].names == ("no", "yes")
+    first = split.dataset.example(0)
+    (same,) = (p for p in paths if np.array_equal(decoded(str(p)), first["x"]))
+    assert split.dataset.describe(0).startswith(f"{table}, row {int(same.stem) + 1} (")
+    # A request may be a row of such a table.
+    asked = split.dataset.requests(split.batches.config, codecs, {"num_labels": 2})
+    item = asked.read(rows[int(same.stem)])
+    np.testing.assert_array_equal(item.parts[0], first["x"])
+    assert next(of_file(table)).repeated() == {"x": "0.png", "y": 0}
 
 
 def test_folders_of_splits(folder):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from triform import plan, train
-from triform.configs import gpt_shakespeare_char, llama, schema
+from triform.configs import gpt_shakespeare_char, llama, sasrec, schema
 from triform.data.codecs.text import ByteTokenizer
 from triform.data.datasets import (
     CausalLMConfig,
@@ -110,17 +110,30 @@ def test_a_warm_up_longer_than_the_run_is_said(warmup, said):
 
 def test_the_cost_of_an_evaluation_is_that_of_its_positions(texts):
     ours = config().resolved()
-    splits = plan.Splits.open(Experiment(ours), CODECS)
+    experiment = Experiment(ours)
+    splits = plan.Splits.open(experiment, CODECS)
     rows = len(splits.test.dataset)
     ours.evaluation.every = 5
     share = rows / (5 * 3 * 4)  # a step: 4 rows, forward and twice that backward
-    assert f"every 5 steps, {rows} examples: about {share:.1%}" in plan.evaluations(
-        splits
-    )
-    assert ("lower evaluation.examples" in plan.evaluations(splits)) == (share > 0.5)
+    said = plan.evaluations(experiment, splits)
+    assert f"every 5 steps, {rows} examples: about {share:.1%}" in said
+    assert ("lower evaluation.examples" in said) == (share > 0.5)
     ours.evaluation.examples = 6
     share = 6 / (5 * 3 * 4)
-    assert f"6 examples: about {share:.1%}" in plan.evaluations(splits)
+    said = plan.evaluations(experiment, splits)
+    assert f"6 examples: about {share:.1%}" in said
+
+
+def test_a_head_that_reads_one_position_in_evaluation_costs_less_there():
+    ours = sasrec.get_config("softmax")
+    trunk, ours.model.num_items = ours.model.trunk, 500
+    trunk.max_len = ours.data.max_len
+    width, length = trunk.d_model, ours.data.max_len
+    # A position's products: query, key and value, feed-forward, and both of attention.
+    layers = trunk.num_layers * (3 * width + 2 * trunk.d_ff + 2 * length) * width
+    expected = layers / (layers + 500 * width)  # of all items in training alone
+    found = plan.position_cost(Experiment(ours))
+    assert found == pytest.approx(expected)
 
 
 # --- What resuming changes ---

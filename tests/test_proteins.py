@@ -132,7 +132,7 @@ def test_records_can_be_read_in_any_order(tmp_path):
     chains = {f"c{i}": "MKVLAG"[: 1 + i % 6] * (1 + i % 5) for i in range(600)}
     path = write(tmp_path / "a.fasta", fasta(chains))
     labels = write(tmp_path / "a.y.fasta", fasta(chains))
-    columns = (Column("text", "sequence"), Column("tags", "y", False, divided=True))
+    columns = (Column("text", "sequence"), Column("tags", "y", "label", divided=True))
     reading = Reading(columns, held_out=0.0)
     rows = source(f"{path},{labels}", reading=reading).examples("train")
     for i in (599, 0, 300, 257, 599, 1):

@@ -8,6 +8,8 @@ import pytest
 from test_recommendation import metrics_of
 
 from triform import evaluate, generate, train, workdir
+from triform.answers import inputs
+from triform.answers.inputs import Asked
 from triform.configs import sasrec
 from triform.configs.schema import update
 from triform.data.datasets import EVALUATION
@@ -102,5 +104,18 @@ def test_it_lists_the_best_items_that_are_new(run):
     assert none.warnings[0].startswith("empty")
     with pytest.raises(UserError, match="'unknown'"):
         sampler(["item7 unknown"], strict=True)
+    # Rows of a log are one request a user, in the order of their times.
+    sampler.kind.config.time = "when"
+    rows = [
+        {"user": u, "item": f"item{i}", "when": t}
+        for u, i, t in (("a", 4, "10"), ("b", 9, "1"), ("a", 3, "9"), ("c", 1, "soon"))
+    ]
+    asked = [Asked(x, f"line {i}") for i, x in enumerate([*rows, {"items": ["item2"]}])]
+    both = [*inputs.gathered(asked, sampler.kind)]
+    assert [x.value.get("user") for x in both] == ["a", "b", "c", None]
+    assert both[0].value["item"] == ["item3", "item4"]
+    first, second, bad, whole = sampler(both)
+    assert "item5" in first.items and "item10" in second.items and whole.items
+    assert "'soon' is neither a number nor a date" in bad.warnings[0]
     many = generate.Sampler(path, top_k=99)(["item1 item2"])[0]
     assert len(many.items) == ITEMS - 2

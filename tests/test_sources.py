@@ -402,7 +402,7 @@ def test_text_is_str_at_every_depth(tmp_path):
         (
             "nosuch",
             "train",
-            "'nosuch': no such data set: expected one of cldr, listops",
+            "'nosuch': no such data set, file or folder: expected a path, one of ",
         ),
         ("nested", "dev", "nested: split 'dev': expected one of train"),
         ("nested", "train[:0]", r"split 'train\[:0\]' has no examples: .*train 3"),

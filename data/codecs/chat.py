@@ -306,7 +306,8 @@ class ChatTemplate:
         except Exception as error:  # a foreign program may raise anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
             # The assistant speaks first: it was asked nothing.
-            what = f"these {len(messages)} messages" if messages else "a prompt alone"
+            count = f"{len(messages)} message{'s' * (len(messages) > 1)}"
+            what = count if messages else "a prompt alone"
             raise DataError(
                 f"the chat template cannot write {what} ({why:.200}); "
                 "correct the example or set data.template"
@@ -465,6 +466,11 @@ def choose(name: str, tokenizer: Tokenizer, folder: str, day: str) -> ChatTempla
                 f"of {', '.join(TEMPLATES)}, or '' for the tokenizer's own"
             )
     found = ChatTemplate(tokenizer, text or TEMPLATES["chatml"], day)
+    if name:  # that of a workdir need not be used
+        try:
+            found._compiled  # noqa: B018
+        except DataError as error:
+            raise DataError(f"data.template={name!r}: {error}") from error
     if found.template == TEMPLATES["chatml"] and not found.end():
         raise DataError(
             f"data.template={name!r}: the tokenizer has no token {CHATML_TOKENS[1]!r}, "

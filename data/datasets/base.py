@@ -12,13 +12,14 @@ from triform.data.batch import Batch, Shape, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import TokenizerConfig
 from triform.data.datasets.requests import Requests, framing
-from triform.data.sources import Source
+from triform.data.sources import Column, Source
 from triform.data.sources.formats import TXT_EXAMPLES
 from triform.data.store import Feature
 from triform.runtime import paths
 from triform.runtime.errors import DataError
 
 TARGETS = ("class", "number")  # what is predicted of a text or a word
+FAR = 10.0  # of the numbers that are predicted: a mean or deviation worth a word
 
 
 @dataclasses.dataclass
@@ -68,7 +69,11 @@ class DataConfig:
         return {}
 
     def features(self) -> tuple[Feature, ...]:
-        """What is read of every example, besides images."""
+        """What is read of every example, besides `columns`."""
+        return ()
+
+    def columns(self) -> tuple[Column, ...]:
+        """Pictures, and what is read of a table beside them."""
         return ()
 
     def opened(self, name: str, found: Source, cache: str) -> Source:
@@ -265,6 +270,10 @@ class Dataset:
         """What a model reads of an item, as the source has it; '' without text."""
         return ""
 
+    def truth(self, item: int) -> dict[str, Any]:
+        """What is right of an item, beside a prediction: {'true_label': 'yes'}."""
+        return {}
+
     def samples(
         self, items: Sequence[int], rows: Sequence[Mapping[str, np.ndarray]]
     ) -> dict[str, bytes]:
@@ -354,6 +363,23 @@ def labels(
         values = numbers.astype(np.float64)[inverse]
     refuse(~np.isfinite(values), "not finite; correct or remove the example")
     return values.astype(np.float32)
+
+
+def spread(config: Any, field: str, values: np.ndarray) -> list[str]:
+    """For the report: the range of numbers that are predicted; [] if they are classes.
+
+    Numbers far from 0, or widely spread, take many steps: a new head starts near 0.
+    """
+    if field in config.classes() or not len(values):
+        return []
+    mean, deviation = float(values.mean(dtype=np.float64)), float(values.std())
+    line = (
+        f"data.{field}={getattr(config, field)!r}: from {values.min():g} to "
+        f"{values.max():g}, mean {mean:.4g}, standard deviation {deviation:.4g}"
+    )
+    if max(abs(mean), deviation) > FAR:
+        line += "; with a mean near 0 and a deviation near 1 training takes fewer steps"
+    return [line]
 
 
 def is_number(text: str) -> bool:

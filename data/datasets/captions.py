@@ -16,6 +16,7 @@ from triform.data.datasets.base import Dataset, Epoch, TextConfig
 from triform.data.datasets.images import opened, pixels, scaling
 from triform.data.datasets.requests import Item, Requests, as_text
 from triform.data.progress import Bar
+from triform.data.sources import PICTURE, Column
 from triform.data.store import Feature
 from triform.runtime import paths
 from triform.runtime.errors import DataError
@@ -32,6 +33,10 @@ class CaptionsConfig(TextConfig):
     def features(self) -> tuple[Feature, ...]:
         """What is read: also what a new tokenizer is trained on."""
         return (Feature("text", self.source, self.text),)
+
+    def columns(self) -> tuple[Column, ...]:
+        """The image."""
+        return (Column("image", self.image, PICTURE),)
 
     def rows(self, shape: Shape) -> int:
         """All rows have one length."""

@@ -2,14 +2,13 @@
 
 import dataclasses
 import datetime
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from triform.data import progress, store
+from triform.data import encoding, progress, store
 from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.chat import (
@@ -21,6 +20,7 @@ from triform.data.codecs.chat import (
     contents,
     messages_of,
 )
+from triform.data.codecs.text import load
 from triform.data.datasets.base import Dataset, Epoch, TextConfig
 from triform.data.datasets.causal_lm import Prompts
 from triform.data.datasets.requests import Item
@@ -288,59 +288,103 @@ def _mapped(path: str, dtype: np.dtype) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, "r"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """An encoder of (number of the example, messages, tools).
+
+    Of all texts: `ids` and `trained`, flat; `sizes`; `example` and `answer` as in
+    `_Store`.
+    """
+
+    template: ChatTemplate
+
+    def __call__(self, examples: Sequence[tuple]) -> encoding.Arrays:
+        """The arrays; ExampleError for what the template cannot write."""
+        numbers, texts = [], []
+        for number, messages, tools in examples:
+            try:
+                found = self.template.turns(messages, tools)
+            except DataError as error:
+                raise encoding.ExampleError(str(error), number) from error
+            texts += found
+            numbers += [number] * len(found)
+        dtype = np.uint16 if self.template.size <= 1 << 16 else np.uint32
+        ids, marks = [np.zeros(0, dtype)], [np.zeros(0, bool)]
+        for start in range(0, len(texts), CHUNK):
+            for x, trained in self.template.encode_batch(texts[start : start + CHUNK]):
+                ids.append(x.astype(dtype))
+                marks.append(trained)
+        # The first token is never a target.
+        answers = [1 + int(x[1:].argmax()) if x[1:].any() else -1 for x in marks[1:]]
+        return {
+            "ids": np.concatenate(ids),
+            "trained": np.concatenate(marks),
+            "sizes": np.array([len(x) for x in ids[1:]], np.int64),
+            "example": np.array(numbers, np.int64),
+            "answer": np.array(answers, np.int64),
+        }
+
+    def size(self, example: tuple) -> int:
+        """Characters of the contents."""
+        return sum(len(str(message.get("content"))) for message in example[1])
+
+    def elsewhere(self, folder: str) -> tuple[Callable[..., "Chat"], tuple]:
+        """With the saved tokenizer."""
+        about = self.template.template, self.template.day
+        return Chat.loaded, (self.template.tokenizer.save(folder), *about)
+
+    @classmethod
+    def loaded(cls, path: str, template: str, day: str) -> "Chat":
+        """The same with the tokenizer at `path`."""
+        return cls(ChatTemplate(load(path), template, day))
+
+
 def _open_store(config: Any, split: str, chat: ChatTemplate) -> _Store:
     keys = [chat.digest(), *(feature.key() for feature in config.features())]
 
     def write(path: str, parts: str) -> None:
-        _write(config, split, chat, path)
+        try:
+            found = encoding.write_parts(Chat(chat), _read(config, split), parts)
+        except encoding.ExampleError as error:
+            where = store.place(config, config.source, split, error.number)
+            raise DataError(f"{where}: {error}") from error
+        _join(found, os.path.join(path, "chat"))
 
     return _Store(store.cached(config, "chats", config.source, split, keys, write))
 
 
-def _write(config: Any, split: str, chat: ChatTemplate, path: str) -> None:
-    path = os.path.join(path, "chat")
-    dtype = np.dtype(np.uint16 if chat.size <= 1 << 16 else np.uint32)
-    sizes, examples, answers = [0], [], []
-    with open(f"{path}.tokens", "wb") as tokens, open(f"{path}.trained", "wb") as marks:
-        for example, ids, trained in _encoded(config, split, chat):
-            tokens.write(ids.astype(dtype).tobytes())
-            marks.write(trained.tobytes())
-            # The first token is never a target.
-            answer = 1 + int(trained[1:].argmax()) if trained[1:].any() else -1
-            sizes.append(len(ids))
-            examples.append(example)
-            answers.append(answer)
+def _join(parts: Sequence[str], path: str) -> None:
+    """Writes what `_Store` reads."""
+    dtype = np.dtype(np.uint16)
+    for name, end in (("trained", "trained"), ("ids", "tokens")):
+        with open(f"{path}.{end}", "wb") as f:
+            for x in encoding.joined(parts, name):
+                dtype = x.dtype
+                f.write(x.data)
+    sizes, example, answer = (
+        list(encoding.joined(parts, name)) for name in ("sizes", "example", "answer")
+    )
     np.savez(
         f"{path}.npz",
-        offsets=np.cumsum(sizes, dtype=np.int64),
-        example=np.array(examples, np.int64),
-        answer=np.array(answers, np.int64),
+        offsets=store.sums(sizes),
+        example=np.concatenate(example),
+        answer=np.concatenate(answer),
         dtype=np.zeros(0, dtype),
     )
 
 
-def _encoded(
-    config: Any, split: str, chat: ChatTemplate
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(number of the example, ids, trained) of every text."""
+def _read(config: Any, split: str) -> Iterator[tuple[int, Sequence[Message], Any]]:
+    """(number, messages, tools) of every example."""
     raw = store.examples(config, config.source, split)
     read = conversation_reader(config)
     counted = progress.counted(raw, f"tokenising {split}", len(raw))
-    stream = enumerate(counted)
-    while chunk := list(itertools.islice(stream, CHUNK)):
-        numbers, texts = [], []
-        for number, example in chunk:
-            try:
-                found = chat.turns(*read(example))
-            except DataError as error:
-                where = store.place(config, config.source, split, number)
-                raise DataError(f"{where}: {error}") from error
-            texts += found
-            numbers += [number] * len(found)
-        for number, (ids, trained) in zip(
-            numbers, chat.encode_batch(texts), strict=True
-        ):
-            yield number, ids, trained
+    for number, example in enumerate(counted):
+        try:
+            found = read(example)
+        except DataError as error:
+            where = store.place(config, config.source, split, number)
+            raise DataError(f"{where}: {error}") from error
+        yield number, *found
 
 
 def conversation_reader(

@@ -23,7 +23,7 @@ from triform.data.datasets.base import (
 )
 from triform.data.datasets.requests import Item, Requests
 from triform.data.progress import counted
-from triform.data.sources import pictures
+from triform.data.sources import LABEL, PICTURE, Column, pictures
 from triform.runtime.errors import DataError
 
 CROPS = ("none", "pad", "resized")
@@ -73,6 +73,11 @@ class ImagesConfig(DataConfig):
         mixed = {"V": "num_labels"} if self.mixup else {}
         return ({"H": self.size, "W": self.size, "C": self.channels, **mixed},)
 
+    def columns(self) -> tuple[Column, ...]:
+        """The image, and the label if there is one."""
+        label = [Column("label", self.label, LABEL)] if self.label else []
+        return (Column("image", self.image, PICTURE), *label)
+
     def classes(self) -> dict[str, str]:
         """The label, if there is one."""
         return {"label": "num_labels"} if self.label else {}
@@ -95,7 +100,9 @@ class ImagesConfig(DataConfig):
 
 
 class Pictures(Requests):
-    """Paths of image files, Pillow's images, or arrays uint8 [h, w] or [h, w, c]."""
+    """Paths or bytes of image files, as tables have them, Pillow's images, or arrays
+    uint8 [h, w] or [h, w, c].
+    """
 
     columns, gives = ("image",), ("label", "score", "probabilities")
     example = "picture.png"
@@ -160,10 +167,11 @@ def pixels(image: Any) -> np.ndarray:
 
 
 def opened(image: Any) -> np.ndarray:
-    """The same, or of the file whose path it is."""
+    """The same, or of a file: of its path, or of its bytes as tables have them."""
     if isinstance(image, str | os.PathLike):
         return pictures.decoded(os.fspath(image))
-    return pixels(image)
+    content = pictures.content_of(image)
+    return pixels(image) if content is None else pictures.decoded("image", content)
 
 
 def scaling(config: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -304,6 +312,12 @@ class Images(Dataset):
     def example(self, item: int) -> Mapping[str, Any]:
         """The example as the source has it."""
         return self.examples[item]
+
+    def truth(self, item: int) -> dict[str, Any]:
+        """The name of its class, if it has one."""
+        if not self.config.label:
+            return {}
+        return {"true_label": self.codecs["label"].names[self._labels[item]]}
 
     def preview(self, batch: Batch) -> str:
         """The first image as shades, 32 characters wide at most, and its label."""

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from triform.data.codecs import Codec
 from triform.data.codecs.classes import Classes
 from triform.data.datasets.base import DataConfig, Dataset, Epoch
 from triform.data.datasets.requests import Item, Requests
-from triform.data.sources import Source
+from triform.data.sources import Source, histories
 from triform.data.sources.histories import LEFT_OUT, SHORTEST, Histories
 from triform.data.store import Feature, each
 from triform.runtime.errors import DataError
@@ -162,6 +162,21 @@ class Recommendations(Requests):
         known = classes["items"].names if "items" in classes else ("ITEM", "ITEM")
         found = itertools.islice((x for x in known if len(x.split()) == 1), 2)
         return f"--input={shlex.quote(' '.join(found))}"
+
+    def owner(self, request: Any) -> str | None:
+        """The user of a row that holds one, as rows of training do."""
+        name = self.config.user
+        if isinstance(request, Mapping) and name and name in request:
+            return str(request[name])
+        return None
+
+    def united(self, parts: Sequence[Any]) -> Any:
+        """All items of a user, in the order of their times."""
+        user, items = self.config.user, self.config.items
+        if not all(items in part for part in parts):
+            return parts[0]
+        found = histories.in_order(parts, items, self.config.time)
+        return {user: parts[0][user], items: found}
 
     def read(self, request: Any) -> Item:
         """The ids of the items that the run knows."""

@@ -84,6 +84,14 @@ class Requests:
         """
         return f'--input="{cls.example}"'
 
+    def owner(self, request: Any) -> str | None:
+        """Whose request a row of a file is a part of; None: it is a whole one."""
+        return None
+
+    def united(self, parts: Sequence[Any]) -> Any:
+        """The request whose parts are these rows; DataError if they make none."""
+        raise NotImplementedError
+
     # What all share
 
     @classmethod

@@ -16,6 +16,7 @@ from triform.data.datasets.base import (
     Epoch,
     TextConfig,
     labels,
+    spread,
 )
 from triform.data.datasets.requests import Item, Requests
 from triform.data.store import Feature
@@ -168,6 +169,16 @@ class SequenceClassification(Dataset):
         label = batch["label"][0]
         shown = self.codecs["label"].names[label] if self.config.classes() else label
         return f"{super().preview(batch)}\n  {'label':17}{shown}"
+
+    def remarks(self) -> list[str]:
+        """The range of the numbers that are predicted."""
+        return spread(self.config, "label", self._label)
+
+    def truth(self, item: int) -> dict[str, Any]:
+        """The name of its class; that of numbers stands in predictions."""
+        if not self.config.classes():
+            return {}
+        return {"true_label": self.codecs["label"].names[self._label[item]]}
 
     def input_text(self, item: int) -> str:
         """The texts of an item, a tab between them."""

@@ -11,7 +11,7 @@ from triform.data.batch import Batch, Field, Sizes, Spec
 from triform.data.codecs import Codec
 from triform.data.codecs.text import BY_CHARACTER
 from triform.data.codecs.tokenizer import well_formed
-from triform.data.datasets.base import TARGETS, Dataset, Epoch, labels
+from triform.data.datasets.base import TARGETS, Dataset, Epoch, labels, spread
 from triform.data.datasets.requests import Item, Requests
 from triform.data.datasets.sequence_classification import (
     EncoderInputsConfig,
@@ -149,18 +149,36 @@ class TokenClassification(Dataset):
 
     def write(self, batch: Batch, row: int, item: int, epoch: Epoch) -> None:
         """The words, shortened to the row."""
-        room = batch["inputs"].shape[1] - self.framing.added(1)
-        first, last = self.words.first[item : item + 2]
-        begins = self.words.offsets[first : last + 1]
-        ids = self.words.ids[begins[0] : begins[-1]][:room]
+        ids, words, begins = self._read(item, batch["inputs"].shape[1])
         positions = write_texts(
             batch, row, [ids], self.framing, self.config.global_tokens
         )
-        # Words that have a piece, and have it in the row.
-        kept = (np.diff(begins) > 0) & (begins[:-1] - begins[0] < len(ids))
-        at = positions[0] + begins[:-1][kept] - begins[0]
-        batch["targets"][row, at] = self._tags[first:last][kept]
-        batch["weights"][row, at] = self._weights[first:last][kept]
+        at = positions[0] + begins
+        batch["targets"][row, at] = self._tags[words]
+        batch["weights"][row, at] = self._weights[words]
+
+    def _read(self, item: int, length: int) -> tuple[np.ndarray, ...]:
+        """Of a row of this length: ids, the words that have a piece in it, and where
+        among the ids each of these begins.
+        """
+        first, last = self.words.first[item : item + 2]
+        start, *begins = self.words.offsets[first : last + 1].tolist()
+        room = length - self.framing.added(1)
+        ids = self.words.ids[start : begins[-1] if begins else start][:room]
+        ends = np.array(begins, np.int64) - start
+        begins = np.array([0, *ends[:-1]], np.int64)[: len(ends)]
+        kept = (ends > begins) & (begins < len(ids))
+        return ids, first + np.flatnonzero(kept), begins[kept]
+
+    def remarks(self) -> list[str]:
+        """The range of the numbers that are predicted."""
+        return spread(self.config, "tags", self._tags)
+
+    def truth(self, item: int) -> dict[str, Any]:
+        """The tags of the words that `decoded` gives the found ones of."""
+        _, words, _ = self._read(item, self.config.max_len)
+        tags = self._tags[words[self._weights[words] > 0]]
+        return {"true_tags": named(self.config, self.codecs, tags)}
 
     def preview(self, batch: Batch) -> str:
         """The first row for the eye, some lines."""

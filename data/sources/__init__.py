@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 from triform.data.sources import cldr, digits, listops, locate
 from triform.data.sources.base import (
+    LABEL,
+    PICTURE,
+    TEXT,
     Column,
     Embedded,
     KeptEmbedded,
@@ -18,10 +21,14 @@ from triform.data.sources.base import (
 )
 from triform.data.sources.files import FileSource
 from triform.data.sources.midi_files import MidiSource
-from triform.data.sources.pictures import PictureSource
+from triform.data.sources.picture_tables import TablePictures
+from triform.data.sources.pictures import FolderPictures
 
 __all__ = [
+    "LABEL",
+    "PICTURE",
     "SOURCES",
+    "TEXT",
     "Column",
     "Embedded",
     "Reading",
@@ -77,12 +84,14 @@ def source(
     if name in SOURCES:
         return SOURCES[name](name, data_dir, manual_dir, reading)
     if is_path(name):
-        texts = [c.name for c in reading.columns if c.is_text]
+        texts = [c.name for c in reading.columns if c.kind == TEXT]
         found = locate.find(name, reading.txt_example, texts)
         if found.midi:
             return MidiSource(name, found, reading)
-        kind = PictureSource if found.pictures else FileSource
-        return kind(name, found, reading)
+        if found.pictures:
+            return FolderPictures(name, found, reading)
+        inside = any(c.kind == PICTURE for c in reading.columns)
+        return (TablePictures if inside else FileSource)(name, found, reading)
     # Not at the top: TFDS costs half a second, some 50 MB and a long list of
     # dependencies, which training on an embedded source need not pay.
     from triform.data.sources.tfds_source import TfdsSource

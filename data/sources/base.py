@@ -48,14 +48,18 @@ class Source(Protocol):
         ...
 
 
+TEXT, LABEL, PICTURE = "text", "label", "picture"  # kinds of columns
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
     """A column that a config reads."""
 
     key: str  # of the config: 'label' of data.label
     name: str
-    is_text: bool = True  # else labels: numbers or names
+    kind: str = TEXT  # LABEL: numbers or names
     divided: bool = False  # of labels: a text has one in each of its characters
+    many: bool = False  # of labels: an example may have a list of them
 
 
 @dataclasses.dataclass(frozen=True)

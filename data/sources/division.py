@@ -10,6 +10,7 @@ from triform.data.sources.base import Reading
 from triform.runtime.errors import DataError
 
 HELD_OUT = ("test", "validation")  # in the order in which hashes are given to them
+SCORED = {"test": "test_split", "validation": "eval_split"}  # keys of the config
 ALL = "all"  # every row, whatever its split
 SLICE = re.compile(r"([\w-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
@@ -102,10 +103,11 @@ class Divided:
         hashes = self.hashes[rows]
         distinct = len(np.unique(hashes))
         if distinct <= len(missing):
+            keys = "".join(f", data.{SCORED[x]}=train" for x in missing)
             raise DataError(
-                f"{self.name}: has {distinct} different {self.noun}, too few to hold "
+                f"{self.name}: {distinct} different {self.noun} are too few to hold "
                 f"out {' and '.join(missing)}; {self.hint}add data, or set "
-                "data.held_out=0 and data.eval_split=train"
+                f"data.held_out=0{keys}"
             )
         share = int(self.reading.held_out * 2**64)
         taken, found = np.zeros(len(rows), bool), {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from triform.data.sources import formats, indexes
-from triform.data.sources.base import Reading
+from triform.data.sources.base import LABEL, TEXT, Reading
 from triform.data.sources.digests import digests
 from triform.data.sources.division import HELD_OUT, Divided
 from triform.data.sources.formats import File
@@ -64,7 +64,7 @@ class FileSource(Divided):
     def index(self) -> Index:
         """What a pass over all files found, once for every content."""
         folder = self.reading.cache
-        labels = sorted((c.name, c.divided) for c in self.columns if not c.is_text)
+        labels = sorted((c.name, c.divided) for c in self.columns if c.kind == LABEL)
         name = f"index-{self._digest(self.files, labels)}.npz"
         path = os.path.join(folder, name) if folder else ""
         found = Index.load(path) if path else None
@@ -114,8 +114,7 @@ class FileSource(Divided):
 
     def location(self) -> str:
         """The files."""
-        first, *others = (file.name for file in self.files)
-        return f"{first} and {len(others):,} more" if others else first
+        return formats.listed(self.files)
 
     def where(self, split: str, item: int) -> str:
         """'data.csv, line 7'."""
@@ -134,7 +133,7 @@ class FileSource(Divided):
         values = row.values
         for column in self.columns:
             value = values[column.name]
-            if column.is_text:
+            if column.kind == TEXT:
                 values[column.name] = indexes.cleaned(value)
             else:
                 kind, value = (
@@ -146,13 +145,7 @@ class FileSource(Divided):
 
     @functools.cached_property
     def _classes(self) -> Mapping[str, tuple[str, ...]]:
-        first = next((f for f in self.files if f.format == "arrow"), None)
-        if first is None:
-            return {}
-        # Not at the top: pyarrow costs 0.2 s, which no other format needs.
-        from triform.data.sources import arrow
-
-        return arrow.classes(first.paths[0])
+        return formats.classes(self.files)
 
     @functools.cached_property
     def _digests(self) -> dict[str, str]:
@@ -166,6 +159,6 @@ class FileSource(Divided):
             (f.format, f.columns, f.split, [self._digests[path] for path in f.paths])
             for f in files
         ]
-        texts = sorted(c.name for c in self.columns if c.is_text)
+        texts = sorted(c.name for c in self.columns if c.kind == TEXT)
         content = repr((VERSION, facts, texts, more))
         return hashlib.sha256(content.encode()).hexdigest()[:32]

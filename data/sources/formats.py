@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from triform.data.sources import fasta
@@ -96,6 +96,22 @@ def rows(file: File, position: Position = ()) -> Iterator[Row]:
             if found is None:
                 return
             yield Row(at, *found)
+
+
+def listed(files: Sequence[File]) -> str:
+    """'a.csv and 3 more'."""
+    first, *others = (file.name for file in files)
+    return f"{first} and {len(others):,} more" if others else first
+
+
+def classes(files: Sequence[File]) -> Mapping[str, tuple[str, ...]]:
+    """{column: names} that `datasets` gives classes in Arrow files."""
+    first = next((f for f in files if f.format == "arrow"), None)
+    if first is None:
+        return {}
+    from triform.data.sources import arrow  # as above
+
+    return arrow.classes(first.paths[0])
 
 
 # Text

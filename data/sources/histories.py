@@ -6,6 +6,7 @@ all items in order. Here an example is a user. The splits are positions of one s
 `validation` ends one item earlier, `train` two.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -244,6 +245,26 @@ class Histories(Divided):
 def _listed(value: Any) -> list:
     """The values of a sequence, or the only one."""
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+
+
+def in_order(rows: Sequence[Mapping[str, Any]], items: str, time: str) -> list:
+    """The items of rows, in the order of their times where all have one, as in a log.
+
+    Cells may spell numbers. DataError for what is no time.
+    """
+    chosen = [x for row in rows for x in _listed(row[items])]
+    if not time or not all(time in row for row in rows):
+        return chosen
+    times = [x for row in rows for x in _listed(row[time])]
+    with contextlib.suppress(ValueError):
+        times = [*map(float, times)]
+    if len(times) != len(chosen):
+        raise DataError(
+            f"{len(times):,} values in data.time={time!r} for {len(chosen):,} items; "
+            "give every item its time"
+        )
+    when = _moments(times, f"data.time={time!r}")
+    return [chosen[i] for i in np.argsort(when, kind="stable")]
 
 
 def _moments(values: list, field: str) -> np.ndarray:

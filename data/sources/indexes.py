@@ -13,7 +13,7 @@ import numpy as np
 
 from triform.data import progress
 from triform.data.sources import formats
-from triform.data.sources.base import Column
+from triform.data.sources.base import LABEL, TEXT, Column
 from triform.data.sources.formats import File, Row
 from triform.data.sources.streams import COMPRESSED
 from triform.runtime.errors import DataError
@@ -99,8 +99,8 @@ def scan(
 
     `classes` holds columns of numbers that stand for names, which may be read as text.
     """
-    texts = sorted({c.name for c in columns if c.is_text})
-    labels = {c.name: Labels(c) for c in columns if not c.is_text}
+    texts = sorted({c.name for c in columns if c.kind == TEXT})
+    labels = {c.name: Labels(c) for c in columns if c.kind == LABEL}
     hashes, empty, starts, marks = array.array("Q"), bytearray(), [0], []
     with progress.Bar("reading files", unit="rows") as bar:
         for file in files:
@@ -109,11 +109,11 @@ def scan(
                 if (len(hashes) - first) % STRIDE == 0:
                     marks.append((len(hashes), *row.position))
                     bar.update(len(hashes) - bar.done)
-                _check_columns(columns, row, file)
+                check_columns(columns, row, file)
                 values = [row.values[name] for name in texts]
                 for name, value in zip(texts, values, strict=True):
                     if type(value) is not str:
-                        _check_text(name, value, columns, classes, row, file)
+                        check_text(name, value, columns, classes, row, file)
                 content = _content(values if texts else [row.values], row, file)
                 digest = hashlib.blake2b(content, digest_size=8, key=KEY).digest()
                 hashes.append(int.from_bytes(digest))
@@ -188,7 +188,8 @@ def _has_nul(value: Any) -> bool:
     return any(map(_has_nul, value)) if isinstance(value, list) else "\0" in str(value)
 
 
-def _check_columns(columns: Sequence[Column], row: Row, file: File) -> None:
+def check_columns(columns: Sequence[Column], row: Row, file: File) -> None:
+    """DataError if a row lacks one of them."""
     for column in columns:
         if column.name not in row.values:
             raise DataError(
@@ -197,7 +198,7 @@ def _check_columns(columns: Sequence[Column], row: Row, file: File) -> None:
             )
 
 
-def _check_text(
+def check_text(
     name: str,
     value: Any,
     columns: Sequence[Column],
@@ -205,6 +206,7 @@ def _check_text(
     row: Row,
     file: File,
 ) -> None:
+    """DataError if a value of the column `name` is neither text nor a list of such."""
     numbered = isinstance(value, int) and name in classes
     if not (value is None or isinstance(value, list | dict) or numbered):
         key = next(c.key for c in columns if c.name == name)
@@ -227,6 +229,12 @@ class Labels:
     def add(self, value: Any, row: Row, file: File) -> None:
         """Takes the labels of a row; DataError if one is missing or is neither."""
         value = divided(value, self.column)
+        if isinstance(value, list) and not self.column.many:
+            raise DataError(
+                f"{file.where(row.number)}: data.{self.column.key}="
+                f"{self.column.name!r} is the list {value!r:.40}, and an example has "
+                "one class; name another column, or train a model for every class"
+            )
         for x in value if isinstance(value, list) else [value]:
             key = type(x), x if isinstance(x, str | int | float) else None
             if key in self.seen:

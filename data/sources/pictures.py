@@ -1,11 +1,12 @@
-"""Folders of pictures as a source: in folders by class, or described by a table."""
+"""Pictures as a source: in folders by class, or described by a table beside them."""
 
 import concurrent.futures
 import functools
 import hashlib
+import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,36 @@ from PIL import Image, ImageOps
 
 from triform.data import progress
 from triform.data.sources import formats, indexes, locate
-from triform.data.sources.base import Column, Reading
+from triform.data.sources.base import LABEL, Column, Reading
 from triform.data.sources.digests import digests
 from triform.data.sources.division import Divided
 from triform.data.sources.formats import File
 from triform.runtime.errors import DataError
 
-IMAGE, LABEL, FILE_NAME = "image", "label", "file_name"
+IMAGE, FILE_NAME = "image", "file_name"
 VERSION = "1"  # of how pictures are decoded; another one makes other cache entries
 
 
-def decoded(path: str) -> np.ndarray:
+def content_of(value: Any) -> bytes | None:
+    """The bytes of a file that a table has inside; None of what is no such cell.
+
+    They stand alone or, as `datasets` writes them, beside a path.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None
+
+
+def decoded(path: str, content: bytes | None = None) -> np.ndarray:
     """uint8 [h, w, 1 or 3]: upright, transparent parts white, of several frames the
     first; DataError names a file that is none.
+
+    With `content` these bytes are decoded, and `path` is for messages.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
                 return eight_bits(upright, path)
@@ -80,48 +93,35 @@ class Pictures(Sequence):
         return len(self._numbers)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        path, values = self._source.rows[int(self._numbers[item])]
-        return {IMAGE: decoded(path), **values}
+        return self._source.example(int(self._numbers[item]))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[item] for item in range(len(self)))
 
 
 class PictureSource(Divided):
-    """One example a picture: `image`, and `label`, the folder it is in, or the columns
-    of metadata.csv or .jsonl.
-    """
+    """Base: one example a picture, with what is known of it."""
 
     noun = "pictures"
+    rows: list[tuple[str, dict[str, Any]]]  # (where, what is known of it) of every one
+    contents: Sequence[str]  # a digest of every one
 
     def __init__(self, name: str, found: locate.Found, reading: Reading):
         self.name, self.found, self.reading = name, found, reading
 
-    @functools.cached_property
-    def rows(self) -> list[tuple[str, dict[str, Any]]]:
-        """(path, what is known of it) of every picture; each has been decoded once."""
-        rows = self._described() if self.found.files else self._in_folders()
-        self._decode_all([path for path, _ in rows])
-        return rows
+    def example(self, number: int) -> dict[str, Any]:
+        """The picture, uint8 [h, w, c], with what is known of it."""
+        raise NotImplementedError
 
     @functools.cached_property
     def hashes(self) -> np.ndarray:
         """Of the content of every picture's file."""
         keyed = (
             hashlib.blake2b(digest.encode(), digest_size=8, key=indexes.KEY).digest()
-            for digest in self._digests
+            for digest in self.contents
         )
         found = [int.from_bytes(x) for x in keyed]
         return np.array(found, np.uint64)
-
-    @functools.cached_property
-    def _digests(self) -> list[str]:
-        return digests([path for path, _ in self.rows], self.reading.cache)
-
-    def runs(self) -> list[tuple[str, int]]:
-        """(split, 1) of every picture."""
-        splits = {file.paths[0]: file.split for file in self.found.pictures}
-        return [(splits[path], 1) for path, _ in self.rows]
 
     def examples(self, split: str) -> Pictures:
         """The pictures of a split, a slice of one, or a sum of such."""
@@ -146,19 +146,47 @@ class PictureSource(Divided):
     def fingerprint(self, split: str) -> str:
         """Contents and labels of the pictures of a split; not where they are."""
         known = [
-            (self._digests[i], sorted(self.rows[i][1].items()))
+            (self.contents[i], sorted(self.rows[i][1].items()))
             for i in self.numbers(split).tolist()
         ]
         digest = hashlib.sha256(repr((VERSION, split, known)).encode()).hexdigest()
         return f"pictures-{digest[:32]}"
 
+    def where(self, split: str, item: int) -> str:
+        """The picture's path, or its place in a table."""
+        return self.rows[int(self.numbers(split)[item])][0]
+
+
+class FolderPictures(PictureSource):
+    """Files: `image`, and `label`, the folder it is in, or the columns of metadata.csv
+    or .jsonl.
+    """
+
+    @functools.cached_property
+    def rows(self) -> list[tuple[str, dict[str, Any]]]:
+        """(path, what is known of it) of every picture; each has been decoded once."""
+        rows = self._described() if self.found.files else self._in_folders()
+        self._decode_all([path for path, _ in rows])
+        return rows
+
+    @functools.cached_property
+    def contents(self) -> list[str]:
+        """Of the files."""
+        return digests([path for path, _ in self.rows], self.reading.cache)
+
+    def example(self, number: int) -> dict[str, Any]:
+        """The picture, decoded now, with what is known of it."""
+        path, values = self.rows[number]
+        return {IMAGE: decoded(path), **values}
+
+    def runs(self) -> list[tuple[str, int]]:
+        """(split, 1) of every picture."""
+        splits = {file.paths[0]: file.split for file in self.found.pictures}
+        return [(splits[path], 1) for path, _ in self.rows]
+
     def location(self) -> str:
         """Their folder."""
         return self.found.root
-
-    def where(self, split: str, item: int) -> str:
-        """The picture's path."""
-        return self.rows[int(self.numbers(split)[item])][0]
 
     def _in_folders(self) -> list[tuple[str, dict[str, Any]]]:
         """The label is the first folder, or that in the folder of a split."""
@@ -192,7 +220,7 @@ class PictureSource(Divided):
                         f"{table.where(row.number)}: {path} {rule}; correct the row"
                     )
                 for name, value in values.items():
-                    column = Column(LABEL, name, is_text=False)
+                    column = Column(LABEL, name, LABEL)
                     labels.setdefault(name, indexes.Labels(column)).add(
                         value, row, table
                     )
@@ -223,11 +251,18 @@ class PictureSource(Divided):
         mark = os.path.join(self.reading.cache, name) if self.reading.cache else ""
         if mark and os.path.exists(mark):
             return
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            shapes = pool.map(lambda path: decoded(path).shape, listed)
-            for _ in progress.counted(shapes, "looking at pictures", len(listed)):
-                pass
+        decode_all(decoded, listed, len(listed))
         if mark:
             os.makedirs(self.reading.cache, exist_ok=True)
             with open(mark, "w"):
                 pass
+
+
+def decode_all(
+    decode: Callable[[Any], np.ndarray], items: Iterable, total: int
+) -> None:
+    """Decodes all of them, on all cores; raises what the first that fails raises."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        shapes = pool.map(lambda item: decode(item).shape, items)
+        for _ in progress.counted(shapes, "looking at pictures", total):
+            pass

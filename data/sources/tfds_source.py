@@ -191,7 +191,7 @@ class TfdsSource:
                 "`pip install h5py`"
             )
             raise DataError(
-                f"{name!r}: no such data set: expected one of "
+                f"{name!r}: no such data set, file or folder: expected a path, one of "
                 f"{', '.join([*self.others, *BUILDERS])}, or a public TFDS name such "
                 f"as wmt14_translate/de-en (see tensorflow.org/datasets/catalog)"
                 f"{hidden}"
