@@ -121,7 +121,7 @@ class Progress:
         self.live = sys.stdout is not None and sys.stdout.isatty()
         self.first = self.step = step
         self.started = time.perf_counter()
-        self.idle = 0.0  # seconds spent on evaluation and saving, all in all
+        self.idle = 0.0  # seconds of compiling, evaluation and saving, all in all
         self._reset()
         self.window = window
         self.said = self.stepped = time.perf_counter()
@@ -150,6 +150,15 @@ class Progress:
         seconds = time.perf_counter() - start
         self.waited += seconds
         self.waited_in_all += seconds
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Leaves the time inside out of the speed, as that of compiling a step."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.away += seconds
+        self.idle += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -230,7 +239,7 @@ class Progress:
         self.heartbeat.said()
 
     def pace(self) -> float:
-        """Seconds a step since the start, without evaluation and saving."""
+        """Seconds a step since the start, without compiling, evaluation and saving."""
         return (time.perf_counter() - self.started - self.idle) / max(
             1, self.step - self.first
         )
