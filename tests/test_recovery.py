@@ -288,7 +288,8 @@ def test_readers_that_orbax_leaves_behind_end_without_a_traceback(monkeypatch):
 def test_events_on_a_full_disk_fail_once(tmp_path):
     """What is left in a buffer would be tried again, with a traceback, at exit."""
     events = Events(str(tmp_path), 0)
-    events._writer._py_recordio_writer._writer = full = open("/dev/full", "wb")  # noqa: SIM115 (closed below)
+    full = open("/dev/full", "wb")  # noqa: SIM115  (closed by what is tested)
+    events._writer._py_recordio_writer._writer = full
     events.add(1, "train/loss", 2.0)
     with pytest.raises(OSError, match="No space left"):
         events.close()
