@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from triform import workdir as workdirs
@@ -99,7 +100,11 @@ def norms(params: Any) -> dict[str, float]:
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    return jax.numpy.linalg.norm(x.astype(jax.numpy.float32).reshape(-1))
+    x = x.astype(jnp.float32).reshape(-1)
+    # Squares of what is large and finite would not be.
+    most = jnp.abs(x).max(initial=0.0)
+    scale = jnp.where(jnp.isfinite(most) & (most > 0), most, 1.0)
+    return scale * jnp.linalg.norm(x / scale)
 
 
 def first_bad(experiment: Experiment, state: TrainState, batch: Any) -> str:
@@ -107,8 +112,8 @@ def first_bad(experiment: Experiment, state: TrainState, batch: Any) -> str:
 
     `batch` as steps take it on a mesh; slow, operation by operation.
     """
-    task, k = experiment.task, experiment.config.optim.accumulate
-    batch = dict(batch)
+    k, batch = experiment.config.optim.accumulate, dict(batch)
+    task = _without_remat(experiment).task
     micros = experiment.micros(batch) if k > 1 else None
 
     def forward() -> None:
@@ -118,6 +123,12 @@ def first_bad(experiment: Experiment, state: TrainState, batch: Any) -> str:
             task.outputs(state.variables(), micro, ctx)
 
     return first_nonfinite(forward)
+
+
+def _without_remat(experiment: Experiment) -> Experiment:
+    """The same numbers, and all modules can be looked into."""
+    names = [f"model.{name}.remat" for name in experiment.config.model.trunks()]
+    return experiment.with_values(dict.fromkeys(names, False))
 
 
 def named(experiment: Experiment, state: TrainState, batch: Any) -> str:
@@ -144,8 +155,6 @@ def replay(folder: str) -> str:
     facts = json.loads(text)
     config = workdirs.open_config(folder)
     config.placement, config.mesh = "mesh", MeshConfig()
-    for trunk in config.model.trunks().values():
-        trunk.remat = False  # the same numbers, and modules can be looked into
     experiment = Experiment(config)
     with Checkpointer(workdirs.checkpoint_dir(folder), CheckpointConfig()) as kept:
         wanted = experiment.abstract_state().replace(opt_state={})

@@ -5,6 +5,7 @@ of any size and of devices that are not here. What each number means, and how fa
 the truth it was: docs/planning.md.
 """
 
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -18,6 +19,7 @@ import jax
 
 from triform.configs.schema import ExperimentConfig
 from triform.experiment import Experiment
+from triform.models.algorithms.flash import told
 from triform.runtime import chips, guard, leaves, program
 from triform.runtime.chips import Devices
 from triform.runtime.errors import UserError
@@ -139,8 +141,11 @@ def trace(
         "limit": jax.ShapeDtypeStruct((), "float32"),
     }
     step = guard.guarded(experiment.train_step, experiment.config.recovery)
+    silent = contextvars.copy_context()
+    silent.run(told.set, False)
     with TRACING:
-        return program.trace(lambda state, fed: step(state, fed, Across()), state, fed)
+        traced = functools.partial(step, across=Across())
+        return silent.run(program.trace, traced, state, fed)
 
 
 def written_out(config: ExperimentConfig) -> bool:
@@ -348,7 +353,10 @@ def time_line(config: ExperimentConfig, found: Forecast, on: Hardware) -> str:
     """Seconds of a step and hours of the run at the assumed utilisation."""
     each = seconds(found, on)
     if not each:
-        return f"time: no peak FLOP/s of {on.name} is known; the first steps tell"
+        return (
+            f"time: no peak FLOP/s of {on.name} is known for products of this dtype; "
+            "the first steps tell"
+        )
     hours = each * config.steps / 3600
     return (
         f"time: {hours:,.2f} hours, {each:.4f} s a step, if {on.utilisation:.0%} of "

@@ -54,7 +54,7 @@ def begin(workdir: str, config: ExperimentConfig, text: str) -> None:
     hosts.here().barrier("looking at the run to fork")
     if hosts.here().is_first:
         _copy(workdir, source, old, steps, scores, fork)
-    hosts.here().barrier("forking")
+    hosts.here().barrier("copying the run that is forked", hosts.SLOW)
     print(f"forked: {source} after step {step}")
 
 

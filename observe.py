@@ -12,7 +12,7 @@ from absl import flags
 
 from triform import forecast
 from triform.experiment import Experiment
-from triform.runtime import host, profile
+from triform.runtime import files, host, profile, stores
 from triform.runtime.checkpoint import Checkpointer
 from triform.runtime.errors import UserError
 from triform.runtime.partition import Step
@@ -80,7 +80,8 @@ class Observer:
         if not self._held and self._steps:
             self._held = host.resident_bytes(trim=True)
         if self._profiled and step == self._profiled[0]:
-            profile.start(self._folder)
+            self._traced = stores.Mirror(self._folder)
+            profile.start(self._traced.folder)
             self._tracing = True
             self._began = time.perf_counter(), self._progress.waited_in_all
 
@@ -101,7 +102,8 @@ class Observer:
         first, self._tracing = self._profiled[0], False
         with self._progress.paused():
             with stage(f"writing the profile of steps {first} to {step}"):
-                found = profile.stop(self._folder)
+                found = profile.stop(self._traced.folder)
+                self._traced.close()
                 texts = [x.compiled.as_text() for x in self._steps.values()]
                 text = profile.table(found, texts, step - first + 1, wall, waited)
             say(f"{text}\nprofile: {self._folder} (TensorBoard, ui.perfetto.dev)")
@@ -138,7 +140,7 @@ class Observer:
         if not seconds:
             told = "not predicted, since the peak of this device is unknown"
         lines.append(f"a step: {told}; measured {self._progress.pace():.4f} s")
-        size = _bytes_below(str(checkpointer.directory), checkpointer.latest())
+        size = files.size_below(f"{checkpointer.directory}/{checkpointer.latest()}")
         lines.append(
             f"a checkpoint: predicted {shown(found.checkpoint)}, measured {shown(size)}"
         )
@@ -148,12 +150,3 @@ class Observer:
         """Ends a profile that the run did not live to the end of."""
         if self._tracing:
             self._end(self._progress.step)
-
-
-def _bytes_below(folder: str, step: int | None) -> int:
-    """Bytes of the files of a checkpoint."""
-    return sum(
-        os.path.getsize(os.path.join(path, name))
-        for path, _, names in os.walk(os.path.join(folder, str(step)))
-        for name in names
-    )

@@ -169,10 +169,10 @@ def go_back(
         print(f"resume={step}: done before; going on after step {steps[-1]}")
         return
     if step not in steps and step != 0:
-        shown = ", ".join(map(str, steps)) or "none is saved"
-        raise UserError(
-            f"--resume={step}: no checkpoint of that step; name one of {shown}"
+        shown = (
+            f"name one of {', '.join(map(str, steps))}" if steps else "none is saved"
         )
+        raise UserError(f"--resume={step}: no checkpoint of that step; {shown}")
     set_aside(workdir, checkpointer, step)
 
 

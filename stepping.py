@@ -48,7 +48,8 @@ class Steps:
         `index` is that of the batch's shape. UserError or Rewind if the step before was
         bad and is not skipped.
         """
-        self._observer.before(step, index, self._compiled[index])
+        with self._progress.preparing():
+            self._observer.before(step, index, self._compiled[index])
         state, measured = self._run(state, batch, index, step)
         if not self._good(state):
             state, measured = self._run(guard.passed(state), batch, index, step)

@@ -16,18 +16,24 @@ Exit codes: 0 all finished (or submitted), 1 a run failed (the others are done),
 interrupted as train.py is, the running runs saved: start the same command again.
 """
 
+import contextlib
+import json
 import os
+import re
+import shlex
+import shutil
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from triform import config_flag
-from triform.configs import plugins
+from triform.configs import plugins, schema
 from triform.configs import sweeps as files_of_sweeps
-from triform.configs.schema import ExperimentConfig
-from triform.runtime import commands, files, launch, paths, signals
+from triform.configs.schema import CHOICES, ExperimentConfig
+from triform.runtime import commands, files, launch, paths, signals, stores
 from triform.runtime.errors import UserError
 from triform.sweeps import local, packs, report, runs, search, slurm, values
 from triform.sweeps.local import Stop
@@ -56,8 +62,10 @@ def _print(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     if not where:
         return local.show(sweep, todo)
     place = slurm.place(where, flags.FLAGS.sbatch)
-    found = [path for path, _ in slurm.scripts(sweep, todo, place)]
-    shown = [f"# {commands.path(path)}\n{files.read_text(path)}" for path in found]
+    shown = []
+    for path, after in slurm.scripts(sweep, todo, place):
+        words = slurm.sbatch(path, after, "JOB_ABOVE")
+        shown.append(f"# {shlex.join(words)}\n{files.read_text(path)}")
     return "\n".join(shown)
 
 
@@ -77,6 +85,8 @@ def _numbers(config: ExperimentConfig, keys: Sequence[str]) -> dict[str, type]:
     """The type of each key whose value is a number. UserError for no such key."""
     found = {}
     for key in keys:
+        if key in CHOICES:  # model=from:RUN: a type, whose name --config.model takes
+            continue
         config_flag.check_key(config, key, "...")
         value: Any = config
         for name in key.split("."):
@@ -95,15 +105,23 @@ def _file_plan(name: str) -> values.Plan:
         raise UserError(
             f"--sweep_file={name}: no such file; name a Python file or one of {known}"
         )
-    module = plugins.load(paths.absolute(path))
-    if not callable(getattr(module, "get_sweep", None)):
-        raise UserError(f"--sweep_file={name}: defines no get_sweep()")
-    with plugins.one_line(module.__file__):
-        return module.get_sweep()
+    # Not plugins.load: it may have the name of the config's file.
+    path = paths.absolute(path)
+    module = types.ModuleType("triform_sweep_file")
+    module.__file__, sys.modules[module.__name__] = path, module
+    with plugins.one_line(path):
+        with open(path, "rb") as f:
+            exec(compile(f.read(), path, "exec", dont_inherit=True), module.__dict__)
+        if not callable(getattr(module, "get_sweep", None)):
+            raise UserError(f"--sweep_file={name}: defines no get_sweep()")
+        return values.checked(module.get_sweep())
 
 
-def asked(workdir: str, passed: list[str]) -> Sweep:
-    """The sweep that the flags describe; UserError before anything starts."""
+def asked(workdir: str, passed: list[str]) -> tuple[Sweep, ExperimentConfig]:
+    """(the sweep that the flags describe, the config that its runs have in common).
+
+    UserError before anything starts.
+    """
     flag = flags.FLAGS
     if not flag.config:
         raise UserError("--config is missing: name a config, a file or a workdir")
@@ -130,12 +148,44 @@ def asked(workdir: str, passed: list[str]) -> Sweep:
         flag.jobs,
         flag.prune,
     )
+    _check_values(sweep, plan)
     if isinstance(plan, values.Search):
         sweep.search = plan
     else:
         sweep.members = [sweep.member(settings) for settings in plan]
-    _check_values(sweep, plan)
-    return sweep
+    return sweep, config
+
+
+def _as_before(sweep: Sweep, passed: list[str]) -> ExperimentConfig | None:
+    """Adds further flags, which all runs of a workdir's sweep get, to it.
+
+    The config with them; None without any.
+    """
+    flag = flags.FLAGS
+    for name, same in (("config", sweep.config), ("search", "")):
+        if flag[name].value not in (None, "", same):
+            raise UserError(
+                f"--{name}={flag[name].value}: say what is swept, too; without it "
+                "--workdir alone goes on with the sweep that is there"
+            )
+    if flag["jobs"].present:
+        sweep.jobs = flag.jobs
+    if flag["prune"].present:
+        sweep.prune = flag.prune
+    if not os.path.exists(os.path.join(sweep.base, "config.json")):
+        raise UserError(
+            f"{sweep.base}: is gone; start the sweep again with --config and --sweep"
+        )
+    if not passed:
+        return None
+    kept = [word for word in sweep.arguments if word not in passed]
+    sweep.arguments = [*kept, *passed]
+    with contextlib.chdir(sweep.cwd):
+        config = config_flag.configured(sweep.base, passed)
+    sweep.steps = config.steps
+    sweep.metric, sweep.mode = config.checkpoint.metric, config.checkpoint.mode
+    sweep.members = [sweep.member(x.settings) for x in sweep.members]
+    return config
 
 
 def _check_values(sweep: Sweep, plan: values.Plan) -> None:
@@ -159,10 +209,6 @@ def _continued(sweep: Sweep, before: Sweep | None) -> None:
     """Takes over what an earlier sweep of the workdir knows, and says what differs."""
     if before is None:
         return
-    if before.config != sweep.config or before.arguments != sweep.arguments:
-        old = " ".join([before.config, *before.arguments])
-        new = " ".join([sweep.config, *sweep.arguments])
-        print(f"the runs here were started with {old}, are now with {new}")
     wanted = {member.folder for member in sweep.members}
     known = [m.settings for m in before.members] + before.others
     if sweep.search is None:
@@ -170,6 +216,37 @@ def _continued(sweep: Sweep, before: Sweep | None) -> None:
     if sweep.others:
         names = ", ".join(values.name_of(x) for x in sweep.others)
         print(f"no longer asked for, and kept: {names}")
+
+
+def _keep(sweep: Sweep, config: ExperimentConfig) -> None:
+    """Writes the config of all runs into the workdir, and says what was another."""
+    old = files.read_text(os.path.join(sweep.base, "config.json"))
+    if old is not None:
+        before, now = (_flat(json.loads(x)) for x in (old, schema.to_json(config)))
+        keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        for key in keys:
+            print(f"config: {key} was {before.get(key)}, is now {now.get(key)}")
+        if keys:
+            print("runs that have finished are not trained again")
+    new, out = f"{sweep.base}.new", f"{sweep.base}.old"
+    for path in (new, out):
+        shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(new)
+    plugins.save(config.plugins, new)  # they may lie in the old folder
+    with files.replacing(os.path.join(new, "config.json")) as f:
+        f.write(schema.to_json(config))
+    if old is not None:
+        os.rename(sweep.base, out)
+    os.rename(new, sweep.base)
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def _flat(tree: Any, lead: str = "") -> dict[str, str]:
+    """{dotted key: value} of a tree of JSON."""
+    if not isinstance(tree, dict):
+        return {lead: json.dumps(tree)}
+    below = [_flat(x, f"{lead}.{k}" if lead else k) for k, x in tree.items()]
+    return {k: x for each in below for k, x in each.items()}
 
 
 # The program
@@ -188,8 +265,17 @@ def _executor(text: str) -> tuple[str, str]:
     return kind, where
 
 
-def _check_search(sweep: Sweep, kind: str, where: str) -> None:
-    """UserError if what does the runs cannot ask for more of them."""
+def _check_kind(sweep: Sweep, kind: str, where: str) -> None:
+    """UserError if what is to do the runs cannot do them so."""
+    flag = flags.FLAGS
+    if kind == "packed" and (flag.jobs > 1 or flag.prune):
+        given = "--prune" if flag.prune else f"--jobs={flag.jobs}"
+        raise UserError(f"--on=packed: all runs are one process; leave out {given}")
+    if jobs := slurm.queued(sweep):
+        raise UserError(
+            f"{sweep.workdir}: jobs {', '.join(jobs)} of this sweep are still queued "
+            f"or running; wait, or scancel {' '.join(jobs)}"
+        )
     searches = kind in ("local", "slurm") or (kind == "print" and where)
     if sweep.search is not None and not searches:
         raise UserError(
@@ -213,6 +299,8 @@ def _do(sweep: Sweep, kind: str, where: str, stop: Stop) -> str:
 
 def main(argv: list[str]) -> int:
     """Runs, submits or reports on a sweep; the exit code."""
+    if stores.is_store(flags.FLAGS.workdir or ""):
+        raise UserError(f"--workdir={flags.FLAGS.workdir}: sweeps need a local folder")
     workdir, words = launch.folder_flag("workdir"), argv[1:]
     before = runs.read(workdir)
     if words[:1] == ["report"]:
@@ -224,13 +312,11 @@ def main(argv: list[str]) -> int:
     stop = Stop()
     flag = flags.FLAGS
     if before is not None and not (flag.sweep or flag.sweep_file):
-        sweep = before
-        sweep.arguments = [*sweep.arguments, *words]
-        sweep.jobs, sweep.prune = flag.jobs or sweep.jobs, flag.prune or sweep.prune
+        sweep, config = before, _as_before(before, words)
     else:
-        sweep = asked(workdir, words)
+        sweep, config = asked(workdir, words)
         _continued(sweep, before)
-    _check_search(sweep, kind, where)
+    _check_kind(sweep, kind, where)
     os.makedirs(workdir, exist_ok=True)
     with runs.locked(workdir) as ours:
         if not ours:
@@ -238,6 +324,8 @@ def main(argv: list[str]) -> int:
                 f"workdir={workdir!r}: another sweep runs in it; wait for it, stop it, "
                 "or name another workdir"
             )
+        if config is not None:
+            _keep(sweep, config)
         runs.write(sweep)
         text = _do(sweep, kind, where, stop)
         unwritten = _write(sweep)
@@ -268,6 +356,13 @@ def _end(sweep: Sweep, kind: str, stopped: str, unwritten: str) -> int:
     if stopped or (count.get("unfinished") and kind not in LATER):
         why = stopped or "a signal"
         print(f"interrupted by {why}: start again to go on", file=sys.stderr)
+        return signals.INTERRUPTED
+    if (running := count.get("running", 0)) and kind not in LATER:
+        print(
+            f"done by another program: {running} of {len(rows)} runs; start again "
+            "when it has ended",
+            file=sys.stderr,
+        )
         return signals.INTERRUPTED
     if failed := count.get("failed", 0):
         print(
@@ -306,9 +401,24 @@ def define() -> None:
     )
 
 
+def _joined(argv: list[str]) -> list[str]:
+    """Flags of train.py as one word each: --config.KEY VALUE is --config.KEY=VALUE.
+
+    Our flags stop at a word that is none.
+    """
+    found: list[str] = []
+    for word in argv:
+        waits = found and re.fullmatch(r"--?config\.[^=]+", found[-1])
+        if waits and not re.match(r"-[^\d.]", word):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
 def cli(argv: Sequence[str], program: str = "sweep") -> None:
     """The program, from the command line to the exit code."""
-    launch.launch(main, define, __doc__, argv, passes_on=True)
+    launch.launch(main, define, __doc__, argv, prepare=_joined, passes_on=True)
 
 
 if __name__ == "__main__":

@@ -313,8 +313,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.lock(workdir))
         if fork:
-            copy_run = functools.partial(forks.begin, workdir, config, fork)
-            group.in_turn("copying the run that is forked", copy_run)
+            forks.begin(workdir, config, fork)
         before = workdirs.check_config(workdir, config)
         start = stack.enter_context(history.Start(workdir))
         group.leaving = lambda line: start.end(f"error: {line}")
@@ -446,6 +445,7 @@ def main(argv: list[str]) -> int:
         return 0
     workdir, profile = launch.workdir_flag(), observe.asked()
     about = {"config": json.loads(schema.to_json(config)), **joining.asked(*SAME)}
+    about["plugins"] = {x.name: x.digest for x in plugins.closure(config.plugins)}
     group = joining.join(about)
     interrupt = signals.Interrupt()
     interrupt.leaving = lambda came: group.leave_at_once(came, signals.INTERRUPTED)

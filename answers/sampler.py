@@ -374,13 +374,21 @@ class Sampler:
 
 
 def with_method(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with the method that they imply."""
+    """The settings, with the method that they imply; UserError if they are of two."""
     implied = {}
     if any(name in given for name in OF_BEAMS):
         implied = {"method": "beam"}
     if any(name in given for name in OF_SAMPLING):
         implied = {"method": "sample"}
-    return implied | dict(given)
+    found = implied | dict(given)
+    for method, names in (("beam", OF_BEAMS), ("sample", OF_SAMPLING)):
+        for name in names:
+            if name in given and found["method"] != method:
+                raise UserError(
+                    f"{name}={given[name]!r}: method={found['method']!r} does not read "
+                    f"it; leave it out, or set method={method!r}"
+                )
+    return found
 
 
 def _tuple(name: str, value: Any) -> Any:

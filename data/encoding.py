@@ -308,6 +308,11 @@ def work() -> None:
             failed = None
         except DataError as error:
             failed = error
+        except OSError as error:
+            failed = DataError(
+                f"{error.strerror or error}: {error.filename or path}; free disk space "
+                "or mend the path, and start again: finished parts are kept"
+            )
         except Exception as error:  # told to the one who asked, whatever it is
             failed = DataError(f"{type(error).__name__}: {error}")
         with contextlib.suppress(BrokenPipeError):  # it is gone; the part is kept

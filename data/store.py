@@ -340,7 +340,7 @@ def _join_values(parts: Sequence[str], feature: Feature, target: str) -> None:
             raise DataError(
                 f"data.{feature.field}: feature {feature.name!r} of "
                 f"{feature.source!r} holds neither numbers nor names "
-                f"({values.flat[0]!r:.40}); name another"
+                f"({values.flat[0]!s:.40}); name another"
             )
     values = np.concatenate(found) if found else np.zeros(0)
     first = sums(list(encoding.joined(parts, f"{feature.field}/first")))

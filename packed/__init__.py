@@ -43,7 +43,8 @@ def run(
 
     What came of each, in their order. One that fails ends alone. `stop`: as of
     train.run. `at_most` members at once, for their memory; 0: all of a group. What a
-    member prints is appended to the file `output` in its workdir, too.
+    member prints is appended to the file `output` in its workdir; steps, scores and
+    errors are shown, too.
     """
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes: packs run on one host")
@@ -93,12 +94,18 @@ def _train(
     with printed(paths_of):
         pack.run()
     outcomes = [_outcome(turns.result, turns.error) for turns in pack.turns]
-    for (name, path), outcome in zip(paths_of.items(), outcomes, strict=True):
+    for (name, workdir), outcome in zip(names.items(), outcomes, strict=True):
         if isinstance(outcome, str):
-            print(f"error: {name}: {outcome}", file=sys.stderr)
-            with open(path, "a", encoding="utf-8") as f:
-                f.write(f"error: {outcome}\n")
+            tell_error(workdir, outcome, name, output)
     return outcomes
+
+
+def tell_error(workdir: str, line: str, name: str = "", output: str = OUTPUT) -> None:
+    """Says why a member has failed, and writes it to its output."""
+    print(f"error: {name or os.path.basename(workdir)}: {line}", file=sys.stderr)
+    os.makedirs(workdir, exist_ok=True)
+    with open(os.path.join(workdir, output), "a", encoding="utf-8") as f:
+        f.write(f"error: {line}\n")
 
 
 def _outcome(result: Any, error: BaseException | None) -> Outcome:

@@ -8,6 +8,7 @@ from typing import Any
 
 from triform.configs import schema
 from triform.configs.schema import ExperimentConfig
+from triform.runtime.errors import TriformError
 
 # Settings that a program may take as inputs: those that are only computed with,
 PLAIN = (
@@ -29,6 +30,8 @@ HOST = (
     r"(data|decode|checkpoint|evaluation)\..*|evaluations|init|init_from|log_every|"
     r"recovery\.(spike|window|leave_out|most)"
 )
+# Errors of a config that is none.
+NOT_VALID = (TriformError, ValueError, TypeError, AttributeError)
 
 
 @dataclasses.dataclass
@@ -43,11 +46,11 @@ class Group:
 def groups(members: Sequence[tuple[ExperimentConfig, str]]) -> list[Group]:
     """All members, divided into groups that can be trained in one program each."""
     found: dict[Any, list[int]] = {}
-    trees = [schema.flat(config.resolved()) for config, _ in members]
+    trees = [schema.flat(_resolved(config)) for config, _ in members]
     for index, (config, _) in enumerate(members):
         found.setdefault(_program(config, trees[index], index), []).append(index)
     result: list[Group] = []
-    for indices in found.values():
+    for program, indices in found.items():
         first = trees[indices[0]]
         inputs = tuple(
             key
@@ -56,10 +59,19 @@ def groups(members: Sequence[tuple[ExperimentConfig, str]]) -> list[Group]:
             and any(trees[i][key] != first[key] for i in indices)
         )
         apart = ""
-        if result:
+        if isinstance(program, int) and first["placement"] == "mesh":
+            apart = "its config is not valid"
+        elif result:
             apart = _difference(trees[result[0].members[0]], first)
         result.append(Group(indices, inputs, apart))
     return result
+
+
+def _resolved(config: ExperimentConfig) -> ExperimentConfig:
+    try:
+        return config.resolved()
+    except NOT_VALID:
+        return config
 
 
 def _program(config: ExperimentConfig, tree: Mapping[str, Any], index: int) -> Any:
@@ -70,8 +82,9 @@ def _program(config: ExperimentConfig, tree: Mapping[str, Any], index: int) -> A
         shapes = config.data.shapes()
         rows = [config.data.rows(shape) for shape in shapes]
         kept["batches"] = [repr(config.data.spec()), shapes, rows]
-    except (ValueError, TypeError, AttributeError):
-        return index  # not valid: its run will say so
+        config.resolved()
+    except NOT_VALID:
+        return index  # its run will say so
     if config.placement != "mesh":
         return index
     return json.dumps(kept, sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""What the members of a pack print: each line says whose it is."""
+"""What the members of a pack print: news of each, all of it into its own file."""
 
 import contextlib
 import io
@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TextIO
 
+from triform.runtime.progress import NEWS
+
 
 class Lines(io.TextIOBase):
-    """Standard output of several threads, line by line, with the thread's name.
+    """Standard output of several threads: lines with news, with the thread's name.
 
-    `files`: thread -> a file that gets its lines without the name.
+    `files`: thread -> a file that gets all of its lines, without the name.
     """
 
     def __init__(self, out: TextIO, files: Mapping[str, TextIO]):
@@ -30,7 +32,8 @@ class Lines(io.TextIOBase):
         *lines, self._begun[name] = (self._begun.get(name, "") + text).split("\n")
         for line in lines:
             self._files[name].write(f"{line}\n")
-            self._out.write(f"{name} | {line}\n")
+            if NEWS.match(line):
+                self._out.write(f"{name} | {line}\n")
         return len(text)
 
     def flush(self) -> None:

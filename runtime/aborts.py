@@ -9,15 +9,24 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+# What begins a connection of gRPC (RFC 9113, section 3.4): a server replies.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
 
 def answers(address: str) -> bool:
-    """Does somebody listen at HOST:PORT?"""
+    """Does a server of gRPC at HOST:PORT reply?
+
+    To connect is not enough: the kernel still does that for a process that is stopped
+    or about to be gone.
+    """
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        where = host.strip("[]"), int(port)
+        with socket.create_connection(where, timeout=2) as line:
+            line.sendall(_HELLO)
+            return bool(line.recv(1))
     except OSError:
         return False
-    return True
 
 
 def tell(text: str) -> None:

@@ -43,15 +43,6 @@ _log = logging.getLogger(__name__)
 _FULL = ("No space left", "Disk quota exceeded")
 
 
-def _untold(record: logging.LogRecord) -> bool:
-    """False for the four tracebacks that orbax logs of a failure it also raises."""
-    told = ("run() raised an exception", "Handler Commit", "Save Finalize thread")
-    return not (record.exc_info and any(sign in str(record.msg) for sign in told))
-
-
-logging.getLogger("absl").addFilter(_untold)
-
-
 @dataclasses.dataclass
 class CheckpointConfig:
     """How often to save, and which checkpoints to keep.
@@ -147,6 +138,7 @@ class Checkpointer:
         return self._meta(step)["arrays"]
 
     def _meta(self, step: int) -> dict[str, Any]:
+        self._require(step)
         try:
             return self._read_meta(step)
         except Corrupt as problem:
@@ -210,6 +202,7 @@ class Checkpointer:
         Raises CheckpointError if this save cannot start, or if the one before it
         failed in the background.
         """
+        hosts.here().barrier(f"saving step {step}", hosts.SLOW)  # names who is late
         self.wait()
         leaves = flatten(state)
         stored = {path: storage(leaf) for path, leaf in leaves.items() if leaf.size}
@@ -412,13 +405,16 @@ class Checkpointer:
             raise Corrupt("meta does not match its checksum")
         return body
 
-    def _read_or_fail(self, step: int | None, abstract: Any, prefix: str = "") -> Any:
-        """`_read`, where the caller asked for this step and no other."""
+    def _require(self, step: int | None) -> None:
         if step not in self.steps():
             raise CheckpointError(
                 f"no checkpoint of step {step} in {self.directory}; "
                 f"the steps there are {self.steps()}"
             )
+
+    def _read_or_fail(self, step: int | None, abstract: Any, prefix: str = "") -> Any:
+        """`_read`, where the caller asked for this step and no other."""
+        self._require(step)
         try:
             return self._read(step, abstract, prefix)
         except Corrupt as problem:
@@ -455,6 +451,7 @@ class Checkpointer:
     def _load_arrays(self, step: int, items: dict[str, Any]) -> dict[str, jax.Array]:
         """What is stored, as this process needs it; waits for no other process."""
         arrays, handler = {}, ocp.PyTreeCheckpointHandler()
+        read_errors.hush()
         try:
             for part in groups(items):
                 how = [ocp.ArrayRestoreArgs(sharding=x.sharding) for x in part.values()]

@@ -1,5 +1,7 @@
 """Scalars as TensorBoard event files."""
 
+import contextlib
+import logging
 import os
 import sys
 import time
@@ -16,6 +18,9 @@ try:
 finally:
     for _name in _blocked:
         del sys.modules[_name]
+
+# An infinite perplexity is in metrics.jsonl, too, and no reason for a line each time.
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
 
 class Events:
@@ -41,4 +46,10 @@ class Events:
 
     def close(self) -> None:
         """Flushes and closes the file."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError:
+            # It is open still, and would be flushed again, with a traceback, at exit.
+            with contextlib.suppress(OSError):
+                self._writer._py_recordio_writer.close()
+            raise

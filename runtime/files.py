@@ -116,6 +116,17 @@ def is_folder(path: str) -> bool:
     return bool(stores.names(path)) if stores.is_store(path) else os.path.isdir(path)
 
 
+def size_below(path: str) -> int:
+    """Bytes of all files in a folder and below it; 0 if there is no such folder."""
+    if stores.is_store(path):
+        return stores.size(path)
+    return sum(
+        os.path.getsize(os.path.join(folder, name))
+        for folder, _, names in os.walk(path)
+        for name in names
+    )
+
+
 def remove_folder(path: str) -> None:
     """Removes a folder with all that is in it, as far as that goes."""
     if stores.is_store(path):

@@ -100,7 +100,7 @@ def problem(scalars: Mapping[str, float], limit: float) -> str:
             return f"{name} is {scalars[name]}"
     if scalars["train/loss"] > limit:
         return (
-            f"train/loss is {scalars['train/loss']:.4g}, above {limit:.4g} "
+            f"train/loss is {scalars['train/loss']:.6g}, above {limit:.6g} "
             "(recovery.spike)"
         )
     return "the update makes parameters or moments infinite or NaN"

@@ -63,6 +63,7 @@ class Hosts:
         self.over = threading.Event()
         self._fault: dict[str, Any] = {}
         self._finished = False
+        self._answers = 0  # how often process 0 was seen to answer
         self._threads: list[threading.Thread] = []
         self._stop = AgreedStop(self)
 
@@ -234,7 +235,7 @@ class Hosts:
         """Starts to show and to look for signs of life."""
         if self.count == 1:
             return
-        for job in (self._watch_ends, self._watch_lives):
+        for job in (self._watch_ends, self._watch_lives, self._watch_answers):
             self.in_background(self._quietly, job)
         aborts.call_instead(self._service_lost)
 
@@ -258,27 +259,54 @@ class Hosts:
                 return
 
     def _watch_lives(self) -> None:
-        """Shows that this process lives; process 0 looks for those that do not."""
+        """Shows that this process lives; looks for those that do not: process 0 for all
+        others, and they for process 0.
+        """
         beats, number, start = {}, 0, time.monotonic()
-        seen = dict.fromkeys(range(self.count), start)
+        watched = range(self.count) if self.is_first else [0]
+        seen = dict.fromkeys(watched, start)
         while not self.over.is_set():
             number += 1
             self.put(f"triform/beats/{self.index}", number)
             self.over.wait(self._heartbeat / 8)
-            if not self.is_first:
-                continue
+            if self.is_first:
+                found = self.read("triform/beats/")
+            else:
+                found = {0: self.wait_for("triform/beats/0")}
+                self._answers += 1
             now = time.monotonic()
-            for index, beat in self.read("triform/beats/").items():
+            for index, beat in found.items():
                 if beats.get(index) != beat:
                     beats[index], seen[index] = beat, now
             silent = [i for i, when in seen.items() if now - when > self._heartbeat]
             if silent:
-                seconds = f"gave no sign of life for {self._heartbeat:.0f} s"
-                line = f"{self.titles(sorted(silent))} {seconds}: killed, or its host"
-                line += " is gone; start all processes again to go on from the last"
-                line += " checkpoint"
-                self.publish(line, 1, silent[0], dead=True)
+                self._are_silent(sorted(silent))
                 return
+
+    def _watch_answers(self) -> None:
+        """Ends this process if process 0, which has the table, does not answer.
+
+        Whoever asks it waits then, so that only another thread can tell. It counts its
+        own turns: a process that was stopped itself must not blame others.
+        """
+        last, turns = 0, 0
+        while not self.is_first and not self.over.wait(self._heartbeat / 8):
+            turns = turns + 1 if self._answers == last else 0
+            last = self._answers
+            if turns > 8:
+                self._are_silent([0])
+                return
+
+    def _are_silent(self, silent: Sequence[int]) -> None:
+        seconds = f"gave no sign of life for {self._heartbeat:.0f} s"
+        line = f"{self.titles(silent)} {seconds}: killed or stopped, or its host is"
+        line += " gone; start all processes again to go on from the last checkpoint"
+        if self.is_first:
+            self.publish(line, 1, silent[0], dead=True)
+        elif not self.over.is_set():
+            # Each for itself: the table is process 0's.
+            aborts.tell(f"error: {line}\n")
+            os._exit(1)
 
     def put_first(self, key: str, value: Any) -> None:
         """Sets a key, unless another process was first."""

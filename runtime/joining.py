@@ -335,7 +335,8 @@ def _call(group: Group, mine: dict[str, Any], late: Late) -> dict[str, Any]:
             with contextlib.suppress(TimeoutError):
                 line = server.accept()[0]
                 line.settimeout(5.0)
-                if (hello := _receive(line)) is None:
+                hello = _receive(line)
+                if hello is None or hello.keys() != mine.keys():
                     line.close()
                     continue
                 lines.append(line)

@@ -6,6 +6,7 @@ it says what it is doing, on a terminal and in a log file alike.
 
 import contextlib
 import datetime
+import re
 import shutil
 import sys
 import threading
@@ -21,6 +22,8 @@ from triform.runtime.units import scaled
 SOON = 2.0  # seconds after which a stage says that it has begun
 WIDE = 109  # characters of a progress line, at most
 QUIET = 20.0  # seconds between lines, at most
+# Lines of a run that are shown where several run at a time.
+NEWS = re.compile(r"(step|test|error|resuming|finished)\b")
 # Made now: tqdm imports for it, and in a thread that may meet TFDS's lazy imports,
 # which replace those of all threads for a while.
 tqdm.get_lock()
@@ -118,7 +121,7 @@ class Progress:
         self.live = sys.stdout is not None and sys.stdout.isatty()
         self.first = self.step = step
         self.started = time.perf_counter()
-        self.idle = 0.0  # seconds spent on evaluation and saving, all in all
+        self.idle = 0.0  # seconds of compiling, evaluation and saving, all in all
         self._reset()
         self.window = window
         self.said = self.stepped = time.perf_counter()
@@ -147,6 +150,15 @@ class Progress:
         seconds = time.perf_counter() - start
         self.waited += seconds
         self.waited_in_all += seconds
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Leaves the time inside out of the speed, as that of compiling a step."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.away += seconds
+        self.idle += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -227,7 +239,7 @@ class Progress:
         self.heartbeat.said()
 
     def pace(self) -> float:
-        """Seconds a step since the start, without evaluation and saving."""
+        """Seconds a step since the start, without compiling, evaluation and saving."""
         return (time.perf_counter() - self.started - self.idle) / max(
             1, self.step - self.first
         )

@@ -1,8 +1,11 @@
 """A failed read of a checkpoint: are its bytes damaged, or could they not be had?"""
 
 import errno
+import functools
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +22,41 @@ _OF_READING = re.compile(
     "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|"
     "DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN"
 )
+
+
+# How orbax begins lines about a file of its own that nobody reads.
+_UNREAD = ("Failed to json parse Metadata", "Failed to read Metadata", "Metadata file")
+
+
+def _untold(record: logging.LogRecord) -> bool:
+    """False for the four tracebacks that orbax logs of a failure it also raises, and
+    for what is wrong with a file that nobody reads.
+    """
+    told = ("run() raised an exception", "Handler Commit", "Save Finalize thread")
+    text = str(record.msg)
+    again = record.exc_info and any(sign in text for sign in told)
+    return not (again or text.startswith(_UNREAD))
+
+
+logging.getLogger("absl").addFilter(_untold)
+
+
+@functools.cache
+def hush() -> None:
+    """Lets orbax's readers of single arrays end without a traceback each.
+
+    Once the first has failed, of which we tell, the others are left behind: their event
+    loop is closed, and they fail one by one.
+    """
+    before = sys.unraisablehook
+
+    def hook(failure: Any) -> None:
+        code = getattr(failure.object, "cr_code", None)
+        reader = code is not None and "orbax" in code.co_filename
+        if not reader and str(failure.exc_value) != "Event loop is closed":
+            before(failure)
+
+    sys.unraisablehook = hook
 
 
 class Corrupt(Exception):

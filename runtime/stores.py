@@ -128,6 +128,12 @@ def exists(url: str) -> bool:
         return system.exists(url)
 
 
+def size(url: str) -> int:
+    """Bytes of everything below a folder; 0 if there is no such folder."""
+    with _asked(url) as system:
+        return system.du(url, total=True) if system.exists(url) else 0
+
+
 def modified(url: str) -> datetime.datetime:
     """When an object was put, by the store's clock."""
     with _asked(url) as system:

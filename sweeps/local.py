@@ -2,27 +2,25 @@
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from triform.runtime import commands, history, signals
 from triform.runtime.errors import UserError
+from triform.runtime.progress import NEWS
 from triform.sweeps import pruning, runs
 from triform.sweeps.runs import Member, Sweep
 
 TRAIN = os.path.join(commands.ROOT, "train.py")
 LOOK = 0.1  # seconds between two looks at the processes
 PRUNE = 5.0  # seconds between two looks at the metrics
-# Lines that are shown of several runs at a time; output.log of each has all.
-SHOWN = re.compile(r"(step|test|error|resuming|finished)\b")
 
 
 class Stop:
@@ -30,6 +28,10 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = ""
+        # Passes signals on to programs, which save for the first one, and leave at once
+        # for a further one (runtime/signals.py): called with whether it is one.
+        self.told: Callable[[bool], object] = lambda again: None
+        self._since = 0.0
         signals.install(self._request)
 
     def __call__(self) -> str:
@@ -37,7 +39,14 @@ class Stop:
         return self.requested
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = self.requested or signals.name(number)
+        now, again = time.monotonic(), bool(self.requested)
+        if again and now - self._since <= 1:
+            return
+        if not again:
+            self.requested, self._since = signals.name(number), now
+        # Now: a terminal tells the programs, too, and what came later than a second
+        # after that would be a further signal.
+        self.told(again)
 
 
 class Queue(Protocol):
@@ -194,6 +203,7 @@ def work(sweep: Sweep, queue: Queue, stop: Stop) -> None:
     """As `run`, with the runs of a queue."""
     free, running = shares(max(sweep.jobs, 1)), []
     prefixed, looked = len(free) > 1, time.monotonic()
+    stop.told = lambda again: [_ask_to_leave(one, again) for one in running]
     try:
         while True:
             while free and not stop() and (member := queue.next()):
@@ -251,10 +261,10 @@ def _start(sweep: Sweep, member: Member, share: Share) -> _Process:
     return _Process(member, share, command, process, starts, begin, begin)
 
 
-def _ask_to_leave(one: _Process) -> None:
+def _ask_to_leave(one: _Process, again: bool = False) -> None:
     # A terminal tells the process too; train.py takes several signals as one. Once: a
     # program that is about to exit has no handler any more, and would die of another.
-    if not one.asked:
+    if again or not one.asked:
         one.asked = True
         one.process.terminate()
 
@@ -269,9 +279,18 @@ def _show(one: _Process, prefixed: bool) -> None:
     one.shown += len(new)
     lead = f"{one.member.name} | " if prefixed else ""
     for line in new.decode(errors="replace").splitlines():
-        if not prefixed or SHOWN.match(line):
+        if not prefixed or NEWS.match(line):
             print(f"{lead}{line}")
     sys.stdout.flush()
+
+
+def interrupted(code: int, asked: bool, begun: bool) -> bool:
+    """Did a program that ended with this code leave because it was asked to?
+
+    Until it has `begun`, which runs.jsonl says, it may leave in any way.
+    """
+    died = code in (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
+    return code == signals.INTERRUPTED or (asked and (died or not begun))
 
 
 def _settle(one: _Process) -> None:
@@ -279,7 +298,8 @@ def _settle(one: _Process) -> None:
     code, member = one.process.returncode, one.member
     if code == 0 and runs.status_of(member).state == "finished":
         return
-    if code == signals.INTERRUPTED or (one.asked and code == -signal.SIGTERM):
+    begun = len(history.read(member.folder)) > one.starts
+    if interrupted(code, one.asked, begun):
         if one.pruned:
             runs.record(member.folder, f"{runs.PRUNED}: {one.pruned}", one.starts)
             print(f"{member.name}: pruned, {one.pruned}", flush=True)

@@ -8,7 +8,7 @@ import time
 from triform.runtime import files, history, signals
 from triform.runtime.errors import UserError
 from triform.sweeps import runs
-from triform.sweeps.local import Stop
+from triform.sweeps.local import Stop, interrupted
 from triform.sweeps.runs import Member, Sweep
 
 FILE = "packed.json"  # of a sweep's workdir: the runs that are asked for
@@ -24,12 +24,9 @@ def at_most(where: str) -> int:
 
 def run(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     """Does these runs in one process; what came of each its folder says."""
-    if sweep.jobs > 1 or sweep.prune:
-        flag = "--prune" if sweep.prune else f"--jobs={sweep.jobs}"
-        raise UserError(f"--on=packed: all runs are one process; leave out {flag}")
     path = os.path.join(sweep.workdir, FILE)
     tree = [
-        {"workdir": x.folder, "config": sweep.config, "flags": sweep.settings_of(x)}
+        {"workdir": x.folder, "config": sweep.base, "flags": sweep.settings_of(x)}
         for x in todo
     ]
     files.write_json(path, tree)
@@ -38,17 +35,18 @@ def run(sweep: Sweep, todo: list[Member], where: str, stop: Stop) -> str:
     command = [sys.executable, "-m", "triform.packed", path, str(at_most(where))]
     environment = os.environ | {signals.PARENT: str(os.getpid())}
     process = subprocess.Popen(command, env=environment, cwd=sweep.cwd)
-    asked = False
+    stop.told = lambda again: process.terminate()
+    if stop():  # it came before
+        process.terminate()
     while process.poll() is None:
-        if stop() and not asked:
-            process.terminate()
-            asked = True
         time.sleep(LOOK)
-    if process.returncode in (0, signals.INTERRUPTED):
-        return ""
-    for member in todo:
+    code = process.returncode
+    for member in todo if code else ():
+        begun = len(history.read(member.folder)) > starts[member.folder]
+        if interrupted(code, bool(stop()), begun):
+            continue
         if runs.status_of(member).state == "unfinished":
-            error = runs.error_in(_output(member, begin), process.returncode)
+            error = runs.error_in(_output(member, begin), code)
             runs.record(member.folder, f"error: {error}", starts[member.folder])
     return ""
 

@@ -18,10 +18,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 NAMED = len(COLOURS)  # curves with a colour and a name of their own: the best ones
 GREY = "#b0b0b0"
 STYLE = """
-body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 68em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } img { max-width: 100% }
+body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 70em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } img { width: 100% }
 td, th { padding: 0.2em 0.9em; border-bottom: 1px solid #ddd; text-align: left }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+td, code { overflow-wrap: anywhere }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 """
 
 
@@ -74,7 +75,8 @@ def picture(sweep: Sweep, members: Sequence[dict[str, Any]]) -> bytes | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
+    # So many inches that letters of 9 points are as large as those of the page.
+    figure = Figure(figsize=(11, 4.6), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2)
     groups = _ordered(members, sweep)
     colours = {name: colour for (name, _), colour in zip(groups, COLOURS, strict=False)}
@@ -154,18 +156,21 @@ def _draw_values(
         at = scale[group[0]["settings"].get(key, "")]
         found = [row["best"][sweep.metric] for row in group if row["best"]]
         axes.plot([at] * len(found), found, "o", color=colours.get(name, GREY))
-    _mark(axes, scale)
+    texts, places = zip(*_marks(scale, 0.14), strict=True)
+    axes.set_xticks(places, texts)
     axes.set_xlabel(f"{key} (log)" if logarithmic else key)
     axes.set_ylabel(f"best {sweep.metric}")
     axes.grid(color="#e5e5e5")
     axes.set_title("best value by setting", fontsize=10)
 
 
-def _mark(axes: Any, scale: dict[str, float], most: int = 8) -> None:
-    """Marks at most so many positions of a scale, evenly."""
-    places = sorted(scale.items(), key=lambda item: item[1])
-    kept = places[:: -(-len(places) // most)]
-    axes.set_xticks([x for _, x in kept], [_short(text) for text, _ in kept])
+def _marks(scale: dict[str, float], least: float) -> list[tuple[str, float]]:
+    """(text, position) of a scale, none so close that the texts would overlap."""
+    kept: list[tuple[str, float]] = []
+    for text, at in sorted(scale.items(), key=lambda item: item[1]):
+        if not kept or at - kept[-1][1] >= least:
+            kept.append((_short(text), at))
+    return kept
 
 
 def _draw_parallel(
@@ -190,32 +195,30 @@ def _draw_parallel(
         )
     for place, key in enumerate(keys):
         axes.axvline(place, color="#888888", linewidth=0.8)
-        ordered = sorted(scales[key][0].items(), key=lambda item: item[1])
-        for text, height in ordered[:: -(-len(ordered) // 6)]:
-            axes.annotate(
-                _short(text),
-                (place, height),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=8,
-                color="#444444",
-            )
+        for text, height in _marks(scales[key][0], 0.08):
+            _write(axes, text, place, height)
     axes.axvline(len(keys), color="#888888", linewidth=0.8)
     ends = (high, low) if sweep.mode == "min" else (low, high)
     for height, value in zip((0, 1), ends, strict=True):
-        axes.annotate(
-            f"{value:.4g}",
-            (len(keys), height),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        _write(axes, f"{value:.4g}", len(keys), height)
     logs = [f"{k}\n(log)" if scales[k][1] else k for k in keys]
     axes.set_xticks(range(len(keys) + 1), [*logs, sweep.metric], fontsize=8)
     axes.set_xlim(-0.1, len(keys) + 0.35)
     axes.set_yticks([])
     axes.set_frame_on(False)
     axes.set_title("settings and scores (best on top)", fontsize=10)
+
+
+def _write(axes: Any, text: str, place: float, height: float) -> None:
+    """A value beside its axis, above the lines."""
+    axes.annotate(
+        text,
+        (place, height),
+        xytext=(4, 3),
+        textcoords="offset points",
+        fontsize=8,
+        bbox={"boxstyle": "square,pad=0.1", "fc": "#ffffffcc", "ec": "none"},
+    )
 
 
 # The page

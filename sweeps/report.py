@@ -7,6 +7,8 @@ from triform.runtime.errors import UserError
 from triform.sweeps import page, runs
 from triform.sweeps.runs import Sweep
 
+LONG = 40  # characters of a value in a table of text
+
 
 def shown(score: tuple[float, float, int]) -> str:
     """'0.812 +- 0.01 (3)': mean, deviation and number of runs; of one run its value."""
@@ -24,17 +26,27 @@ def columns(sweep: Sweep, rows: list[dict]) -> list[str]:
     return [x for x in wanted if any(x in row["scores"] for row in rows)]
 
 
+def _value(text: str) -> str:
+    """A value in a table of text: of a long one its end."""
+    return text if len(text) <= LONG else f"...{text[3 - LONG :]}"
+
+
 def table(sweep: Sweep, members: list[dict]) -> str:
     """The text of the table: the best first, then what is not finished and why."""
     rows = runs.ranked(runs.summarise(members), sweep)
     names, lines = columns(sweep, rows), []
+    if not members:
+        lines.append("no run has begun")
     if rows:
-        cells = [["", *names, ""]]
+        keys = list(dict.fromkeys(k for row in rows for k in row["settings"]))
+        cells = [["", *names, *keys]]
         for number, row in enumerate(rows, 1):
             scores = [
                 shown(row["scores"][x]) if x in row["scores"] else "" for x in names
             ]
-            cells.append([str(number), *scores, row["name"]])
+            # Values as they were given: a folder's name holds digests of some.
+            values = [_value(row["settings"].get(key, "")) for key in keys]
+            cells.append([str(number), *scores, *values])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += [
             "  ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)).rstrip()

@@ -1,7 +1,8 @@
 """The runs of a sweep: what each is, and what became of it, read from its folder alone.
 
-A sweep's workdir holds a folder per run, and sweep.json: the settings of each run, what
-is common to all, and the results when it was last written. Whether a run lives or is
+A sweep's workdir holds a folder per run; config/, which is common to all: a config file
+may be edited while runs wait; and sweep.json: the settings of each run, and the results
+when it was last written. Whether a run lives or is
 done is never taken from there, but from the run's own folder: its lock, its metrics,
 and how its last start ended (runs.jsonl).
 """
@@ -56,8 +57,8 @@ class Sweep:
     """A sweep: its runs, and what is common to them."""
 
     workdir: str
-    config: str  # --config of all runs
-    arguments: list[str]  # further flags of all runs
+    config: str  # --config of all runs, from which `base` was made
+    arguments: list[str]  # further flags of all runs, from which it was made, too
     cwd: str  # where relative paths start
     steps: int  # of runs that do not set them
     metric: str  # by which runs are compared, of evaluations: eval/loss
@@ -71,19 +72,24 @@ class Sweep:
 
     def member(self, settings: Settings) -> Member:
         """The run with these settings."""
-        steps = int(settings.get("steps", self.steps))
+        steps = settings.get("steps", str(self.steps))
+        steps = int(steps, 0 if "x" in steps else 10)  # as the flag takes it
         folder = os.path.join(self.workdir, name_of(settings))
         return Member(settings, folder, steps)
 
+    @property
+    def base(self) -> str:
+        """The config of all runs, as it was when the sweep was started."""
+        return os.path.join(self.workdir, "config")
+
     def flags(self, member: Member) -> list[str]:
         """The flags of train.py for a run."""
-        common = [f"--workdir={member.folder}", f"--config={self.config}"]
+        common = [f"--workdir={member.folder}", f"--config={self.base}"]
         return [*common, *self.settings_of(member)]
 
     def settings_of(self, member: Member) -> list[str]:
         """Those of them that say what is other than in the config."""
-        own = [f"--config.{k}={v}" for k, v in member.settings.items()]
-        return [*self.arguments, *own]
+        return [f"--config.{k}={v}" for k, v in member.settings.items()]
 
     def better(self, a: float, b: float) -> bool:
         """Is a value of the metric better than another? NaN is worse than all."""

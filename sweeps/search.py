@@ -38,14 +38,20 @@ class Study:
     def __init__(self, sweep: Sweep) -> None:
         self._optuna, self._sweep, self._search = optuna(), sweep, sweep.search
         storages, path = self._optuna.storages, os.path.join(sweep.workdir, JOURNAL)
+        _without_torn_line(path)
         backend = storages.journal.JournalFileBackend(path)
         asked = os.path.exists(path)
-        self._study = self._optuna.create_study(
-            storage=storages.JournalStorage(backend),
-            study_name="sweep",
-            direction="maximize" if sweep.mode == "max" else "minimize",
-            load_if_exists=True,
-        )
+        try:
+            self._study = self._optuna.create_study(
+                storage=storages.JournalStorage(backend),
+                study_name="sweep",
+                direction="maximize" if sweep.mode == "max" else "minimize",
+                load_if_exists=True,
+            )
+        except ValueError as error:  # of its JSON
+            raise UserError(
+                f"{path}: is damaged ({error}); restore it or name another workdir"
+            ) from error
         self._check_space()
         # Another seed on every start: the same one would repeat the first proposals.
         self._study.sampler = self._optuna.samplers.TPESampler(
@@ -107,8 +113,11 @@ class Study:
                 self._study.tell(trial.number, value)
 
     def _asked(self) -> list[Any]:
-        """The trials without those that replace a failed one."""
-        return [t for t in self._study.trials if "replaces" not in t.user_attrs]
+        """The trials without those that replace a failed one, and those whose values
+        are not all there, because the search was killed while it asked.
+        """
+        found = [t for t in self._study.trials if "replaces" not in t.user_attrs]
+        return [t for t in found if t.params.keys() == self._search.space.keys()]
 
     def _replace(self, failed: Any, value: float) -> None:
         """Adds the score of a trial that was told as failed: Optuna changes none."""
@@ -153,6 +162,18 @@ class Study:
         return mean if mean == mean else None  # Optuna takes no NaN
 
 
+def _without_torn_line(path: str) -> None:
+    """Removes a last line that a full disk or a kill has cut off: it was not said.
+
+    Optuna would append to it, and read neither.
+    """
+    text = b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
+        text = f.read()
+    if text and not text.endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
+
+
 class Queue:
     """The runs of a search one after the other, asked for as others end."""
 
@@ -172,11 +193,15 @@ class Queue:
             self._todo = [m for m in asked if is_todo(m, False)]
             if not asked:
                 self._study.tell()  # the same values as an earlier trial
+            self._write()  # so that a report shows them
         return self._todo.pop(0) if self._todo else None
 
     def ended(self, member: Member) -> None:
         """Tells the search, and brings sweep.json up to date."""
         self._study.tell()
+        self._write()
+
+    def _write(self) -> None:
         with contextlib.suppress(OSError):  # it is written again at the end
             runs.write(self._sweep)
 

@@ -27,7 +27,9 @@ ARRAY = """\
 # One run of a sweep per task: task N is entry N of {runs}
 {options}
 cd {cwd} || exit 1
-srun --ntasks=1 {python} -m triform.sweeps run {runs} "$SLURM_ARRAY_TASK_ID"
+# Newer srun take one core, whatever the job has, unless they are told.
+cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
+srun --ntasks=1 $cores {python} -m triform.sweeps run {runs} "$SLURM_ARRAY_TASK_ID"
 code=$?
 # {interrupted}: the run was interrupted and has saved. Where Slurm puts the job back
 # into the queue itself, or a user has cancelled it, its state is no longer RUNNING.
@@ -102,14 +104,14 @@ def _limit(minutes: int) -> str:
 def _array(sweep: Sweep, folder: str, wave: int, count: int, where: Place) -> str:
     """Writes the script of an array of `count` runs; its path."""
     at_once = f"%{sweep.jobs}" if sweep.jobs else ""
-    name = f"sweep-{os.path.basename(sweep.workdir)}"
+    name = f"sweep-{_name(sweep)}"
     more = {"array": f"0-{count - 1}{at_once}", "time": _limit(where.minutes)}
     # To the run, not to the script; a wait before the end that leaves time to run.
     warning = min(WARNING, where.minutes * 30)
     more |= {"requeue": "", "signal": f"USR1@{warning}"}
     if where.gpus:
         more["gres"] = f"gpu:{where.gpus}"
-    log = os.path.join(folder, f"wave{wave}_%a.log")
+    log = os.path.join(_plain(folder), f"wave{wave}_%a.log")
     text = ARRAY.format(
         runs=shlex.quote(_runs(folder, wave)),
         options=_lines(name, where, log, **more),
@@ -122,9 +124,9 @@ def _array(sweep: Sweep, folder: str, wave: int, count: int, where: Place) -> st
 
 def _ask(sweep: Sweep, folder: str, wave: int, trials: int, where: Place) -> str:
     """Writes the script that asks for the runs of a wave; its path."""
-    log = os.path.join(folder, f"ask{wave}.log")
+    log = os.path.join(_plain(folder), f"ask{wave}.log")
     text = ASK.format(
-        options=_lines(f"ask-{os.path.basename(sweep.workdir)}", where, log, time="10"),
+        options=_lines(f"ask-{_name(sweep)}", where, log, time="10"),
         cwd=shlex.quote(sweep.cwd),
         python=shlex.quote(sys.executable),
         workdir=shlex.quote(sweep.workdir),
@@ -132,6 +134,16 @@ def _ask(sweep: Sweep, folder: str, wave: int, trials: int, where: Place) -> str
         trials=trials,
     )
     return _write(os.path.join(folder, f"ask{wave}.sh"), text)
+
+
+def _name(sweep: Sweep) -> str:
+    """Of a job."""
+    return re.sub(r"[^\w.-]", "_", os.path.basename(sweep.workdir))
+
+
+def _plain(folder: str) -> str:
+    """A folder in the name of an output file, where % has a meaning."""
+    return folder.replace("%", "%%")
 
 
 def _runs(folder: str, wave: int) -> str:
@@ -184,19 +196,10 @@ def submit(sweep: Sweep, todo: list[Member], where: Place) -> list[str]:
     for program in ("sbatch", "squeue"):
         if not shutil.which(program):
             raise UserError(f"--on=slurm: no {program} here; run it where Slurm is")
-    if waiting := queued(sweep):
-        raise UserError(
-            f"{sweep.workdir}: jobs {', '.join(waiting)} of this sweep are still "
-            f"queued or running; wait, or scancel {' '.join(waiting)}"
-        )
     jobs: list[str] = []
     for path, after in scripts(sweep, todo, where):
-        words = ["sbatch", "--parsable"]
-        if after:
-            words += [f"--dependency={after}:{jobs[-1]}", "--kill-on-invalid-dep=yes"]
-        done = subprocess.run(
-            [*words, path], capture_output=True, text=True, check=False
-        )
+        words = sbatch(path, after, jobs[-1] if jobs else "")
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             if jobs:
                 subprocess.run(["scancel", *jobs], check=False)
@@ -207,13 +210,21 @@ def submit(sweep: Sweep, todo: list[Member], where: Place) -> list[str]:
     return jobs
 
 
+def sbatch(path: str, after: str | None, job: str) -> list[str]:
+    """The command that submits a script, with its dependency on the job before."""
+    words = ["sbatch", "--parsable"]
+    if after:
+        words += [f"--dependency={after}:{job}", "--kill-on-invalid-dep=yes"]
+    return [*words, path]
+
+
 def queued(sweep: Sweep) -> list[str]:
     """Jobs of earlier submissions that Slurm still has to do or does."""
     above, known = os.path.join(sweep.workdir, "slurm"), []
     for name in sorted(os.listdir(above)) if os.path.isdir(above) else ():
         text = files.read_text(os.path.join(above, name, "jobs.json"))
         known += re.findall(r"\d+", text or "")
-    if not known:
+    if not known or not shutil.which("squeue"):
         return []
     # All of the user's: squeue fails for a number that Slurm has forgotten.
     words = ["squeue", "--noheader", "--me", "--format=%F"]

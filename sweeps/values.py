@@ -156,7 +156,26 @@ def search(space: Mapping[str, Any], trials: int, seeds: Iterable[Any] = ()) -> 
 
 def text_of(value: Any) -> str:
     """A value as --config.KEY=VALUE takes it: text as it is, others as Python says."""
+    if hasattr(value, "tolist"):  # of NumPy: np.float64(0.1) is no value of a flag
+        value = value.tolist()
     return value if isinstance(value, str) else repr(value)
+
+
+def checked(plan: Any) -> Plan:
+    """What a get_sweep() returned, with all values as text.
+
+    UserError if it is neither a list of {key: value} nor a search.
+    """
+    if isinstance(plan, Search):
+        return plan
+    rows = [*plan] if isinstance(plan, list | tuple) else []
+    if not rows or not all(isinstance(x, Mapping) and x for x in rows):
+        shown = repr(plan) if len(repr(plan)) < 60 else f"{type(plan).__name__}"
+        raise UserError(
+            f"get_sweep() returned {shown}: expected a list of {{key: value}}, as "
+            "grid(...) and the other functions of triform.sweeps.values return"
+        )
+    return chain([{key: text_of(x) for key, x in row.items()} for row in rows])
 
 
 # For the command line
@@ -223,7 +242,7 @@ def parse(text: str) -> tuple[str, Axis]:
         if count and int(count) < 2:
             raise UserError(f"--sweep={text!r}: {count} values; ask for at least 2")
         return key, _range(float(low), float(high), int(count or 0), kind == "log")
-    if len(found) < 2:
+    if found == [""] or re.match(r"(log|linear):", rest):
         raise UserError(
             f"--sweep={text!r}: expected KEY=VALUE,VALUE,... or KEY=log:LOW:HIGH[:N]"
         )
@@ -235,13 +254,13 @@ def parse(text: str) -> tuple[str, Axis]:
 def _split(text: str, flag: str) -> list[str]:
     """Values between commas that stand in no brackets and no quotes.
 
-    Quotes around a value are not part of it.
+    Quotes around a value are not part of it, nor are spaces.
     """
     found, value, open_, quote = [], "", [], ""
     for sign in text:
         if quote:
             quote = "" if sign == quote else quote
-        elif sign in "'\"" and (open_ or not value):
+        elif sign in "'\"" and (open_ or not value.strip()):
             quote = sign
         elif sign in _CLOSING:
             open_.append(_CLOSING[sign])
@@ -259,6 +278,7 @@ def _split(text: str, flag: str) -> list[str]:
 
 
 def _unquoted(value: str) -> str:
+    value = value.strip()
     quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
     return value[1:-1] if quoted else value
 
@@ -315,12 +335,14 @@ _PLAIN = re.compile(r"[a-z0-9_.+-]{1,40}|True|False")
 
 
 def name_of(settings: Settings) -> str:
-    """A folder's name, another one for other settings: 'seed=0,init_from=run~1f3a9c2e'.
+    """A folder's name, another one for other settings: 'init_from=run~1f3a9c2e,seed=0'.
 
-    A value that cannot stand in a name as it is, is shortened and gets its digest.
+    In whichever order the settings come: flags in another order name the same runs. A
+    value that cannot stand in a name as it is, is shortened and gets its digest.
     """
-    text = ",".join(f"{_word(k)}={_word(v)}" for k, v in settings.items())
-    return text if len(text) <= 200 else f"{text[:180]}~{_digest(repr(settings))}"
+    pairs = sorted(settings.items())
+    text = ",".join(f"{_word(k)}={_word(v)}" for k, v in pairs)
+    return text if len(text) <= 200 else f"{text[:180]}~{_digest(repr(pairs))}"
 
 
 def _word(value: str) -> str:

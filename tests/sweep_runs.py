@@ -15,7 +15,7 @@ from triform.sweeps.runs import Sweep
 
 CONFIG = "gpt_shakespeare_char:smoke"
 STEPS = 6
-SAVES, FAILS, BREAKS, DIES = 0, 1, 2, 3  # optim.warmup_steps
+SAVES, FAILS, BREAKS, DIES, SAVES_LONG = range(5)  # optim.warmup_steps
 TRAIN = """
 import fcntl, json, os, signal, sys, time
 from triform.runtime.signals import INTERRUPTED, Interrupt
@@ -40,11 +40,17 @@ loss = flags.get("config.optim.learning_rate", "1.0")
 loss = loss if loss == "inf" else float(loss)
 print("step 2/6", flush=True)
 measure(2, **{"eval/loss": loss})
-end = time.time() + float(flags.get("config.log_every", 0)) / 1000
+try:  # what is common to all runs
+    with open(os.path.join(flags["config"], "config.json")) as f:
+        base = json.load(f)
+except FileNotFoundError:
+    base = {"log_every": 0, "optim": {"warmup_steps": 0}}
+end = time.time() + float(flags.get("config.log_every", base["log_every"])) / 1000
 while time.time() < end and not stop():
     time.sleep(0.01)
 if stop():
-    time.sleep(0.5)  # longer than subprocess.run waits
+    # Longer than subprocess.run waits.
+    time.sleep(2.5 if ends == "4" else 0.5)
     note("saved", stop())
     sys.exit(INTERRUPTED)
 if ends == "1":

@@ -393,6 +393,10 @@ def test_settings_that_make_no_sense_are_refused(sampler, workdir):
         sampler("labels")(["a\tb"], num_samples=2)
     with pytest.raises(UserError, match="max_tokens=0"):
         sampler("prompts")(["a"], max_tokens=0)
+    with pytest.raises(UserError, match="beam_size=2: method='sample' does not read"):
+        Sampler(workdir("prompts"), beam_size=2, top_k=3)
+    with pytest.raises(UserError, match="top_p=0.5: .* set method='sample'"):
+        Sampler(workdir("prompts"), method="greedy", top_p=0.5)
     with pytest.raises(UserError, match="warmth=2: no setting"):
         Sampler(workdir("prompts"), warmth=2)
 

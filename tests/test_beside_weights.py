@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from flax import struct
 from hf_models import BERT, CASES, build, save
 from test_interop_workdir import SIZES, edit, words
+from toy_decoder import NoCache
 
 from triform import workdir as workdirs
 from triform.answers.sampler import Sampler
@@ -110,14 +110,6 @@ def test_settings_of_decoding_come_back(keys, model, ours, named):
     ):
         setattr(again, name, getattr(decoding, name))
     assert again == decoding
-
-
-@struct.dataclass
-class NoCache:
-    """For logits that do not depend on the text."""
-
-    def map_rows(self, change, memory=True):
-        return self
 
 
 @pytest.mark.parametrize("method", decode.METHODS)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,15 @@ import kill_harness
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from triform import capsule, train
 from triform.configs import schema
+from triform.experiment import Experiment
 from triform.runtime import guard, metrics, saved
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import UserError
-from triform.runtime.first_nonfinite import first_nonfinite
+from triform.runtime.first_nonfinite import first_nonfinite, looped
 from triform.runtime.guard import RecoveryConfig
 
 # A feed-forward layer that overflows early.
@@ -196,6 +199,13 @@ def test_a_bad_step_can_be_replayed_and_names_the_module(config, tmp_path):
     assert set(facts["norms"]) and facts["batch"] == 1
 
 
+def test_norms_of_what_is_large_and_finite_are_finite():
+    large = {"a": jnp.full(4, 1e30), "b": jnp.array([3.0, 4.0]), "c": jnp.zeros((0,))}
+    found = capsule.norms(large | {"d": jnp.array([1.0, jnp.nan])})
+    assert found["a"] == pytest.approx(2e30) and found["b"] == pytest.approx(5)
+    assert found["c"] == 0 and math.isnan(found["d"])
+
+
 class Net(nn.Module):
     """Two layers, the second of which overflows for large inputs."""
 
@@ -220,3 +230,25 @@ def test_the_first_module_in_order_of_computation_is_named():
     large = jnp.full((1, 2), 1e5)
     ruined = jax.tree.map(jnp.abs, params)
     assert first_nonfinite(lambda: net.apply(ruined, large)) == "middle"
+
+
+def test_a_layer_of_a_scanned_trunk_has_its_number(config):
+    """Of one that is rematerialised, too, where blocks are traced."""
+    trunk = config.model.trunk
+    trunk.scan_layers, trunk.remat, config.optim.accumulate = True, True, 1
+    experiment = Experiment(config.resolved())
+    state = jax.jit(experiment.make_state)()
+    params = flatten_dict(state.params, sep="/")
+    name = "decoder/layers/layer_0/feed_forward/up/kernel"
+    params[name] = params[name].at[1].set(jnp.nan)
+    ruined = state.replace(params=unflatten_dict(params, sep="/"))
+    batch = experiment.put(experiment.empty_batch(config.data.shapes()[0]))
+    found = capsule.first_bad(experiment, ruined, batch)
+    assert found == "decoder/layer_1/feed_forward/up"
+
+
+def test_layers_of_a_loop_are_counted_in_turns():
+    layers = dict.fromkeys(("a/layers/layer_0", "a/layers/layer_1"), 3)
+    calls = Counter(layers | {"a/layers/layer_1/up": 2})
+    assert looped("a/layers/layer_1/up", calls) == "a/layer_5/up"
+    assert looped("a/layer_1/up", calls) == "a/layer_1/up"

@@ -1,5 +1,6 @@
 """Law 2: flash and local against float64, and which way flash goes."""
 
+import contextvars
 import dataclasses
 import sys
 
@@ -14,7 +15,7 @@ from laws import attention_reference
 from triform.models.algorithms.blocks import block_size, pad_mask, visible_blocks
 from triform.models.algorithms.blockwise import blockwise, planned
 from triform.models.algorithms.dot import dot
-from triform.models.algorithms.flash import choose, flash
+from triform.models.algorithms.flash import choose, flash, told
 from triform.models.algorithms.local import local
 from triform.models.mask import Mask, Refused
 
@@ -386,8 +387,12 @@ def test_the_path_follows_from_the_case(backend, changes, path, reason):
 
 
 def test_the_path_is_said_once(capsys):
-    sys.modules[flash.__module__]._say.cache_clear()
+    sys.modules[flash.__module__]._say_once.cache_clear()
     x = jnp.ones((1, 64, 1, 8))
+    silent = contextvars.copy_context()  # a plan's, for other devices perhaps
+    silent.run(told.set, False)
+    silent.run(lambda: flash(x, x, x, PLAIN, scale=1.0))
+    assert not capsys.readouterr().err
     for _ in range(2):
         flash(x, x, x, PLAIN, scale=1.0)
     text = "attention: flash runs through xla (no kernel for cpu)\n"

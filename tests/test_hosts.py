@@ -2,7 +2,6 @@
 JAX's coordination service; and who a process says it is.
 """
 
-import json
 import os
 import socket
 import threading
@@ -11,7 +10,7 @@ import time
 import jax
 import pytest
 
-from triform.runtime import hosts, joining
+from triform.runtime import aborts, hosts, joining
 from triform.runtime.errors import HostsError, UserError
 from triform.runtime.hosts import Hosts
 from triform.runtime.joining import Group
@@ -153,6 +152,41 @@ def test_a_wait_says_for_whom(monkeypatch, capsys):
 
     together(members, call)
     assert "restoring: waiting for process 1 of 3 (node0)" in capsys.readouterr().out
+
+
+def test_a_process_0_that_stops_answering_is_named_by_the_others(monkeypatch, capfd):
+    """Whoever asks it waits for ever then; and the kernel still accepts connections."""
+    members, ended, awake = group(3, heartbeat=0.4), [], threading.Event()
+    get = Table.blocking_key_value_get
+
+    def stopped(self, key, milliseconds):
+        if members[0].over.is_set():
+            awake.wait(20)
+        return get(self, key, milliseconds)
+
+    monkeypatch.setattr(Table, "blocking_key_value_get", stopped)
+    monkeypatch.setattr(hosts.aborts, "call_instead", lambda call: None)
+    monkeypatch.setattr(hosts.os, "_exit", ended.append)
+    for one in members:
+        one.start_watching()
+    time.sleep(1.0)
+    assert not ended
+    members[0].over.set()  # in the test: it is stopped
+    deadline = time.monotonic() + 10
+    while len(ended) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    awake.set()
+    for one in members:
+        one.over.set()
+    assert ended == [1, 1]
+    assert capfd.readouterr().err.count("error: process 0 of 3 (node0) gave no") == 2
+
+
+def test_a_port_that_accepts_and_says_nothing_does_not_answer():
+    with socket.create_server(("localhost", 0)) as server:
+        where = f"localhost:{server.getsockname()[1]}"
+        assert not aborts.answers(where)
+    assert not aborts.answers(where)
 
 
 # Stopping
@@ -359,6 +393,7 @@ def test_nobody_at_the_coordinators_address():
 
 def test_strangers_at_the_port_are_ignored():
     where = f"localhost:{port()}"
+    words = iter([b"GET / HTTP/1.1\n", b'{"index": 1}\n'])
 
     def stranger(_):
         deadline = time.monotonic() + 5
@@ -367,7 +402,7 @@ def test_strangers_at_the_port_are_ignored():
                 with socket.create_connection(
                     ("localhost", int(where[10:])), 1
                 ) as line:
-                    line.sendall(b"GET / HTTP/1.1\n" + json.dumps([1]).encode())
+                    line.sendall(next(words))
                 return
             except OSError:
                 time.sleep(0.01)
@@ -376,5 +411,6 @@ def test_strangers_at_the_port_are_ignored():
         time.sleep(0.5 * index)
         return joining.roll_call(Group(where, 2, index), {}, 10.0)
 
-    found = together([0, 1, None], lambda i: stranger(i) if i is None else member(i))
+    calls = [0, 1, None, None]
+    found = together(calls, lambda i: stranger(i) if i is None else member(i))
     assert found[0] == found[1] and len(found[0]) == 2

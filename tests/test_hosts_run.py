@@ -230,17 +230,16 @@ def test_the_first_process_dies_and_the_rest_is_told(folder, alone):
     last = group.log(1).strip().splitlines()[-1]
     assert last.startswith("error: process 0 of 2") and "died" in last
 
-    # Started again, it goes on or begins anew. Scores and text of two processes are
-    # those of one.
+    # Two go on with what one began. Scores and text of two processes are those of one.
     # Parameters are split over both: every array of a checkpoint spans processes.
-    split = ["--config.mesh.fsdp=2"]
-    group = trained(folder, "zero-again", "zero")(2, more=[split, split])
+    more = ["--config.mesh.fsdp=2", f"--fork={folder / 'alone'}:8"]
+    group = trained(folder, "fork", "fork")(2, more=[more, more])
     assert group.codes() == [0, 0], group.log(0)[-2000:]
     expected = alone[0]
-    assert lines(folder / "zero")[STEPS, "test"] == pytest.approx(
+    assert lines(folder / "fork")[STEPS, "test"] == pytest.approx(
         expected[STEPS, "test"], rel=2e-5, abs=1e-6
     )
-    where = f"--workdir={folder / 'zero'}"
+    where = f"--workdir={folder / 'fork'}"
     prompts = folder / "prompts.txt"
     prompts.write_text("abc\nd\nbead cab\n")
     answers = []

@@ -22,7 +22,7 @@ IMPORTS = {
     "tools": ("capsule",),
     "forks": ("workdir",),
     # The plan says whether a run can be exported.
-    "plan": ("interop", "input_pipeline"),
+    "plan": ("forecast", "interop", "input_pipeline"),
     "capsule": ("workdir", "input_pipeline"),
     "stepping": ("compilation", "observe", "recovery"),
     "observe": ("forecast",),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import sys
 import threading
 
@@ -17,6 +18,7 @@ from triform.data.datasets.base import EVALUATION, Epoch
 from triform.input_pipeline import Batches, TrainBatches
 from triform.models.algorithms.blockwise import blockwise
 from triform.models.mask import Mask
+from triform.packed import __main__ as program
 from triform.packed import grouping
 from triform.packed.lines import Lines
 from triform.packed.pack import equal_ones_shared, joined, same_ones
@@ -200,6 +202,25 @@ def test_what_makes_another_program_is_said(change, told):
     assert told in second.apart and "\n" not in second.apart
 
 
+def test_what_is_no_config_fails_alone(tmp_path, monkeypatch, capfd):
+    first, second = grouped({}, {"init_from": "~nobody_of_this_name/run"})
+    assert (first.members, second.members) == ([0], [1])
+    assert second.apart == "its config is not valid"
+    monkeypatch.setattr(program.signals, "Interrupt", lambda: lambda: "")
+    asked = []
+    monkeypatch.setattr(packed, "run", lambda members, **_: asked.extend(members) or [])
+    runs = [
+        {"workdir": str(tmp_path / name), "config": "listops:smoke", "flags": [flag]}
+        for name, flag in (("a", "--config.stepz=3"), ("b", "--config.steps=3"))
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    assert program.main(["packed", str(tmp_path / "runs.json")]) == 1
+    assert "error: a: unknown config key 'stepz'" in capfd.readouterr().err
+    assert (tmp_path / "a" / packed.OUTPUT).read_text().startswith("error: unknown")
+    ((config, workdir),) = asked
+    assert config.steps == 3 and workdir == runs[1]["workdir"]
+
+
 def test_another_corpus_of_the_same_shapes_is_no_other_program():
     (group,) = grouped({}, {"data.source": "elsewhere.jsonl", "data.truncate": False})
     assert group.inputs == ()
@@ -342,15 +363,15 @@ def test_what_is_left_lets_go():
 
 
 def test_lines_say_whose_they_are(capsys, tmp_path):
+    texts = ("1\n", "step 2", "3\ntest 4")
     with open(tmp_path / "a", "w") as f:
         lines = Lines(sys.stdout, {"a": f})
         thread = threading.Thread(
-            target=lambda: [print(x, end="", file=lines) for x in ("1\n", "2", "3\n4")],
-            name="a",
+            target=lambda: [print(x, end="", file=lines) for x in texts], name="a"
         )
         thread.start()
         thread.join()
         print("mine", file=lines)
-    assert capsys.readouterr().out == "a | 1\na | 23\nmine\n"
-    assert (tmp_path / "a").read_text() == "1\n23\n"
+    assert capsys.readouterr().out == "a | step 23\nmine\n"
+    assert (tmp_path / "a").read_text() == "1\nstep 23\n"
     assert not lines.isatty()

@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import os
+import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from triform.data import store
 from triform.runtime import guard, metrics, read_errors
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
 from triform.runtime.errors import CheckpointError, TriformError, UserError
+from triform.runtime.events import Events
 
 STATE = {"w": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(3, jnp.bfloat16)}
 WANTED = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), STATE)
@@ -265,3 +268,29 @@ def test_a_run_goes_on_after_a_step_that_ruined_it_and_back_to_older_ones(
     assert steps_of() == again
     with pytest.raises(TriformError, match="resume=77"):
         train.run(slower, workdir, resume=77)
+
+
+def test_readers_that_orbax_leaves_behind_end_without_a_traceback(monkeypatch):
+    """Those of a damaged checkpoint: of the damage itself there is a line."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    read_errors.hush.__wrapped__()
+    orbax = SimpleNamespace(co_filename="/lib/orbax/checkpoint/serialization.py")
+    behind = SimpleNamespace(cr_code=orbax)
+    other = SimpleNamespace(object=None, exc_value=ValueError("ours"))
+    closed = RuntimeError("Event loop is closed")
+    sys.unraisablehook(SimpleNamespace(object=behind, exc_value=ValueError()))
+    sys.unraisablehook(SimpleNamespace(object=None, exc_value=closed))
+    sys.unraisablehook(other)
+    assert told == [other]
+
+
+def test_events_on_a_full_disk_fail_once(tmp_path):
+    """What is left in a buffer would be tried again, with a traceback, at exit."""
+    events = Events(str(tmp_path), 0)
+    full = open("/dev/full", "wb")  # noqa: SIM115  (closed by what is tested)
+    events._writer._py_recordio_writer._writer = full
+    events.add(1, "train/loss", 2.0)
+    with pytest.raises(OSError, match="No space left"):
+        events.close()
+    assert full.closed

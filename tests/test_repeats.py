@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_beside_weights import NoCache
+from toy_decoder import NoCache
 
 from triform.models import decode, repeats
 from triform.models.decode import DecodeConfig

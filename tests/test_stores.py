@@ -322,7 +322,9 @@ def test_a_run_killed(url, tmp_path):
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     assert history.read(url)[-1]["outcome"] is None
-    again = ran(tmp_path, "train.py", url, *args)
+    again = ran(tmp_path, "train.py", url, *args, "--profile=11:12")
+    assert "profile" in stores.names(url)
+    assert files.size_below(f"{url}/checkpoints/4/meta") > 1000
     assert "ended without saying so; taking over" in again.stderr
     assert "resuming after step" in again.stdout
     (ours, meta), (theirs, other) = state_of(url, 12), state_of(whole, 12)

@@ -101,6 +101,30 @@ def test_a_search_that_was_killed_has_no_trial_that_runs_for_ever(folder):
     assert [m.name for m in sweep.members[:2]] == [m.name for m in asked]
 
 
+def test_a_search_that_was_killed_while_it_asked_goes_on(tmp_path):
+    """After every line of its journal, and in the middle of one."""
+    space = SPACE | {ENDS: ("0", "1")}
+    sweep = searched(tmp_path, trials=2, space=space)
+    (first,) = search.Study(sweep).ask()
+    path = tmp_path / "out" / search.JOURNAL
+    before = path.read_bytes()
+    search.Study(sweep).ask()
+    after = path.read_bytes()
+    assert after.startswith(before)
+    lines = [i for i in range(len(before), len(after)) if after[i - 1] == ord("\n")]
+    assert len(lines) == 4  # nothing, the study, a trial, one of its two values
+    for end in (*lines, *(i - 1 for i in lines[1:]), len(before) + 9, len(after) - 9):
+        path.write_bytes(after[:end])
+        study = search.Study(sweep)
+        study.tell()
+        assert study.left() == 1 and study.members() == [first]
+        (again,) = study.ask()
+        assert search.Study(sweep).members() == [first, again]
+    path.write_bytes(after[: len(before) - 5] + after[len(before) :])
+    with pytest.raises(UserError, match="is damaged"):
+        search.Study(sweep)
+
+
 def test_another_search_needs_another_workdir(tmp_path):
     search.Study(searched(tmp_path)).ask()
     assert search.Study(searched(tmp_path, trials=20)).left() == 19
@@ -134,6 +158,8 @@ def test_scripts_of_a_grid_and_of_a_search(tmp_path):
     assert after is None and found["array"] == "0-4%2" and found["gres"] == "gpu:2"
     assert found["time"] == "0-01:30:00" and found["mem"] == "16G"
     assert found["signal"] == "USR1@120" and "requeue" in found
+    # Newer srun take one core unless they are told.
+    assert "--cpus-per-task=$SLURM_CPUS_PER_TASK" in files.read_text(path)
     # The number of an array's last task, SLURM_JOB_ID, names all of its tasks.
     assert 'requeue "$SLURM_JOB_ID' not in files.read_text(path)
     sweep = searched(tmp_path, trials=5, seeds=("0", "1"), jobs=2)
@@ -169,8 +195,7 @@ def test_waves_are_submitted_at_once_and_none_twice(tmp_path, monkeypatch):
     after = [match and match[1] for match in found]
     assert after == [None, "afterok:1", "afterany:2", "afterok:3"]
     (tmp_path / "queued").write_text("3\n9\n")
-    with pytest.raises(UserError, match="jobs 3 of this sweep"):
-        slurm.submit(sweep, [], where)
+    assert slurm.queued(sweep) == ["3"]
     (tmp_path / "queued").unlink()
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho no such >&2; exit 1\n")
     with pytest.raises(UserError, match="no such"):
@@ -233,7 +258,8 @@ def test_a_report_is_one_page_and_says_what_is_not_finished(tmp_path, keys):
     runs.record(sweep.members[7].folder, "pruned: too slow", 0)
     text = report.run(sweep.workdir, sweep)
     rows = [x for x in text.splitlines() if re.match(r"\d  ", x)]
-    assert len(rows) == 3 and f"{RATE}=1e-3" in rows[0] and "5.5 +- 0.71 (2)" in rows[0]
+    assert len(rows) == 3 and " 1e-3" in rows[0] and "5.5 +- 0.71 (2)" in rows[0]
+    assert RATE in text.splitlines()[0]
     assert "failed: 1" in text and "<too> hot" in text and "pruned: 1" in text
     html = (tmp_path / "out" / "report.html").read_text()
     assert "&lt;too&gt; hot" in html and "too slow" in html

@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 
 from triform.runtime.errors import UserError
@@ -12,6 +13,7 @@ from triform.sweeps.values import (
     Range,
     Search,
     chain,
+    checked,
     combined,
     grid,
     linear,
@@ -42,7 +44,9 @@ def plan(*texts, method="", first=None, numbers=FLOATS):
         ("'a,b',c", ("a,b", "c")),
         ('"a,b","c"', ("a,b", "c")),
         ("it's,that's", ("it's", "that's")),
+        (" 1, 'a,b' ,(2, 3) ,' c'", ("1", "a,b", "(2, 3)", " c")),
         ("a=b,c=d", ("a=b", "c=d")),
+        ("3", ("3",)),
         ("log:1e-4:1e-2:3", ("0.0001", "0.001", "0.01")),
         ("linear:0:0.3:4", ("0", "0.1", "0.2", "0.3")),
     ],
@@ -63,7 +67,9 @@ def test_ranges_of_whole_numbers_hold_whole_numbers():
     ("texts", "method", "message"),
     [
         (["seed"], "", "expected KEY=VALUE,VALUE"),
-        (["seed=3"], "", "expected KEY=VALUE,VALUE"),
+        (["seed="], "", "expected KEY=VALUE,VALUE"),
+        (["lr=log:1e-4"], "", "KEY=log:LOW:HIGH"),
+        (["lr=log:1e-4:1e-2:x"], "", "KEY=log:LOW:HIGH"),
         (["seed=0,1,0"], "", "stands there twice"),
         (["seed=0,1", "seed=2,3"], "", "named twice"),
         (["lr=(1,2"], "", "is missing"),
@@ -105,6 +111,19 @@ def test_plans_combine():
     ):
         with pytest.raises(UserError):
             wrong()
+
+
+def test_what_a_file_returns_becomes_text():
+    """Numbers of NumPy, and rows that were written by hand."""
+    rates = np.array([0.5, 0.25])
+    assert grid({"lr": rates, "n": np.arange(1)})[0] == {"lr": "0.5", "n": "0"}
+    row = {"seed": 1, "lr": np.float64(0.1), "w": (1, 2), "x": np.array([3, 4])}
+    found = {"seed": "1", "lr": "0.1", "w": "(1, 2)", "x": "[3, 4]"}
+    assert checked([row, row]) == [found]
+    assert checked(search({"lr": rates}, 3)).space == {"lr": ("0.5", "0.25")}
+    for wrong in (None, [], {"seed": 1}, [{}], ["seed=1"], 3):
+        with pytest.raises(UserError, match="expected a list of {key: value}"):
+            checked(wrong)
 
 
 def test_more_trials_and_more_keys_keep_the_draws_of_random_search():
@@ -186,4 +205,6 @@ def test_names_of_runs_are_other_ones_for_other_settings_and_fit_into_a_folder(
         assert "/" not in name and len(os.fsencode(name)) <= 255
     for name in names[-9:]:
         (tmp_path / name).mkdir()
-    assert name_of({"seed": "0", "optim.b2": "0.95"}) == "seed=0,optim.b2=0.95"
+    # Flags in another order name the same runs.
+    orders = {"seed": "0", "optim.b2": "0.95"}, {"optim.b2": "0.95", "seed": "0"}
+    assert {name_of(x) for x in orders} == {"optim.b2=0.95,seed=0"}

@@ -10,7 +10,7 @@ import pytest
 
 from triform import tools
 from triform.runtime.checkpoint import CheckpointConfig, Checkpointer
-from triform.runtime.errors import UserError
+from triform.runtime.errors import CheckpointError, UserError
 
 STATE = {
     "params": {"w": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(3, jnp.bfloat16)},
@@ -70,6 +70,19 @@ def test_diff_says_which_arrays_differ_and_by_how_much(run, capsys):
     out = capsys.readouterr().out
     assert "params/w: 1 of 12 elements, largest difference 0.5" in out
     assert "1 of 4 arrays differ" in out
+
+
+def test_a_step_that_is_not_there_is_not_called_damaged(run, capsys):
+    workdir = run("a", STATE["params"]["w"])
+    assert tools.verify(f"{workdir}:7") == 1
+    for text in (capsys.readouterr().out, _told(tools.inspect, f"{workdir}:7")):
+        assert "no checkpoint of step 7" in text and "[1, 2]" in text
+
+
+def _told(call, *args):
+    with pytest.raises(CheckpointError) as error:
+        call(*args)
+    return str(error.value)
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -25,6 +25,14 @@ class Toy:
         return Toy(fn(self.row) if memory else self.row, fn(self.before))
 
 
+@struct.dataclass
+class NoCache:
+    """For logits that do not depend on the text."""
+
+    def map_rows(self, change, memory=True):
+        return self
+
+
 def toy_table(seed=0, vocab=VOCAB, length=LENGTH, eos=0.0):
     """Logits [row, place, token before, token, next]; EOS gets `eos` more."""
     rng = np.random.default_rng(seed)

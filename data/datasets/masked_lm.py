@@ -198,7 +198,8 @@ class MaskedLM(Dataset):
         if config.next_sentence and len(self.documents) < 2:
             raise DataError(
                 f"{self.title()}: has a single document, and sentences of another are "
-                "needed; take a larger split or set data.next_sentence=False"
+                "needed; take a larger split, or set data.next_sentence=False and "
+                "--config.task=TokenPredictionConfig"
             )
         added = self.framing.added(2 if config.next_sentence else 1)
         self._runs(config.max_len - added)

@@ -229,7 +229,8 @@ class Labels:
     def add(self, value: Any, row: Row, file: File) -> None:
         """Takes the labels of a row; DataError if one is missing or is neither."""
         value = divided(value, self.column)
-        if isinstance(value, list) and not self.column.many:
+        several = self.column.many or self.column.divided
+        if isinstance(value, list) and not several:
             raise DataError(
                 f"{file.where(row.number)}: data.{self.column.key}="
                 f"{self.column.name!r} is the list {value!r:.40}, and an example has "

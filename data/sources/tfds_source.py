@@ -255,7 +255,10 @@ def _explained(name: str, error: Exception) -> DataError:
     )
     for link in chain:
         if isinstance(link, ImportError):
-            package = (link.name or str(link)).split(".")[0]
+            # TFDS makes errors of its own, without a name, of some.
+            told = re.search(r"No module named '(\w+)", str(link))
+            package = link.name or (told[1] if told else str(link))
+            package = package.partition(".")[0]
             extra = "triform[tensorflow]" if package == "tensorflow" else package
             return DataError(
                 f"{name}: this public builder needs the package {package}, which is "

@@ -1,5 +1,6 @@
 """Exact attention without an [L, S] array: the fastest way that the case allows."""
 
+import contextvars
 import functools
 import sys
 
@@ -61,8 +62,17 @@ def flash(
     )
 
 
-@functools.cache
+# Is what runs said? Not of a program that is only looked at, for other devices perhaps.
+told: contextvars.ContextVar[bool] = contextvars.ContextVar("told", default=True)
+
+
 def _say(text: str) -> None:
+    if told.get():
+        _say_once(text)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
