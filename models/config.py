@@ -113,7 +113,7 @@ class TransformerConfig:
     positions: str = "sinusoidal"  # a name in models.positions.POSITIONS
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     norm: str = "layer"  # layer: LayerNorm; rms: RMSNorm (no mean, no bias)
-    norm_position: str = "post"  # pre: before each sublayer; post: after the residual sum
+    norm_position: str = "post"  # pre: before each sublayer; post: after residual sum
     norm_eps: float = 1e-6  # epsilon that the norm adds to the variance
     ffn: str = "relu"  # a name in models.feed_forward.FFNS
     bias: str = "all"  # which layers have a bias; qkv: only queries, keys, values
