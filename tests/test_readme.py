@@ -61,6 +61,7 @@ def test_paths_are_there(page):
         "code/",
     )
     others += ("set_aside/", "capsules/", "runs/", "workdir/", "encoder/", "train/")
+    others += ("decoder/", "profile/")
     for name in named:
         if not name.startswith(others):
             assert any((root / name).exists() for root in roots), name
