@@ -38,7 +38,7 @@ class InteractionsConfig(DataConfig):
 
     source: str = "sasrec_video"
     txt_example: str = "choice"  # choice: 'user item' or 'user item time' per line
-    held_out: float = 0.0  # not used: splits are positions in histories
+    held_out: float = 0.0  # must stay 0: splits are positions in histories
     user: str = "user"  # user feature; '': an example is one user's whole history
     items: str = "item"  # item feature: one item, or a user's items in order
     time: str = ""  # feature that orders items; '': the order of the examples
