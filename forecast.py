@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from triform.configs.schema import ExperimentConfig
+from triform.configs.schema import ExperimentConfig, OptimConfig
 from triform.experiment import Experiment
 from triform.models.algorithms.flash import told
 from triform.runtime import chips, guard, leaves, program
@@ -173,7 +173,9 @@ def countable(config: ExperimentConfig) -> Experiment:
     config = copy.deepcopy(config)
     for trunk in config.model.trunks().values():
         trunk.remat = False
-        trunk.scan_layers = trunk.num_layers % trunk.cycle() == 0  # traced faster
+        # Traced faster; but patterns of what is trained may name layers.
+        if config.optim.train == OptimConfig().train:
+            trunk.scan_layers = trunk.num_layers % trunk.cycle() == 0
         if trunk.attention == "flash":
             trunk.attention = "dot"
             trunk.attention_options = ("scale", trunk.scale())

@@ -166,11 +166,9 @@ class Progress:
         self.heartbeat.close()
         if self.live:
             print()
-        start = time.perf_counter()
-        yield
+        with self.preparing():
+            yield
         self.said = self.stepped = time.perf_counter()
-        self.away += self.stepped - start
-        self.idle += self.stepped - start
         self.heartbeat = Heartbeat(self._slow, 1.2 * QUIET)
 
     def update(

@@ -136,6 +136,14 @@ def test_a_head_that_reads_one_position_in_evaluation_costs_less_there():
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("attention", ["dot", "flash"])
+def test_what_an_evaluation_costs_where_one_layer_is_trained(attention):
+    ours = config().resolved()
+    ours.model.trunk.attention = attention
+    ours.optim.train = ("decoder/layer_0/.*",)
+    assert plan.position_cost(Experiment(ours)) == 1.0
+
+
 # --- What resuming changes ---
 
 
